@@ -1,0 +1,27 @@
+"""Talk to Mistral's dense models, sharded over the GPUs of one machine or several.
+
+The public names are imported when first used, so that `import mistral_chat` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mistral_chat.chat.chat import Answer
+    from mistral_chat.chat.llm import LLM
+    from mistral_chat.config import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Answer", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "Answer": "mistral_chat.chat.chat",
+    "LLM": "mistral_chat.chat.llm",
+    "SamplingParams": "mistral_chat.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Text and messages on top of the engine's token ids. Rank 0 only; nothing of terminals."""

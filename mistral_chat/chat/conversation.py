@@ -1,0 +1,98 @@
+"""The messages of one chat, and their encoding that keeps what the model itself wrote.
+
+Knows templates only through the tokenizer; knows nothing of generating.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mistral_common.protocol.instruct.messages import (
+    AssistantMessage,
+    SystemMessage,
+    ToolMessage,
+    UserMessage,
+)
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import Tool
+
+from mistral_chat.chat.tokenizer import Tokenizer
+
+__all__ = ["Conversation", "Message"]
+
+Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+class Conversation:
+    """Messages with the ids that the model chose for its own.
+
+    Args:
+        system: system prompt; None for none.
+        tools: offered functions.
+    """
+
+    def __init__(self, system: str | None = None, tools: Sequence[Tool] = ()) -> None:
+        self.tools = list(tools)
+        self.messages: list[Message] = []
+        self._written: dict[int, tuple[int, ...]] = {}  # index of a message -> its ids
+        if system is not None:
+            self.messages.append(SystemMessage(content=system))
+
+    def encode(self, tokenizer: Tokenizer, new: Sequence[Message] = ()) -> list[int]:
+        """All messages and `new` ones in the template, ready for an answer.
+
+        Encoding an answer's text again can give other ids than the model chose (mistral-common
+        drops trailing spaces, and sampled text has more than one tokenization), so its own ids
+        are put in their place: the model sees what it said, and the cache is used up to there.
+
+        Raises:
+            PromptError: the template refuses the conversation.
+        """
+        messages: list[Any] = [*self.messages, *new]
+        request: ChatCompletionRequest[Any] = ChatCompletionRequest(
+            messages=messages, tools=self.tools or None
+        )
+        ids = tokenizer.encode_chat(request)
+        answers = [i for i, m in enumerate(messages) if isinstance(m, AssistantMessage)]
+        return _put_back(ids, [self._written.get(i) for i in answers], tokenizer)
+
+    def add_user(self, text: str) -> None:
+        """Note what the person said."""
+        self.messages.append(UserMessage(content=text))
+
+    def add_answer(self, text: str, ids: Sequence[int] | None) -> None:
+        """Note what the model said.
+
+        Args:
+            text: the answer.
+            ids: its tokens without the end token; None where they are not just this text.
+        """
+        if ids is not None:
+            self._written[len(self.messages)] = tuple(ids)
+        self.messages.append(AssistantMessage(content=text))
+
+    def clear(self) -> None:
+        """Forget all messages but the system prompt."""
+        self.messages = [m for m in self.messages if isinstance(m, SystemMessage)]
+        self._written.clear()
+
+
+def _put_back(
+    ids: list[int], written: Sequence[tuple[int, ...] | None], tokenizer: Tokenizer
+) -> list[int]:
+    """Replace each answer between its template's marks by the ids that were chosen for it.
+
+    An answer ends at an end token and begins after the control token before it. Where that is
+    the start or another end, the template's marks are plain text (v1), which gives no such place.
+    """
+    outer = {int(tokenizer.raw.bos_id), tokenizer.eos_id}
+    ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_id]
+    if len(ends) != len(written):
+        return ids
+    spliced = list(ids)
+    for end, own in reversed(list(zip(ends, written, strict=True))):
+        begin = end
+        while begin > 0 and not tokenizer.is_special(spliced[begin - 1]):
+            begin -= 1
+        if own is not None and begin > 0 and spliced[begin - 1] not in outer:
+            spliced[begin:end] = own
+    return spliced

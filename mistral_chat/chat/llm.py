@@ -1,0 +1,174 @@
+"""The Python interface: a model with all its ranks behind one object."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import Tool
+from pydantic import ValidationError
+
+from mistral_chat.chat.chat import Answer, AnswerBuilder, Chat, make_request
+from mistral_chat.chat.tokenizer import Tokenizer
+from mistral_chat.chat.tools import make_tool
+from mistral_chat.config import Device, Dtype, EngineConfig, LoadFormat, SamplingParams
+from mistral_chat.engine.engine import Engine
+from mistral_chat.engine.runner import load_runner
+from mistral_chat.engine.worker import Session, serve
+from mistral_chat.errors import PromptError, UsageError
+
+__all__ = ["LLM"]
+
+
+class LLM:
+    """A loaded model that answers; a context manager.
+
+    Alone it runs in this process, and with `nproc_per_node` it starts the other ranks and ends
+    them with itself. In a script under torchrun every rank makes one: rank 0 goes on, the others
+    serve it and end the process when rank 0 closes its own.
+
+    Args:
+        model: folder in Mistral's format.
+        nproc_per_node: ranks; None is one, or torchrun's number.
+        device: auto, cuda or cpu.
+        dtype: of weights and cache.
+        max_seq_len: context to plan memory for; None is what fits, at most the model's.
+        max_batch_size: sequences that decode together.
+        load_format: auto, consolidated or dummy.
+
+    Raises:
+        MistralChatError: the model cannot be loaded here, and why.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        nproc_per_node: int | None = None,
+        device: Device = "auto",
+        dtype: Dtype = "auto",
+        max_seq_len: int | None = None,
+        max_batch_size: int = 8,
+        load_format: LoadFormat = "auto",
+    ) -> None:
+        config = EngineConfig(
+            model=Path(model),
+            device=device,
+            dtype=dtype,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            load_format=load_format,
+        )
+        self._session = Session(config, nproc_per_node)
+        group = self._session.group
+        if not group.is_leader:
+            serve(config, group)
+            sys.exit(0)
+        try:
+            self.tokenizer = Tokenizer.from_folder(Path(model))
+            self.engine = Engine(load_runner(config, group))
+        except BaseException:
+            self._session.abandon()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the other ranks; the object is of no more use."""
+        self._session.close()
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Answer]:
+        """Go on from plain prompts, several at once.
+
+        Args:
+            prompts: a text, texts, or lists of token ids.
+            params: for all, or one for each.
+
+        Returns:
+            an answer for each prompt, in their order.
+
+        Raises:
+            ContextLengthError: a prompt that leaves no room for an answer.
+            UsageError: not as many params as prompts.
+        """
+        listed: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
+        encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed]
+        return self._answer_all(encoded, params, instruct=False, tools=False)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any] | Tool] = (),
+    ) -> Answer:
+        """Answer a conversation; nothing is remembered from one call to the next but the cache.
+
+        Args:
+            messages: OpenAI's form, `{"role": ..., "content": ...}`.
+            params: how to sample.
+            tools: function schemas.
+
+        Raises:
+            PromptError: a conversation that the model's template does not know.
+            ContextLengthError: it leaves no room for an answer.
+        """
+        offered = [
+            tool if isinstance(tool, Tool) else make_tool(dict(tool), f"tool {n}")
+            for n, tool in enumerate(tools, 1)
+        ]
+        try:
+            request: ChatCompletionRequest[Any] = ChatCompletionRequest.from_openai(
+                [dict(message) for message in messages]
+            )
+        except (MistralCommonException, ValidationError, ValueError, KeyError) as error:
+            raise PromptError(
+                f"messages are not a conversation in OpenAI's form ({str(error).splitlines()[0]})"
+            ) from error
+        request.tools = offered or None
+        ids = self.tokenizer.encode_chat(request)
+        return self._answer_all([ids], params, instruct=True, tools=bool(offered))[0]
+
+    def conversation(self, system: str | None = None, tools: Sequence[Tool] = ()) -> Chat:
+        """A chat that keeps its history; `for event in chat.send(text)` streams an answer."""
+        return Chat(self.engine, self.tokenizer, system=system, tools=tools)
+
+    def _answer_all(
+        self,
+        encoded: list[list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        instruct: bool,
+        tools: bool,
+    ) -> list[Answer]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(encoded)
+        if len(params) != len(encoded):
+            raise UsageError(f"{len(params)} SamplingParams for {len(encoded)} prompts")
+        builders, requests = [], []
+        for ids, each in zip(encoded, params, strict=True):
+            request, seed = make_request(
+                self.engine, self.tokenizer, ids, each, instruct=instruct, tools=tools
+            )
+            requests.append(request)
+            builders.append(AnswerBuilder(self.tokenizer, request, seed, continues=not instruct))
+        for request in requests:
+            self.engine.check(request)
+        for index, event in self.engine.generate_many(requests):
+            builders[index].add(event)
+        return [builder.finish()[1] for builder in builders]

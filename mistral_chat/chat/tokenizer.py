@@ -1,0 +1,239 @@
+"""Text to ids and back, through mistral-common, for every template version it knows.
+
+Finds the one tokenizer of a folder, encodes prompts and conversations, and turns ids into text as
+they come. Knows nothing of models, sampling or terminals.
+"""
+
+import codecs
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.base import Tokenizer as RawTokenizer
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer, is_sentencepiece
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer, is_tekken
+
+from mistral_chat.errors import PromptError, TokenizerError
+
+__all__ = ["Detokenizer", "Tokenizer", "find_tokenizer"]
+
+TOOL_CALLS = "[TOOL_CALLS]"
+# Control tokens that models write themselves: a tool call's parts and a reasoning model's marks.
+_WRITTEN = (TOOL_CALLS, "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]")
+_SPACE = "\u2581"  # SentencePiece writes a space so
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The tokenizer file of a model folder.
+
+    `tokenizer.model` beside a versioned `tokenizer.model.vN` is Hugging Face's copy of it and does
+    not count.
+
+    Raises:
+        TokenizerError: none, or more than one.
+    """
+    names = sorted(p.name for p in folder.iterdir() if is_tekken(p) or is_sentencepiece(p))
+    versioned = [name for name in names if name != "tokenizer.model"]
+    names = versioned or names
+    if not names:
+        raise TokenizerError(
+            f"{folder}: the tokenizer is missing; expected tekken.json or tokenizer.model.vN"
+        )
+    if len(names) > 1:
+        raise TokenizerError(
+            f"{folder}: found {len(names)} tokenizers ({', '.join(names)}); expected one: remove "
+            f"or move the others"
+        )
+    return folder / names[0]
+
+
+class Tokenizer:
+    """One model's tokenizer and chat template.
+
+    Args:
+        path: a tekken.json or a SentencePiece model of Mistral's.
+
+    Raises:
+        TokenizerError: the file cannot be read as one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.mistral: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.from_file(
+                path
+            )
+        except (MistralCommonException, OSError, ValueError, KeyError, TypeError, AssertionError,
+                RuntimeError, AttributeError) as error:  # fmt: skip
+            # mistral-common and SentencePiece check a file with asserts and bare look-ups
+            first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise TokenizerError(
+                f"{path}: not a tokenizer that mistral-common can read ({first_line})"
+            ) from error
+        raw = self.mistral.instruct_tokenizer.tokenizer
+        assert isinstance(raw, (Tekkenizer, SentencePieceTokenizer))
+        self.raw: Tekkenizer | SentencePieceTokenizer = raw
+        self.eos_id = int(raw.eos_id)
+        written = {text: _special_id(raw, text) for text in _WRITTEN}
+        self._written = {id_: text for text, id_ in written.items() if id_ is not None}
+        self.tool_calls_id = written[TOOL_CALLS]
+
+    @classmethod
+    def shipped(cls, vocab_size: int) -> "Tokenizer":
+        """The v3 tokenizer of mistral-common that a vocabulary size calls for, for dummy weights.
+
+        Raises:
+            TokenizerError: no tokenizer of that size is shipped.
+        """
+        for is_tekken_file in (False, True):
+            path = MistralTokenizer.v3(is_tekken=is_tekken_file).instruct_tokenizer.tokenizer
+            tokenizer = cls(path.file_path)
+            if tokenizer.n_words == vocab_size:
+                return tokenizer
+        raise TokenizerError(
+            f"no tokenizer with {vocab_size} entries is shipped: expected a vocab_size of 32768 "
+            f"or 131072 with dummy weights, or a MODEL folder with a tokenizer"
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """The tokenizer of a model folder.
+
+        Raises:
+            TokenizerError: none, more than one, or one that cannot be read.
+        """
+        return cls(find_tokenizer(folder))
+
+    @property
+    def n_words(self) -> int:
+        """Size of the vocabulary."""
+        return self.raw.n_words
+
+    @property
+    def version(self) -> str:
+        """Template version and kind, such as `v3 SentencePiece`."""
+        kind = "Tekken" if isinstance(self.raw, Tekkenizer) else "SentencePiece"
+        return f"{self.mistral.version.value} {kind}"
+
+    def banned_ids(self, vocab_size: int, *, tools: bool) -> tuple[int, ...]:
+        """Ids that an answer must never hold.
+
+        Control tokens, unless models write them themselves; with no tools offered also the tool
+        call; and what the model's vocabulary has beyond the tokenizer's.
+
+        Args:
+            vocab_size: of the model.
+            tools: whether tools are offered.
+        """
+        allowed = {self.eos_id} | {
+            id_ for id_, text in self._written.items() if tools or "THINK" in text
+        }
+        banned = {id_ for id_ in self.raw.special_ids if id_ not in allowed}
+        if isinstance(self.raw, SentencePieceTokenizer):
+            banned.add(self.raw._model.unk_id())
+        return tuple(sorted(i for i in banned if i < vocab_size)) + tuple(
+            range(self.n_words, vocab_size)
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """A plain prompt, with the beginning-of-sequence token."""
+        return self.raw.encode(text, bos=True, eos=False)
+
+    def encode_chat(self, request: ChatCompletionRequest[Any]) -> list[int]:
+        """A conversation in the model's template.
+
+        Raises:
+            PromptError: mistral-common refuses the conversation.
+        """
+        try:
+            return list(self.mistral.encode_chat_completion(request).tokens)
+        except (MistralCommonException, ValueError, AssertionError) as error:
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            raise PromptError(
+                f"the {self.version} template refuses this conversation: {first_line}"
+            ) from error
+
+    def is_special(self, token: int) -> bool:
+        """Whether an id is a control token."""
+        return self.raw.is_special(token)
+
+    def piece(self, token: int) -> str:
+        """One token as text, for showing it by itself; half a character shows as U+FFFD."""
+        if self.is_special(token):
+            return self.raw.id_to_piece(token)
+        return self.token_bytes(token).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; none for control tokens that no model writes."""
+        if token >= self.n_words:
+            return b""
+        if self.raw.is_special(token):
+            return self._written.get(token, "").encode()
+        if isinstance(self.raw, Tekkenizer):
+            return self.raw.id_to_byte_piece(token)
+        piece = self.raw.id_to_piece(token)
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes([int(byte[1], 16)])
+        if token == self.raw._model.unk_id():
+            return " \u2047 ".encode()  # as SentencePiece decodes it
+        return piece.replace(_SPACE, " ").encode()
+
+    def detokenizer(self, *, continues: bool) -> "Detokenizer":
+        """Turn ids into text as they come.
+
+        Args:
+            continues: the text goes on after a prompt, so that a first space belongs to it. In an
+                answer of its own SentencePiece's first space is no part of the text.
+        """
+        strips = isinstance(self.raw, SentencePieceTokenizer) and not continues
+        return Detokenizer(self, strip_first_space=strips)
+
+
+class _Bytes(Protocol):
+    def token_bytes(self, token: int) -> bytes: ...
+
+    def is_special(self, token: int) -> bool: ...
+
+
+class Detokenizer:
+    """Incremental decoding: never half a character, never a lost space.
+
+    What it gives piece by piece is, put together, what decoding all ids at once gives. Bytes that
+    are no UTF-8 become U+FFFD.
+
+    Args:
+        tokenizer: gives each token's bytes.
+        strip_first_space: leave out one space at the very beginning.
+    """
+
+    def __init__(self, tokenizer: _Bytes, *, strip_first_space: bool) -> None:
+        self._tokenizer = tokenizer
+        self._strip = strip_first_space
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; may be empty."""
+        if self._tokenizer.is_special(token):  # ends any unfinished character before it
+            text = self._decoder.decode(b"", final=True)
+            self._decoder.reset()
+            return text + self._tokenizer.token_bytes(token).decode()
+        data = self._tokenizer.token_bytes(token)
+        if self._strip:
+            data = data.removeprefix(b" ")
+            self._strip = False
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """What is left of an unfinished character at the end."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _special_id(raw: RawTokenizer, text: str) -> int | None:
+    """Id of a control token, or None where the tokenizer does not have it."""
+    try:
+        id_ = int(raw.get_special_token(text))
+    except ValueError:
+        return None
+    return id_ if raw.is_special(id_) else None

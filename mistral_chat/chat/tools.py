@@ -1,0 +1,151 @@
+"""Function tools: schemas from a file, and the calls in an answer's tokens.
+
+Calls are found by the control token that starts them, never by searching text. Nothing is run.
+"""
+
+import hashlib
+import json
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_common.protocol.instruct.tool_calls import Tool
+from pydantic import ValidationError
+
+from mistral_chat.chat.tokenizer import TOOL_CALLS, Tokenizer
+from mistral_chat.errors import PromptError
+
+__all__ = ["ToolCall", "parse_tool_calls", "read_tools"]
+
+_ID_ALPHABET = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model asks for.
+
+    Args:
+        id: nine letters and digits, as mistral-common demands.
+        name: of the function.
+        arguments: by name.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+def read_tools(path: Path) -> list[Tool]:
+    """Read function schemas from a JSON file: OpenAI's and Mistral's form, or bare functions.
+
+    Raises:
+        PromptError: unreadable, or not a list of function schemas.
+    """
+    if path.suffix != ".json":
+        raise PromptError(f"{path}: expected a .json file of function schemas")
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise PromptError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(listed, list) or not listed:
+        raise PromptError(f"{path}: expected a JSON list of function schemas")
+    return [make_tool(entry, f"{path}, tool {n}") for n, entry in enumerate(listed, 1)]
+
+
+def make_tool(entry: Any, where: str) -> Tool:
+    """A tool from its JSON form.
+
+    Raises:
+        PromptError: not a function schema; `where` is named.
+    """
+    if isinstance(entry, dict) and "function" not in entry:
+        entry = {"type": "function", "function": entry}
+    try:
+        return Tool.model_validate(entry)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        at = ".".join(str(part) for part in fault["loc"]) or "it"
+        raise PromptError(f"{where}: not a function schema: {at}: {fault['msg']}") from error
+
+
+def parse_tool_calls(
+    tokenizer: Tokenizer, ids: Sequence[int], seed: int
+) -> tuple[ToolCall, ...] | None:
+    """The calls in an answer.
+
+    v2 to v7 write one control token and a JSON list; v11 and later one control token a call, with
+    `name[ARGS]{...}` or `name[CALL_ID]id[ARGS]{...}`.
+
+    Args:
+        tokenizer: whose control token starts a call.
+        ids: of the answer.
+        seed: makes the ids of calls that have none, so that a seed repeats an answer whole.
+
+    Returns:
+        the calls; None where the answer has none, or none that can be read.
+    """
+    start = tokenizer.tool_calls_id
+    if start is None or start not in ids:
+        return None
+    detokenizer = tokenizer.detokenizer(continues=True)
+    end = ids[: list(ids).index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
+    text = "".join(detokenizer.add(token) for token in end) + detokenizer.flush()
+    calls: list[ToolCall] = []
+    for part in text.split(TOOL_CALLS)[1:]:
+        found = _json_calls(part) if part.lstrip().startswith(("[", "{")) else _named_call(part)
+        if found is None:
+            return None
+        for name, arguments, id_ in found:
+            calls.append(ToolCall(id_ or _make_id(seed, len(calls)), name, arguments))
+    return tuple(calls) or None
+
+
+def _json_calls(text: str) -> list[tuple[str, dict[str, Any], str | None]] | None:
+    try:
+        listed = json.loads(text)
+    except ValueError:
+        return None
+    found = []
+    for entry in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            return None
+        arguments = _arguments(entry.get("arguments", {}))
+        if arguments is None:
+            return None
+        found.append((entry["name"], arguments, _checked_id(entry.get("id"))))
+    return found
+
+
+def _named_call(text: str) -> list[tuple[str, dict[str, Any], str | None]] | None:
+    head, separator, body = text.partition("[ARGS]")
+    if not separator:
+        head, brace, rest = text.partition("{")
+        body = brace + rest
+    name, _, id_ = head.partition("[CALL_ID]")
+    arguments = _arguments(body)
+    if not name.strip() or arguments is None:
+        return None
+    return [(name.strip(), arguments, _checked_id(id_))]
+
+
+def _arguments(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except ValueError:
+            return None
+    return value if isinstance(value, dict) else None
+
+
+def _checked_id(value: Any) -> str | None:
+    ok = isinstance(value, str) and len(value) == 9 and all(c in _ID_ALPHABET for c in value)
+    return value if ok else None
+
+
+def _make_id(seed: int, index: int) -> str:
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return "".join(_ID_ALPHABET[byte % len(_ID_ALPHABET)] for byte in digest[:9])

@@ -1,0 +1,259 @@
+"""The entry: which command, which rank, and which code to end with.
+
+Flags are checked before anything heavy is imported; errors become one line and a code here and
+nowhere else.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from mistral_chat import __version__
+from mistral_chat.cli import flags
+from mistral_chat.engine.launch import launched_rank, launched_ranks_here
+from mistral_chat.errors import MistralChatError, UsageError
+
+if TYPE_CHECKING:
+    from mistral_chat.engine.group import Group
+
+__all__ = ["main"]
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the code to end with."""
+    started = time.monotonic()
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    try:
+        return _leave(_command(words, started))
+    except BrokenPipeError:
+        return _leave(0)
+    except UsageError as error:
+        _say_once(error)
+        return WRONG_USAGE
+    except MistralChatError as error:
+        _say_once(error)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _leave(code: int) -> int:
+    """Flush what was printed; a reader that has gone is no failure."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes again at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _say_once(error: MistralChatError) -> None:
+    """Every rank reads the same flags; rank 0 says what is wrong with them."""
+    if launched_rank() in (None, 0):
+        one_line = " ".join(str(error).split())
+        print(f"mistral-chat: error: {one_line}", file=sys.stderr, flush=True)
+
+
+def _command(words: list[str], started: float) -> int:
+    command = words[0] if words and words[0] in flags.COMMANDS else None
+    if command == "bench":
+        from mistral_chat.cli import bench
+
+        return bench.run(words[1:], started)
+    if command == "demo":
+        return _demo(words[1:], started)
+    if command is not None:
+        raise UsageError(
+            f"the command {command} is not built yet in this version (a folder of that name is "
+            f"./{command})"
+        )
+    normalized = flags.normalize(words)
+    if not words or flags.wants_help(normalized):
+        return _help(None, code=0 if words else WRONG_USAGE)
+    if "--version" in normalized:
+        return _print_version()
+    return _main_job(flags.parse(normalized), words, started)
+
+
+def _help(command: str | None, code: int = 0) -> int:
+    if launched_rank() in (None, 0):
+        print(flags.help_text(command), end="", file=sys.stderr if code else sys.stdout)
+    return code
+
+
+def _print_version() -> int:
+    if launched_rank() in (None, 0):
+        print(f"mistral-chat {__version__}")
+    return 0
+
+
+def _demo(words: list[str], started: float) -> int:
+    only_path = "--path" in words
+    words = [word for word in words if word != "--path"]
+    normalized = flags.normalize(words)
+    if flags.wants_help(normalized):
+        return _help("demo")
+    options = flags.parse(["MODEL", "--instruct", *normalized])
+
+    from mistral_chat.cli.embedded import embedded_model
+    from mistral_chat.engine.launch import visible_gpus
+
+    folder = embedded_model(on_progress=_demo_progress(options.quiet))
+    if only_path:
+        print(folder)
+        return 0
+    words = [str(folder), "--instruct", *words]
+    if options.nproc_per_node is None and launched_rank() is None:
+        # Two ranks of one GPU cannot speak through NCCL; two of a CPU can through gloo.
+        on_gpus = options.engine.device != "cpu" and visible_gpus()
+        words.append(f"--nproc_per_node={min(2, on_gpus) if on_gpus else 2}")
+    return _main_job(flags.parse(flags.normalize(words)), words, started)
+
+
+def _demo_progress(quiet: bool) -> Callable[[str], None]:
+    def show(line: str) -> None:
+        if not quiet and launched_rank() in (None, 0):
+            print(f"mistral-chat: {line}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _main_job(options: flags.Options, words: list[str], started: float) -> int:
+    rank = launched_rank()
+    if rank is None:
+        n_ranks = _ranks_to_start(options)
+        if n_ranks > 1:
+            from mistral_chat.engine.launch import start_torchrun
+
+            return start_torchrun(n_ranks, words)
+    elif options.nproc_per_node not in (None, launched_ranks_here()):
+        raise UsageError(
+            f"--nproc_per_node is {options.nproc_per_node}, but torchrun started "
+            f"{launched_ranks_here()} ranks on this node: leave the flag out"
+        )
+    if rank:
+        return _follow(options)
+    return _lead(options, started)
+
+
+def _ranks_to_start(options: flags.Options) -> int:
+    """Ranks on this machine: as asked for, else every GPU that the model can use, else one.
+
+    Raises:
+        MistralChatError: the folder cannot be a model's, so that nothing need be started.
+    """
+    from mistral_chat.engine.launch import visible_gpus
+    from mistral_chat.model.args import read_args
+
+    n_heads = 1
+    if options.engine.model is not None:
+        n_heads = read_args(options.engine.model).n_heads
+    elif options.engine.shape is not None:
+        n_heads = int(options.engine.shape.get("n_heads", 1))
+    if options.nproc_per_node is not None:
+        return options.nproc_per_node
+    if options.engine.device == "cpu":
+        return 1
+    return max(1, min(visible_gpus(), n_heads))
+
+
+def _follow(options: flags.Options) -> int:
+    """Any rank but 0: serve rank 0 until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
+    from mistral_chat.engine.group import PeerFailedError
+    from mistral_chat.engine.launch import current_group
+    from mistral_chat.engine.worker import serve
+
+    try:
+        serve(options.engine, current_group())
+    except PeerFailedError:
+        return FAILED
+    except MistralChatError as error:  # this rank is the one to say it
+        print(f"mistral-chat: error: {error}", file=sys.stderr, flush=True)
+        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+    return 0
+
+
+def _lead(options: flags.Options, started: float) -> int:
+    """Rank 0: read the prompt, load, answer."""
+    from mistral_chat.cli import one_shot
+
+    prompt = one_shot.read_prompt(options)
+    system = options.system
+    if options.system_file is not None:
+        system = one_shot.read_text_file(options.system_file)
+
+    from mistral_chat.chat.chat import Chat
+    from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.chat.tools import read_tools
+    from mistral_chat.cli import render
+    from mistral_chat.cli.repl import chat_at_terminal
+    from mistral_chat.cli.terminal import QuietTerminal
+    from mistral_chat.engine.engine import Engine
+    from mistral_chat.engine.group import PeerFailedError
+    from mistral_chat.engine.launch import current_group
+    from mistral_chat.engine.runner import load_runner
+    from mistral_chat.model.args import read_args
+
+    tools = read_tools(options.tools) if options.tools else []
+    group = current_group()
+    terminal: QuietTerminal | None = None
+
+    def end_process(message: str, code: int = FAILED) -> None:
+        if terminal is not None:
+            terminal.restore()
+        if message:
+            render.error(message)
+        os._exit(code)
+
+    def on_terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        end_process("", 128 + signum)
+
+    group.set_on_lost(end_process)
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        if options.engine.model is not None:
+            read_args(options.engine.model)  # a folder without params.json needs no tokenizer
+            tokenizer = Tokenizer.from_folder(options.engine.model)
+        else:
+            tokenizer = Tokenizer.shipped(int((options.engine.shape or {}).get("vocab_size", 0)))
+        with render.loading_bar(quiet=options.quiet) as on_loading:
+            runner = load_runner(options.engine, group, on_loading)
+    except PeerFailedError:
+        return FAILED
+    except (MistralChatError, KeyboardInterrupt):
+        group.expect_end()
+        raise
+    load_s = time.monotonic() - started
+    chat = Chat(Engine(runner), tokenizer, instruct=options.instruct, system=system, tools=tools)
+    code = 0
+    try:
+        if prompt is None:
+            with QuietTerminal() as terminal:
+                chat_at_terminal(chat, options, load_s, terminal)
+        else:
+            code = one_shot.answer_once(chat, options, prompt, load_s)
+    except (MistralChatError, BrokenPipeError):
+        _part(group)
+        raise
+    except Exception:
+        group.await_verdict()
+        group.expect_end()
+        raise
+    _part(group)
+    return code
+
+
+def _part(group: "Group") -> None:
+    group.send(None)
+    group.close()

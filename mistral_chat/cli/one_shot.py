@@ -1,0 +1,152 @@
+"""One prompt, one answer: from a flag, files and a pipe, to stdout as text or as JSON."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mistral_chat.chat.chat import Answer, AnswerStream, Chat, Delta
+from mistral_chat.cli import render
+from mistral_chat.cli.flags import Options
+from mistral_chat.cli.terminal import QuietTerminal, is_fancy, is_terminal
+from mistral_chat.errors import PromptError
+
+__all__ = ["answer_once", "read_prompt", "read_text_file"]
+
+INTERRUPTED = 130
+
+
+def read_prompt(options: Options) -> str | None:
+    """The prompt: files, then stdin unless it is a terminal, then --prompt.
+
+    Each part loses one line end at its end; parts are joined by a blank line.
+
+    Returns:
+        the prompt; None where stdin is a terminal and there is no --prompt: a chat.
+
+    Raises:
+        PromptError: nothing to answer, or a part that cannot be read as UTF-8.
+    """
+    at_terminal = is_terminal(sys.stdin)
+    if at_terminal and options.prompt is None:
+        if options.json:
+            raise PromptError("--json answers one prompt: give --prompt, or text on stdin")
+        if options.files:
+            raise PromptError("--file is put before a prompt: give --prompt, or text on stdin")
+        return None
+    parts = [read_text_file(path) for path in options.files]
+    if sys.stdin is not None and not at_terminal:
+        parts.append(_decode(sys.stdin.buffer.read(), "stdin"))
+    if options.prompt is not None:
+        parts.append(options.prompt)
+    parts = [part for part in parts if part]
+    if not parts:
+        where = "is closed" if sys.stdin is None else "is empty"
+        raise PromptError(f"nothing to answer: stdin {where} and there is no --prompt")
+    return "\n\n".join(parts)
+
+
+def read_text_file(path: Path) -> str:
+    """A file's text, without the line end at its end.
+
+    Raises:
+        PromptError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
+    return _decode(data, str(path))
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{where} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
+            f"expected UTF-8 (iconv -f latin1 -t utf-8 may help)"
+        ) from error
+    if "\0" in text:
+        raise PromptError(f"{where} holds a NUL byte at offset {text.index(chr(0))}; expected text")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def answer_once(chat: Chat, options: Options, prompt: str, load_s: float) -> int:
+    """Answer and print; the code to end with.
+
+    Raises:
+        ContextLengthError: the prompt does not fit.
+        BrokenPipeError: the reader of stdout has gone.
+    """
+    stream = chat.send(prompt, options.sampling)
+    with _interruptible(stream) as poll:
+        for event in stream:
+            if isinstance(event, Delta) and not options.json:
+                render.say(event.text)
+            poll()
+    answer = stream.answer
+    assert answer is not None
+    if options.json:
+        model = str(options.engine.model or options.engine.shape)
+        world_size = chat.engine.runner.group.world_size
+        text = render.answer_json(answer, model=model, world_size=world_size, load_s=load_s)
+        render.say(text + "\n")
+    else:
+        render.say("\n")
+    report(answer, chat, options, load_s)
+    return INTERRUPTED if answer.finish_reason == "cancelled" else 0
+
+
+def report(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
+    """What stderr says after an answer."""
+    if options.quiet:
+        return
+    max_seq_len = chat.engine.max_seq_len
+    notice = render.notice_of(answer, options.sampling, max_seq_len)
+    if notice:
+        render.note(_dim(f"mistral-chat: {notice}"))
+    if options.stats:
+        render.note(_dim(f"mistral-chat: {render.stats_line(answer, max_seq_len, load_s)}"))
+
+
+def _dim(line: str) -> str:
+    return f"\x1b[2m{line}\x1b[0m" if is_fancy(sys.stderr) else line
+
+
+@contextmanager
+def _interruptible(stream: AnswerStream) -> Iterator[Any]:
+    """Have Ctrl-C, as a signal or as a key, end the answer and keep what was said."""
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        stream.cancel()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        # A background job may not touch its terminal, and has no Ctrl-C to read.
+        if is_terminal(sys.stdin) and _in_foreground():
+            with QuietTerminal() as terminal:
+
+                def poll() -> None:
+                    if terminal.poll()[0]:
+                        stream.cancel()
+
+                yield poll
+        else:
+            yield lambda: None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _in_foreground() -> bool:
+    """Whether this process may change its terminal; one in a session of its own always may."""
+    import os
+
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:  # not our controlling terminal: a worker of torchrun's
+        return True

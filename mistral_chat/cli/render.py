@@ -1,0 +1,145 @@
+"""What the command prints: the answer on stdout, everything else on stderr.
+
+Knows streams and formats; knows nothing of where answers come from.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mistral_chat.chat.chat import Answer
+from mistral_chat.cli.terminal import is_fancy
+from mistral_chat.config import SamplingParams
+from mistral_chat.engine.runner import Loading
+
+__all__ = ["answer_json", "error", "loading_bar", "note", "notice_of", "say", "stats_line"]
+
+
+def say(text: str) -> None:
+    """Write a piece of the answer to stdout, now.
+
+    Raises:
+        BrokenPipeError: the reader has gone.
+    """
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Write a line to stderr; a stderr that is closed or full stops nothing."""
+    if sys.stderr is None:
+        return
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return
+
+
+def error(message: object) -> None:
+    """The one line that says what went wrong."""
+    one_line = " ".join(str(message).split())
+    note(f"mistral-chat: error: {one_line}")
+
+
+def notice_of(answer: Answer, params: SamplingParams, max_seq_len: int) -> str | None:
+    """What a person should know of how an answer ended; None for a plain end."""
+    if answer.finish_reason == "length":
+        used = answer.usage.prompt_tokens + answer.usage.completion_tokens
+        if used >= max_seq_len:
+            return f"stopped: the context of {max_seq_len:,} tokens is full"
+        limit = answer.usage.completion_tokens
+        default = "" if params.max_tokens else ", the default of plain completion"
+        return f"stopped at --max_tokens {limit}{default}"
+    if answer.finish_reason == "cancelled":
+        return "interrupted"
+    if answer.finish_reason == "tool_calls":
+        names = ", ".join(call.name for call in answer.tool_calls)
+        return f"the model asks to call {names}"
+    return None
+
+
+def stats_line(answer: Answer, max_seq_len: int, load_s: float) -> str:
+    """Figures of one answer."""
+    usage = answer.usage
+    parts = [f"{usage.completion_tokens} tokens"]
+    if answer.decode_tokens_per_s is not None:
+        parts.append(f"{answer.decode_tokens_per_s:.1f} tokens/s")
+    if answer.first_token_s is not None:
+        parts.append(f"first after {answer.first_token_s:.2f} s")
+    parts.append(f"prompt {usage.prompt_tokens:,} ({usage.cached_tokens:,} cached)")
+    left = max_seq_len - usage.prompt_tokens - usage.completion_tokens
+    parts += [f"context left {left:,}", f"loaded in {load_s:.1f} s", f"seed {answer.seed}"]
+    return ", ".join(parts)
+
+
+def answer_json(answer: Answer, *, model: str, world_size: int, load_s: float) -> str:
+    """The object of `--json`, on one line."""
+    value: dict[str, Any] = {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "tool_calls": [
+            {"id": c.id, "name": c.name, "arguments": c.arguments} for c in answer.tool_calls
+        ],
+        "seed": answer.seed,
+        "usage": {
+            "prompt_tokens": answer.usage.prompt_tokens,
+            "cached_tokens": answer.usage.cached_tokens,
+            "completion_tokens": answer.usage.completion_tokens,
+        },
+        "timings": {
+            "load_s": _rounded(load_s),
+            "first_token_s": _rounded(answer.first_token_s),
+            "decode_tokens_per_s": _rounded(answer.decode_tokens_per_s),
+        },
+        "model": model,
+        "world_size": world_size,
+    }
+    if answer.logprobs is not None:
+        value["logprobs"] = [
+            {
+                "id": chosen.id,
+                "token": chosen.text,
+                "logprob": chosen.logprob,
+                "top": [{"id": i, "token": t, "logprob": p} for i, t, p in chosen.top],
+            }
+            for chosen in answer.logprobs
+        ]
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+@contextmanager
+def loading_bar(*, quiet: bool) -> Iterator[Callable[[Loading], None]]:
+    """A bar on stderr, in bytes and GB/s, while weights load; nothing where that is no terminal."""
+    if quiet or not is_fancy(sys.stderr):
+        yield lambda loading: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("loading rank 0's share"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(loading: Loading) -> None:
+            progress.update(task, completed=loading.read, total=loading.total)
+
+        yield show

@@ -1,0 +1,267 @@
+"""Sequences of token ids in, chosen tokens out, several sequences at once. Rank 0 only.
+
+Keeps what each cache slot holds, so that a prompt that shares a prefix with it is only run from
+where they part. Knows nothing of text, templates or files.
+"""
+
+import secrets
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mistral_chat.config import SamplingParams
+from mistral_chat.engine.runner import Runner
+from mistral_chat.engine.sampling import choose, log_probability
+from mistral_chat.engine.step import Chunk, Step
+from mistral_chat.errors import ContextLengthError, PromptError
+
+__all__ = ["Engine", "Prefill", "Request", "Token"]
+
+
+@dataclass(kw_only=True)
+class Request:
+    """A prompt to go on from.
+
+    Args:
+        ids: the prompt's tokens.
+        params: how to choose the answer's.
+        stop_ids: tokens that end the answer.
+        banned_ids: tokens never to choose.
+        cancelled: set it at any time: the sequence ends before its next step.
+    """
+
+    ids: list[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    banned_ids: tuple[int, ...] = ()
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """So much of the prompt has been run.
+
+    Args:
+        done: prompt tokens in the cache.
+        total: prompt tokens.
+        cached: of `done`, those that were there before.
+        logprobs: of the prompt tokens after the first, so far; empty when not asked for.
+    """
+
+    done: int
+    total: int
+    cached: int
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A chosen token.
+
+    Args:
+        id: its id.
+        finish_reason: why it is the last one; None when it is not. `stop`: it is a stop token;
+            `length`: max_tokens or the context is reached.
+        logprob: of the model's own distribution; None when not asked for.
+        top: the most likely ids with log-probabilities.
+    """
+
+    id: int
+    finish_reason: Literal["stop", "length"] | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+Event = Prefill | Token
+
+
+class _Sequence:
+    """A request on its way through one slot."""
+
+    def __init__(self, index: int, request: Request, slot: int, start: int, room: int) -> None:
+        params = request.params
+        self.index = index
+        self.request = request
+        self.slot = slot
+        self.done = start  # tokens of `tokens` that are in the cache
+        self.cached = start
+        self.tokens = list(request.ids)
+        self.n_prompt = len(request.ids)
+        self.n_left = min(params.max_tokens or room, room)
+        self.logprobs: list[float] = []
+        self.banned: Tensor | None = None
+        self.generator: torch.Generator | None = None
+
+    @property
+    def prefilling(self) -> bool:
+        return self.done < self.n_prompt
+
+    def next_tokens(self, most: int) -> tuple[int, ...]:
+        return tuple(self.tokens[self.done : self.done + most])
+
+
+class Engine:
+    """Generates for one or many requests over the runner's slots.
+
+    Args:
+        runner: rank 0's, whose followers are in their loop.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._held: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of one sequence, prompt and answer together."""
+        return self.runner.max_seq_len
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Go on from one prompt.
+
+        Yields:
+            Prefill after each chunk of the prompt, then Token after Token until one carries a
+            finish reason. A cancelled request just ends.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+            PromptError: the prompt is empty or has ids outside the vocabulary.
+        """
+        for _, event in self.generate_many([request]):
+            yield event
+
+    def generate_many(self, requests: Iterable[Request]) -> Iterator[tuple[int, Event]]:
+        """Go on from many prompts, as many at once as there are slots.
+
+        Args:
+            requests: taken one by one as slots become free.
+
+        Yields:
+            the request's number, in the order given, and its event.
+
+        Raises:
+            ContextLengthError: a prompt leaves no room for an answer.
+            PromptError: a prompt is empty or has ids outside the vocabulary.
+        """
+        waiting = enumerate(requests)
+        running: list[_Sequence] = []
+        free = deque(range(len(self._held)))
+        try:
+            while True:
+                for sequence in [s for s in running if s.request.cancelled]:
+                    running.remove(sequence)
+                    free.append(sequence.slot)
+                while free and (entry := next(waiting, None)) is not None:
+                    if not entry[1].cancelled:
+                        running.append(self._admit(*entry, free))
+                if not running:
+                    return
+                for sequence, event in self._step(running):
+                    if isinstance(event, Token) and event.finish_reason:
+                        running.remove(sequence)
+                        free.append(sequence.slot)
+                    yield sequence.index, event
+        finally:
+            running.clear()
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that cannot be run, before anything is.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+            PromptError: the prompt is empty or has ids outside the vocabulary.
+        """
+        vocab_size = self.runner.model.args.vocab_size
+        if not request.ids:
+            raise PromptError("the prompt is empty: expected at least one token")
+        if min(request.ids) < 0 or max(request.ids) >= vocab_size:
+            raise PromptError(
+                f"the prompt has token ids outside 0 to {vocab_size - 1}: does the tokenizer "
+                f"belong to this model?"
+            )
+        if len(request.ids) >= self.max_seq_len:
+            raise ContextLengthError(len(request.ids), self.max_seq_len)
+
+    def _admit(self, index: int, request: Request, free: deque[int]) -> _Sequence:
+        """Give a request the free slot that shares the longest prefix with it."""
+        self.check(request)
+        shared = {slot: _common_prefix(self._held[slot], request.ids) for slot in free}
+        slot = max(free, key=lambda s: (shared[s], -len(self._held[s])))
+        free.remove(slot)
+        # The last prompt token is always run: its logits choose the first token of the answer.
+        start = 0 if request.params.prompt_logprobs else min(shared[slot], len(request.ids) - 1)
+        sequence = _Sequence(index, request, slot, start, self.max_seq_len - len(request.ids))
+        device = self.runner.model.device
+        if request.banned_ids:
+            sequence.banned = torch.tensor(request.banned_ids, device=device)
+        seed = request.params.seed
+        sequence.generator = torch.Generator(device)
+        sequence.generator.manual_seed(secrets.randbits(63) if seed is None else seed)
+        return sequence
+
+    def _step(self, running: list[_Sequence]) -> list[tuple[_Sequence, Event]]:
+        """Run one step: a token of each sequence that decodes, and as much prompt as has room."""
+        room = self.runner.chunk_size
+        chunks: list[tuple[_Sequence, Chunk]] = []
+        for sequence in sorted(running, key=lambda s: s.prefilling):
+            tokens = sequence.next_tokens(room)
+            if tokens:
+                chunks.append((sequence, Chunk(sequence.slot, sequence.done, tokens)))
+                room -= len(tokens)
+        scored = [s for s, c in chunks if s.done + len(c.tokens) == len(s.tokens)]
+        all_logits = any(s.prefilling and s.request.params.prompt_logprobs for s, _ in chunks)
+        which = "all" if all_logits else "last" if scored else "none"
+        for sequence, chunk in chunks:
+            del self._held[sequence.slot][chunk.start :]
+        logits = self.runner.run(Step(tuple(c for _, c in chunks), which))  # type: ignore[arg-type]
+        events: list[tuple[_Sequence, Event]] = []
+        row = 0
+        for sequence, chunk in chunks:
+            self._held[sequence.slot].extend(chunk.tokens)
+            n_rows = len(chunk.tokens) if which == "all" else 1
+            rows = None if logits is None else logits[row : row + n_rows]
+            row += n_rows
+            events += ((sequence, event) for event in self._advance(sequence, chunk, rows))
+        return events
+
+    def _advance(self, sequence: _Sequence, chunk: Chunk, rows: Tensor | None) -> list[Event]:
+        """Note what a step did for one sequence and choose its next token, if it is due."""
+        events: list[Event] = []
+        was_prefilling = sequence.prefilling
+        sequence.done += len(chunk.tokens)
+        if was_prefilling:
+            if sequence.request.params.prompt_logprobs:
+                assert rows is not None
+                following = sequence.tokens[chunk.start + 1 : sequence.done + 1]
+                known = rows[: len(following)]
+                sequence.logprobs += log_probability(
+                    known, torch.tensor(following, dtype=torch.int64)
+                )
+            events.append(
+                Prefill(sequence.done, sequence.n_prompt, sequence.cached, tuple(sequence.logprobs))
+            )
+        if sequence.done == len(sequence.tokens):
+            assert rows is not None
+            assert sequence.generator is not None
+            params = sequence.request.params
+            choice = choose(rows[-1], params, sequence.banned, sequence.generator)
+            sequence.tokens.append(choice.id)
+            sequence.n_left -= 1
+            reason: Literal["stop", "length"] | None = None
+            if choice.id in sequence.request.stop_ids and not params.ignore_eos:
+                reason = "stop"
+            elif sequence.n_left == 0:
+                reason = "length"
+            events.append(Token(choice.id, reason, choice.logprob, choice.top))
+        return events
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

@@ -1,0 +1,233 @@
+"""The ranks of a run, and everything that passes between them.
+
+Waiting for rank 0's next step happens on a CPU process group (gloo) that may wait for a month and
+does not spin; sums of activations use NCCL on GPUs and gloo on CPU. Knows nothing of sequences.
+"""
+
+import contextlib
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from mistral_chat.engine.lifeline import Lifeline, OnLost
+from mistral_chat.engine.step import Step
+from mistral_chat.errors import MistralChatError, RankLostError
+from mistral_chat.kernels import reference
+
+__all__ = ["Group", "PeerFailedError", "Place"]
+
+# Waiting for a person to type: longer than anyone thinks. gloo counts in nanoseconds in 63 bits.
+PATIENCE = timedelta(days=30)
+START_TIMEOUT = timedelta(minutes=10)
+HEADER = 64
+VERDICT_S = 1.0
+
+
+class PeerFailedError(RankLostError):
+    """Another rank has failed and says why; this one ends without a word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process stands among the ranks, as torchrun's environment says.
+
+    Args:
+        rank: over all nodes.
+        world_size: number of ranks over all nodes.
+        local_rank: on this node; its GPU.
+        local_world_size: ranks on this node.
+        master_addr: rank 0's node.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+
+
+class Group:
+    """All ranks of a run; the `Collective` of the sharded model.
+
+    Args:
+        place: of this process. With more than one rank, this constructor meets the others and
+            returns on all of them.
+        store: where they meet; None is what the launcher set up.
+    """
+
+    def __init__(self, place: Place, store: Store | None = None) -> None:
+        self.place = place
+        self.rank = place.rank
+        self.world_size = place.world_size
+        self._lifeline: Lifeline | None = None
+        self._sums: dict[str, dist.ProcessGroup | None] = {}
+        if place.world_size > 1:
+            self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is rank 0, which decides."""
+        return self.rank == 0
+
+    def _meet(self, store: Store) -> None:
+        self._lifeline = self._open_lifeline(store)
+        dist.init_process_group(
+            "gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=PATIENCE
+        )
+        self._sums["cpu"] = dist.group.WORLD
+        if torch.cuda.is_available() and self.place.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(self.place.local_rank)
+            self._sums["cuda"] = dist.new_group(backend="nccl")
+
+    def _open_lifeline(self, store: Store) -> Lifeline:
+        one_node = self.place.local_world_size == self.world_size
+        if self.is_leader:
+            listener = socket.create_server(("127.0.0.1" if one_node else "", 0), backlog=1024)
+            secret = secrets.token_bytes(16)
+            port = listener.getsockname()[1]
+            store.set("mistral_chat/lifeline", f"{port} {secret.hex()}")
+            return Lifeline.lead(listener, self.world_size, secret)
+        port, secret_hex = store.get("mistral_chat/lifeline").decode().split()
+        host = "127.0.0.1" if one_node else self.place.master_addr
+        return Lifeline.follow((host, int(port)), self.rank, bytes.fromhex(secret_hex))
+
+    def set_on_lost(self, on_lost: OnLost) -> None:
+        """Have `on_lost` called, from a thread, when another rank ends; it must end the process."""
+        if self._lifeline:
+            self._lifeline.on_lost = on_lost
+
+    # What the model asks for.
+
+    def all_reduce(self, partial: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(partial, group=self._sums[partial.device.type])
+        return partial
+
+    def reduce_add_norm(
+        self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """`reference.add_norm` of the sum of `partial` over ranks."""
+        return reference.add_norm(self.all_reduce(partial), residual, weight, eps)
+
+    def gather_columns(self, part: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        """Put the ranks' columns side by side on rank 0.
+
+        Args:
+            part: (n, sizes[rank]) of this rank.
+            sizes: columns of every rank.
+
+        Returns:
+            (n, sum of sizes) on rank 0, None on the others.
+        """
+        if self.world_size == 1:
+            return part
+        widest = max(sizes)
+        padded = part.new_zeros(len(part), widest)  # a gather wants equal shapes
+        padded[:, : part.shape[1]] = part
+        parts = [torch.empty_like(padded) for _ in sizes] if self.is_leader else None
+        dist.gather(padded, parts, dst=0, group=self._sums[part.device.type])
+        if parts is None:
+            return None
+        return torch.cat([p[:, :size] for p, size in zip(parts, sizes, strict=True)], dim=1)
+
+    # What rank 0 tells, and what ranks agree on.
+
+    def send(self, step: Step | None) -> None:
+        """Rank 0: tell the others what to run; None ends their loop."""
+        if self.world_size == 1:
+            return
+        packed = step.pack() if step else []
+        header = torch.zeros(HEADER, dtype=torch.int64)
+        inline = packed[: HEADER - 1]
+        header[: len(inline) + 1] = torch.tensor([len(packed), *inline])
+        dist.broadcast(header, src=0)
+        if len(packed) > len(inline):
+            dist.broadcast(torch.tensor(packed[len(inline) :]), src=0)
+
+    def receive(self) -> Step | None:
+        """Other ranks: wait, however long it takes, for what to run; None is the end."""
+        header = torch.zeros(HEADER, dtype=torch.int64)
+        try:
+            dist.broadcast(header, src=0)
+            length, *packed = header.tolist()
+            if length > len(packed):
+                rest = torch.zeros(length - len(packed), dtype=torch.int64)
+                dist.broadcast(rest, src=0)
+                packed += rest.tolist()
+        except RuntimeError as error:  # gloo: connection closed by peer
+            raise PeerFailedError("rank 0 has ended") from error
+        return Step.unpack(packed[:length]) if length else None
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank (pickled)."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def minimum(self, value: int) -> int:
+        """The least of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        least = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return int(least)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that may fail on some ranks: it then fails on all, and one says why.
+
+        Raises:
+            MistralChatError: the block's own, on the lowest rank that failed.
+            PeerFailedError: on every other rank.
+        """
+        failure: MistralChatError | None = None
+        try:
+            yield
+        except MistralChatError as error:
+            failure = error
+        if self.world_size == 1:
+            if failure:
+                raise failure
+            return
+        first_failed = self.minimum(self.world_size if failure is None else self.rank)
+        if first_failed == self.world_size:
+            return
+        self.expect_end()
+        if failure is not None and first_failed == self.rank:
+            raise failure
+        raise PeerFailedError(f"rank {first_failed} has failed")
+
+    def fail(self, message: str) -> None:
+        """Tell rank 0 why this rank is about to end."""
+        if self._lifeline:
+            self._lifeline.fail(message)
+
+    def await_verdict(self) -> None:
+        """After a failed collective: where a lost rank is why, the lifeline says so and ends us."""
+        if self._lifeline:
+            time.sleep(VERDICT_S)
+
+    def expect_end(self) -> None:
+        """From now on, ranks that end are no failure."""
+        if self._lifeline:
+            self._lifeline.expect_end()
+
+    def close(self) -> None:
+        """Part from the other ranks in peace."""
+        if self._lifeline:
+            self._lifeline.close()
+            self._lifeline = None
+            dist.destroy_process_group()

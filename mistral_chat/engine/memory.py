@@ -1,0 +1,112 @@
+"""Will it fit: bytes a rank needs against bytes that are free, before any weight is read.
+
+Arithmetic on shapes, and two readings of the machine. Knows nothing of files.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from mistral_chat.errors import NotEnoughMemoryError
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
+from mistral_chat.model.cache import kv_bytes_per_token
+from mistral_chat.model.checkpoint import local_bytes
+from mistral_chat.model.sharding import Shard, placements
+
+__all__ = ["Plan", "free_bytes", "plan_memory"]
+
+GPU_RESERVE_BYTES = 1 << 30  # cuBLAS and NCCL buffers, fragmentation
+CPU_RESERVE_BYTES = 1 << 28
+# Less context than this is no chat; a --max_seq_len below it is taken at its word.
+LEAST_SEQ_LEN = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes of one rank.
+
+    Args:
+        weights: of this rank's slices.
+        kv_per_token: of one position in every slot.
+        workspace: activations of the largest step, and what libraries take.
+        free: what the device has.
+        max_seq_len: positions that the cache is planned for.
+    """
+
+    weights: int
+    kv_per_token: int
+    workspace: int
+    free: int
+    max_seq_len: int
+
+
+def free_bytes(device: torch.device, ranks_here: int) -> int:
+    """Memory that one rank may take: of its GPU, or an equal part of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return max(0, available) // ranks_here
+
+
+def plan_memory(
+    shard: Shard,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    free: int,
+    n_slots: int,
+    chunk_size: int,
+    max_seq_len: int | None,
+) -> Plan:
+    """Choose the context that fits, or refuse.
+
+    Args:
+        shard: this rank's share.
+        dtype: of weights and cache.
+        device: where they go.
+        free: bytes that this rank may take.
+        n_slots: sequences in the cache.
+        chunk_size: most tokens of a step.
+        max_seq_len: positions asked for; None takes what fits, at most the model's.
+
+    Raises:
+        NotEnoughMemoryError: weights and the least or asked-for context do not fit.
+    """
+    args = shard.args
+    weights = local_bytes(placements(shard).values(), dtype)
+    kv_per_token = n_slots * kv_bytes_per_token(shard, dtype)
+    widths = 6 * args.dim + 4 * len(shard.hidden) + 4 * len(shard.heads) * args.head_dim
+    reserve = GPU_RESERVE_BYTES if device.type == "cuda" else CPU_RESERVE_BYTES
+    workspace = chunk_size * widths * dtype.itemsize + 2 * args.vocab_size * 4 + reserve
+    left = free - weights - workspace
+    fits = max(0, left // kv_per_token)
+    most = args.max_seq_len or DEFAULT_MAX_SEQ_LEN
+    wanted = max_seq_len or min(most, LEAST_SEQ_LEN)
+    if fits < wanted:
+        raise NotEnoughMemoryError(
+            f"{device} has {_gb(free)} free for this rank; weights need {_gb(weights)}, a context "
+            f"of {wanted:,} tokens {_gb(wanted * kv_per_token)}, workspace {_gb(workspace)}: "
+            f"{_advice(fits, max_seq_len)}"
+        )
+    return Plan(
+        weights=weights,
+        kv_per_token=kv_per_token,
+        workspace=workspace,
+        free=free,
+        max_seq_len=max_seq_len or min(most, fits),
+    )
+
+
+def _advice(fits: int, max_seq_len: int | None) -> str:
+    if max_seq_len and fits >= min(max_seq_len, LEAST_SEQ_LEN) // 2:
+        return f"use --max_seq_len {fits} or less, or more ranks (--nproc_per_node)"
+    return "use more ranks (--nproc_per_node), a smaller --dtype or a smaller model"
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"

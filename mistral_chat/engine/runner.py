@@ -1,0 +1,244 @@
+"""One rank's model and cache: made from a config, then run step by step.
+
+The same on every rank; rank 0's answers carry logits. Knows nothing of sequences' histories.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mistral_chat.config import EngineConfig
+from mistral_chat.engine.group import Group
+from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
+from mistral_chat.engine.step import Step
+from mistral_chat.errors import CheckpointError, DeviceError, UsageError
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, read_args
+from mistral_chat.model.cache import KVCache
+from mistral_chat.model.checkpoint import (
+    StoredTensor,
+    check_tensors,
+    load_weights,
+    read_headers,
+)
+from mistral_chat.model.sharding import Shard, placements
+from mistral_chat.model.transformer import Transformer
+
+__all__ = ["Loading", "Runner", "choose_device", "choose_dtype", "load_model", "load_runner"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Progress of one rank's loading, told as it goes.
+
+    Args:
+        read: bytes read so far.
+        total: bytes that this rank reads in all.
+        seconds: since reading began.
+    """
+
+    read: int
+    total: int
+    seconds: float
+
+
+OnLoading = Callable[[Loading], None]
+AnyTransformer = TypeVar("AnyTransformer", bound=Transformer)
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of a rank: auto is this rank's GPU where there are any, else the CPU.
+
+    Raises:
+        DeviceError: no GPU, or none of this rank's number.
+    """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not n_gpus):
+        return torch.device("cpu")
+    if not n_gpus:
+        raise DeviceError(
+            f"--device {device}, but torch {torch.__version__} sees no GPU here: use --device cpu, "
+            f"or install a CUDA build of torch and check nvidia-smi"
+        )
+    if local_rank >= n_gpus:
+        raise DeviceError(
+            f"rank {local_rank} of this node needs GPU {local_rank}, but there are {n_gpus}: "
+            f"expected at most {n_gpus} ranks a node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Type of weights and cache: auto is float32 on CPU, else bfloat16 (float16 before sm80)."""
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+class Runner:
+    """A loaded model with its cache; runs steps on this rank.
+
+    Args:
+        model: this rank's share, weights in place.
+        group: the ranks.
+        max_batch_size: slots of the cache.
+        max_seq_len: positions of a slot.
+        chunk_size: most tokens of a step.
+        plan: bytes by purpose; None where nobody planned.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        group: Group,
+        *,
+        max_batch_size: int,
+        max_seq_len: int,
+        chunk_size: int,
+        plan: Plan | None = None,
+    ) -> None:
+        self.model = model
+        self.group = group
+        self.max_seq_len = max_seq_len
+        self.chunk_size = chunk_size
+        self.plan = plan
+        self.cache = KVCache(model.shard, max_batch_size, max_seq_len, model.dtype, model.device)
+        self._vocab_sizes = [len(model.shard.vocab_of(r)) for r in range(group.world_size)]
+
+    def run(self, step: Step) -> Tensor | None:
+        """Rank 0: run a step on all ranks.
+
+        Returns:
+            float32 logits (scored positions, vocabulary), or None for a step that scores none.
+        """
+        self.group.send(step)
+        return self.forward(step)
+
+    def forward(self, step: Step) -> Tensor | None:
+        """Run a step on this rank; logits arrive on rank 0 alone."""
+        ids = [token for chunk in step.chunks for token in chunk.tokens]
+        tokens = torch.tensor(ids, device=self.model.device)
+        spans = [chunk.span for chunk in step.chunks]
+        part = self.model(tokens, spans, self.cache, step.logits)
+        return None if part is None else self.group.gather_columns(part, self._vocab_sizes)
+
+    def follow(self) -> None:
+        """Other ranks: run what rank 0 says until it ends the loop."""
+        while (step := self.group.receive()) is not None:
+            self.forward(step)
+
+
+def _shape(config: EngineConfig) -> TransformerArgs:
+    if config.model is not None:
+        return read_args(config.model)
+    assert config.shape is not None
+    try:
+        return TransformerArgs.from_dict(config.shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"--config, table [model]: {error}") from error
+
+
+def load_model(
+    config: EngineConfig,
+    group: Group,
+    make: Callable[[TransformerArgs], AnyTransformer],
+    on_loading: OnLoading = lambda loading: None,
+) -> tuple[AnyTransformer, Plan]:
+    """Check, plan and load this rank's share of the model; fails on all ranks or on none.
+
+    Args:
+        config: what to load and where.
+        group: the ranks.
+        make: gives an empty model of a shape; called on torch's meta device.
+        on_loading: told of progress after every read.
+
+    Raises:
+        CheckpointError: the folder or its weights cannot be used.
+        DeviceError: a device or number of ranks that cannot be.
+        NotEnoughMemoryError: it does not fit.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    with group.together():
+        if config.load_format == "hf":
+            raise UsageError("--load_format hf: reading Hugging Face's layout is not built yet")
+        args = replace(_shape(config), max_batch_size=config.max_batch_size)
+        shard = Shard(args, group.world_size, group.rank)
+        device = choose_device(config.device, group.place.local_rank)
+        dtype = choose_dtype(config.dtype, device)
+        table = placements(shard)
+        if config.load_format != "dummy":
+            assert config.model is not None
+            tensors = read_headers(config.model)
+            check_tensors(config.model, tensors, table)
+        if config.max_seq_len and args.max_seq_len and config.max_seq_len > args.max_seq_len:
+            raise UsageError(
+                f"--max_seq_len {config.max_seq_len}: the model knows {args.max_seq_len} positions"
+            )
+        most = config.max_seq_len or args.max_seq_len or DEFAULT_MAX_SEQ_LEN
+        plan = plan_memory(
+            shard,
+            dtype=dtype,
+            device=device,
+            free=free_bytes(device, group.place.local_world_size),
+            n_slots=config.max_batch_size,
+            chunk_size=min(_chunk_size(config, device), most),
+            max_seq_len=config.max_seq_len,
+        )
+    plan = replace(plan, max_seq_len=group.minimum(plan.max_seq_len))
+    with group.together():
+        with torch.device("meta"):
+            model = make(args)
+        model = model.to(dtype).to_empty(device=device)
+        if config.load_format == "dummy":
+            model.init_weights(config.seed)
+        else:
+            _load(model, tensors, on_loading)
+    return model, plan
+
+
+def load_runner(
+    config: EngineConfig, group: Group, on_loading: OnLoading = lambda loading: None
+) -> Runner:
+    """`load_model`, with its cache."""
+
+    def make(args: TransformerArgs) -> Transformer:
+        return Transformer(args, Shard(args, group.world_size, group.rank), group)
+
+    model, plan = load_model(config, group, make, on_loading)
+    return Runner(
+        model,
+        group,
+        max_batch_size=config.max_batch_size,
+        max_seq_len=plan.max_seq_len,
+        chunk_size=_chunk_size(config, model.device),
+        plan=plan,
+    )
+
+
+def _chunk_size(config: EngineConfig, device: torch.device) -> int:
+    return config.chunk_size or (2048 if device.type == "cuda" else 256)
+
+
+def _load(model: Transformer, tensors: dict[str, StoredTensor], on_loading: OnLoading) -> None:
+    total = 0
+    for name, placement in model.placements().items():
+        tensor = tensors[name]
+        n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
+        total += len(placement.rows) * n_cols * tensor.torch_dtype.itemsize
+    started = time.monotonic()
+    read = 0
+
+    def on_bytes(n: int) -> None:
+        nonlocal read
+        read += n
+        on_loading(Loading(read, total, time.monotonic() - started))
+
+    load_weights(model, tensors, on_bytes)

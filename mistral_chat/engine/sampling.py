@@ -1,0 +1,92 @@
+"""Choosing a token from logits. Runs on rank 0 alone; the others are told.
+
+Shapes: V = vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral_chat.config import SamplingParams
+
+__all__ = ["Choice", "choose", "log_probability", "probabilities"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chosen token.
+
+    Args:
+        id: its id.
+        logprob: natural log of the model's own probability of it (before temperature and
+            filters); None when not asked for.
+        top: the most likely ids with their log-probabilities, most likely first.
+    """
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """What a token is drawn from, at a temperature above 0.
+
+    Temperature comes first, then min_p, top_k and top_p on what is left, as in vLLM. The most
+    likely token always stays.
+
+    Args:
+        logits: (V,) float32.
+        params: their temperature, top_k, top_p and min_p.
+
+    Returns:
+        (V,) that sum to 1.
+    """
+    probs = torch.softmax(logits / params.temperature, dim=-1)
+    if params.min_p > 0:
+        probs = probs.masked_fill(probs < params.min_p * probs.max(), 0)
+    if params.top_k or params.top_p < 1:
+        n_kept = min(params.top_k or len(probs), len(probs))
+        sorted_probs, ids = probs.topk(n_kept)
+        if params.top_p < 1:
+            share = sorted_probs / sorted_probs.sum()
+            sorted_probs = sorted_probs.masked_fill(share.cumsum(0) - share >= params.top_p, 0)
+        probs = torch.zeros_like(probs).scatter_(0, ids, sorted_probs)
+    return probs / probs.sum()
+
+
+def choose(
+    logits: Tensor, params: SamplingParams, banned: Tensor | None, generator: torch.Generator
+) -> Choice:
+    """Choose one token.
+
+    Args:
+        logits: (V,) float32.
+        params: how.
+        banned: ids never to choose, (n,); None bans nothing.
+        generator: source of randomness, on the device of `logits`; not used when greedy.
+    """
+    allowed = logits if banned is None else logits.index_fill(0, banned, -torch.inf)
+    if params.temperature == 0:
+        chosen = int(allowed.argmax())
+    else:
+        weights = probabilities(allowed, params)
+        chosen = int(torch.multinomial(weights, 1, generator=generator))
+    if params.logprobs is None:
+        return Choice(chosen, None, ())
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = logprobs.topk(min(params.logprobs, len(logprobs)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Choice(chosen, float(logprobs[chosen]), top)
+
+
+def log_probability(logits: Tensor, tokens: Tensor) -> list[float]:
+    """Natural log of each token's probability.
+
+    Args:
+        logits: (T, V) float32.
+        tokens: (T,) ids, each scored by its row.
+    """
+    rows = torch.log_softmax(logits, dim=-1)
+    found: list[float] = rows.gather(1, tokens.to(logits.device).unsqueeze(1)).squeeze(1).tolist()
+    return found

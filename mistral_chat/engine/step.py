@@ -1,0 +1,65 @@
+"""The one verb between rank 0 and the others: run these tokens of these sequences.
+
+A step is plain integers and can be packed into a list of them. Knows nothing of how it travels.
+"""
+
+from dataclasses import dataclass
+
+from mistral_chat.model.transformer import Span, WhichLogits
+
+__all__ = ["Chunk", "Step"]
+
+_WHICH: tuple[WhichLogits, ...] = ("none", "last", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New tokens of one sequence.
+
+    Args:
+        slot: its place in the cache.
+        start: position of the first; what the cache holds from there on is overwritten.
+        tokens: ids.
+    """
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+
+    @property
+    def span(self) -> Span:
+        """The same without the ids."""
+        return Span(self.slot, self.start, len(self.tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass over new tokens of one or more sequences.
+
+    Args:
+        chunks: at most one a slot.
+        logits: which positions rank 0 wants scored: none, the last of each chunk, all.
+    """
+
+    chunks: tuple[Chunk, ...]
+    logits: WhichLogits = "last"
+
+    def pack(self) -> list[int]:
+        """As integers: which logits, number of chunks, then slot, start, length, ids of each."""
+        packed = [_WHICH.index(self.logits), len(self.chunks)]
+        for chunk in self.chunks:
+            packed += [chunk.slot, chunk.start, len(chunk.tokens), *chunk.tokens]
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: list[int]) -> "Step":
+        """The step that `pack` made these integers from."""
+        which, n_chunks = packed[:2]
+        chunks = []
+        at = 2
+        for _ in range(n_chunks):
+            slot, start, length = packed[at : at + 3]
+            at += 3
+            chunks.append(Chunk(slot, start, tuple(packed[at : at + length])))
+            at += length
+        return cls(tuple(chunks), _WHICH[which])

@@ -1,0 +1,131 @@
+"""The other ranks' life, and a session that holds all ranks of a Python program together.
+
+`python -m mistral_chat.engine.worker CONFIG` is a rank that an `LLM` started.
+"""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mistral_chat.config import EngineConfig
+from mistral_chat.engine.group import Group, PeerFailedError
+from mistral_chat.engine.launch import (
+    current_group,
+    launched_rank,
+    launched_ranks_here,
+    spawn_ranks,
+)
+from mistral_chat.engine.runner import load_runner
+from mistral_chat.errors import MistralChatError, UsageError
+
+__all__ = ["Session", "serve"]
+
+END_TIMEOUT_S = 10.0
+
+
+def serve(config: EngineConfig, group: Group) -> None:
+    """Load this rank's share and run rank 0's steps until it ends the session.
+
+    Raises:
+        MistralChatError: this rank is the one to say why the model cannot be loaded.
+        PeerFailedError: another rank says why.
+    """
+    # Ctrl-C is rank 0's to handle; should it go, the lifeline ends this process too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        load_runner(config, group).follow()
+    except MistralChatError:
+        raise
+    except torch.OutOfMemoryError as error:
+        group.fail(f"out of memory: {str(error).splitlines()[0]}")
+        raise PeerFailedError("told rank 0") from error
+    except Exception as error:
+        group.await_verdict()
+        traceback.print_exc()
+        group.fail(f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
+        raise PeerFailedError("told rank 0") from error
+    group.close()
+
+
+class Session:
+    """The ranks that a program's `LLM` runs on.
+
+    Args:
+        config: what they load.
+        nproc_per_node: how many; None is torchrun's number, else one.
+
+    Raises:
+        UsageError: a number that is not torchrun's, or not at least 1.
+    """
+
+    def __init__(self, config: EngineConfig, nproc_per_node: int | None) -> None:
+        self._workers: list[subprocess.Popen[bytes]] = []
+        if nproc_per_node is not None and nproc_per_node < 1:
+            raise UsageError(f"nproc_per_node is {nproc_per_node}: expected at least 1")
+        if launched_rank() is not None:
+            if nproc_per_node not in (None, launched_ranks_here()):
+                raise UsageError(
+                    f"nproc_per_node is {nproc_per_node}, but the launcher started "
+                    f"{launched_ranks_here()} ranks on this node"
+                )
+            self.group = current_group()
+        elif (nproc_per_node or 1) == 1:
+            self.group = current_group()
+        else:
+            assert nproc_per_node is not None
+            self.group, self._workers = spawn_ranks(nproc_per_node, _to_json(config))
+
+    def close(self) -> None:
+        """End the other ranks' loop, and wait for the processes that this one started."""
+        self.group.send(None)
+        self.group.close()
+        self._wait()
+
+    def abandon(self) -> None:
+        """End the other ranks after a failure, whatever they are doing."""
+        self.group.expect_end()
+        for worker in self._workers:
+            worker.terminate()
+        self._wait()
+
+    def _wait(self) -> None:
+        for worker in self._workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(END_TIMEOUT_S)
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+        self._workers = []
+
+
+def _to_json(config: EngineConfig) -> str:
+    return json.dumps(asdict(config) | {"model": str(config.model) if config.model else None})
+
+
+def _from_json(text: str) -> EngineConfig:
+    values = json.loads(text)
+    if values["model"] is not None:
+        values["model"] = Path(values["model"])
+    return EngineConfig(**values)
+
+
+def main() -> None:
+    """Entry of a started rank."""
+    try:
+        serve(_from_json(sys.argv[1]), current_group())
+    except PeerFailedError:
+        sys.exit(1)
+    except MistralChatError as error:
+        print(f"mistral-chat: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Every operation in plain torch: what CPU runs, and what faster kernels are compared with.
+
+Shapes: T = new tokens of one sequence or step, S = cached tokens, H = local query heads,
+K = local KV heads, D = head_dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+__all__ = [
+    "add_norm",
+    "apply_rope",
+    "attention",
+    "embed_rows",
+    "rms_norm",
+    "rope_rotations",
+    "silu_mul",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, in float32 inside.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_norm(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add a layer's output to the residual stream and normalize for the next layer.
+
+    Args:
+        partial: (T, dim), the layer's output, summed over ranks.
+        residual: (T, dim).
+        weight: (dim,) of the next norm.
+        eps: of the next norm.
+
+    Returns:
+        the normed stream and the new residual, both (T, dim).
+    """
+    residual = residual + partial
+    return rms_norm(residual, weight, eps), residual
+
+
+def embed_rows(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
+    """Embedding from a range of rows; zeros for tokens outside, so that ranks sum to the whole.
+
+    Args:
+        tokens: (T,) ids.
+        weight: (n_rows, dim), the rows of ids `first_id` onwards.
+        first_id: id of the first row.
+
+    Returns:
+        (T, dim).
+    """
+    local = tokens - first_id
+    inside = (local >= 0) & (local < len(weight))
+    rows = F.embedding(local.clamp(0, len(weight) - 1), weight)
+    return rows.masked_fill_(~inside.unsqueeze(-1), 0)
+
+
+def rope_rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Rotations of the rotary embedding at given positions.
+
+    Source: Su et al. 2021, arXiv 2104.09864.
+
+    Args:
+        positions: (T,) integers.
+        head_dim: D.
+        theta: base of the wavelengths.
+
+    Returns:
+        (T, D / 2) complex64 of absolute value 1.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = theta ** (exponents / -head_dim)  # (D / 2,)
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies  # (T, D / 2)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn adjacent pairs of each head (Mistral's interleaved layout).
+
+    Args:
+        x: (T, heads, D).
+        rotations: (T, D / 2) complex64.
+
+    Returns:
+        (T, heads, D) of x's type.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (T, heads, D / 2)
+    turned = torch.view_as_real(pairs * rotations.unsqueeze(1))
+    return turned.flatten(-2).type_as(x)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """SiLU of the first half times the second half: (T, 2 * hidden) -> (T, hidden)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    window: int | None,
+    queries_by_kv_head: Sequence[int],
+) -> Tensor:
+    """Causal attention of a sequence's new tokens to all of its cached ones.
+
+    Args:
+        q: (T, H, D), queries at positions `start` to `start + T - 1`.
+        k: (K, S, D), keys of positions 0 to S - 1, S = start + T.
+        v: (K, S, D).
+        start: position of the first query.
+        window: a query attends to this many positions, its own included; None is all.
+        queries_by_kv_head: how many neighbouring query heads share each KV head; sums to H.
+
+    Returns:
+        (T, H, D).
+    """
+    n_new = q.shape[0]
+    first = 0 if window is None else max(0, start - window + 1)  # no query sees what is before
+    if first:
+        k, v, start = k[:, first:], v[:, first:], start - first
+    mask, causal = _mask(n_new, start, window, k.device)
+    q = q.transpose(0, 1)  # (H, T, D)
+    group = queries_by_kv_head[0]
+    if all(n == group for n in queries_by_kv_head):
+        out = _grouped(q, k, v, mask, causal)
+    else:
+        parts = zip(q.split(list(queries_by_kv_head)), k.split(1), v.split(1), strict=True)
+        out = torch.cat([_grouped(*part, mask, causal) for part in parts])
+    return out.transpose(0, 1)
+
+
+def _mask(
+    n_new: int, start: int, window: int | None, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """Attention mask (T, S), and whether plain causal attention does instead."""
+    end = start + n_new
+    if n_new == 1 and (window is None or window >= end):
+        return None, False
+    if window is None or window >= end:
+        if start == 0:
+            return None, True
+        if device.type == "cuda":
+            return causal_lower_right(n_new, end), False
+    queries = torch.arange(start, end, device=device).unsqueeze(-1)
+    keys = torch.arange(end, device=device)
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    return mask, False
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention where every KV head has the same number of queries: (H, T, D) -> (H, T, D)."""
+    n_kv, _, head_dim = k.shape
+    n_heads, n_new, _ = q.shape
+    group = n_heads // n_kv
+    if n_new == 1:  # one query each: a group's heads take the place of the positions
+        rows = q.reshape(1, n_kv, group, head_dim)
+        return F.scaled_dot_product_attention(rows, k[None], v[None], attn_mask=mask).reshape(
+            n_heads, 1, head_dim
+        )
+    shape = (n_kv, group, k.shape[1], head_dim)
+    out = F.scaled_dot_product_attention(
+        q.reshape(n_kv, group, n_new, head_dim),
+        k.unsqueeze(1).expand(shape),
+        v.unsqueeze(1).expand(shape),
+        attn_mask=mask,
+        is_causal=causal,
+    )
+    return out.reshape(n_heads, n_new, head_dim)

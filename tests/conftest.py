@@ -1,0 +1,146 @@
+"""What tests share: small model folders, the embedded model, and the command run for real."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mistral_chat.model.args import TransformerArgs
+from mistral_chat.model.sharding import Shard, placements
+
+ROOT = Path(__file__).parent.parent
+TINY = TransformerArgs(
+    dim=64,
+    n_layers=2,
+    head_dim=16,
+    hidden_dim=96,
+    n_heads=4,
+    n_kv_heads=2,
+    norm_eps=1e-5,
+    vocab_size=32768,
+    max_seq_len=512,
+)
+
+
+def random_weights(args: TransformerArgs, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Every tensor of a checkpoint, at random but the same each time."""
+    generator = torch.Generator().manual_seed(7)
+    weights = {}
+    for name, placement in placements(Shard(args)).items():
+        tensor = torch.randn(placement.shape, generator=generator)
+        if tensor.dim() == 1:
+            tensor = 1 + 0.1 * tensor
+        elif not name.startswith("tok_embeddings"):
+            tensor *= placement.shape[1] ** -0.5
+        weights[name] = tensor.to(dtype)
+    return weights
+
+
+def write_params(folder: Path, args: TransformerArgs, **changes: Any) -> None:
+    """params.json of a shape; a change to None leaves the key out."""
+    params = asdict(args) | changes
+    params.pop("max_batch_size", None)
+    (folder / "params.json").write_text(
+        json.dumps({key: value for key, value in params.items() if value is not None})
+    )
+
+
+def shipped_tokenizer() -> Path:
+    """A real v3 tokenizer, of mistral-common."""
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    return Path(MistralTokenizer.v3().instruct_tokenizer.tokenizer.file_path)
+
+
+def make_folder(folder: Path, args: TransformerArgs = TINY) -> Path:
+    """A model folder in Mistral's format with random weights and a real tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_params(folder, args)
+    save_file(random_weights(args), folder / "consolidated.safetensors")
+    shutil.copy(shipped_tokenizer(), folder / "tokenizer.model.v3")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model; read only."""
+    return make_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def broken_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to break."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def embedded_folder() -> Path:
+    """The embedded model, converted on first use."""
+    from mistral_chat.cli.embedded import embedded_model
+
+    return embedded_model()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [x for x in self.err.splitlines() if x.startswith("mistral-chat: error:")]
+
+
+Run = Callable[..., Finished]
+
+
+def command_env(**changes: str) -> dict[str, str]:
+    """The environment of a command: this one's, less what a launcher or a fancy terminal set."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR")
+    kept = {key: value for key, value in os.environ.items() if key not in drop}
+    return kept | {"PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"} | changes
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run `mistral-chat WORDS`, alone or under torchrun, with stdin from a pipe."""
+
+    def run_command(
+        *words: str | Path,
+        stdin: str | bytes | None = "",
+        torchrun: int = 0,
+        timeout_s: float = 90,
+        env: dict[str, str] | None = None,
+        **options: Any,
+    ) -> Finished:
+        command = [sys.executable, "-m", "mistral_chat"]
+        if torchrun:
+            launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
+            free = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+            command = [sys.executable, *launcher, *free, "-m", "mistral_chat"]
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        done = subprocess.run(
+            [*command, *map(str, words)],
+            input=data,
+            capture_output=True,
+            timeout=timeout_s,
+            env=command_env(**(env or {})),
+            cwd=ROOT,
+            check=False,
+            **options,
+        )
+        return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run_command
