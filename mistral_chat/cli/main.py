@@ -131,7 +131,7 @@ def _demo_progress(quiet: bool) -> Callable[[str], None]:
 def _main_job(options: flags.Options, words: list[str], started: float) -> int:
     rank = launched_rank()
     if rank is None:
-        n_ranks = _ranks_to_start(options)
+        n_ranks = ranks_to_start(options)
         if n_ranks > 1:
             from mistral_chat.engine.launch import start_torchrun
 
@@ -146,7 +146,7 @@ def _main_job(options: flags.Options, words: list[str], started: float) -> int:
     return _lead(options, started)
 
 
-def _ranks_to_start(options: flags.Options) -> int:
+def ranks_to_start(options: flags.Options) -> int:
     """Ranks on this machine: as asked for, else every GPU that the model can use, else one.
 
     Raises:

@@ -4,6 +4,7 @@ Shapes: T = new tokens of one sequence or step, S = cached tokens, H = local que
 K = local KV heads, D = head_dim.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "apply_rope",
     "attention",
     "embed_rows",
+    "linear",
     "rms_norm",
     "rope_rotations",
     "silu_mul",
@@ -97,6 +99,23 @@ def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (T, heads, D / 2)
     turned = torch.view_as_real(pairs * rotations.unsqueeze(1))
     return turned.flatten(-2).type_as(x)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T`: (T, n_in) and (n_out, n_in) -> (T, n_out).
+
+    One float32 row on CPU goes as a batch of row blocks: MKL's matrix-vector product runs on one
+    thread, its batched one on all of them (1.7 times as fast on two).
+    """
+    n_threads = torch.get_num_threads()
+    n_out, n_in = weight.shape
+    if len(x) > 1 or x.device.type != "cpu" or x.dtype != torch.float32 or n_threads == 1:
+        return F.linear(x, weight)
+    n_blocks = math.gcd(n_out, 1 << (2 * n_threads - 1).bit_length())
+    if n_blocks < n_threads:
+        return F.linear(x, weight)
+    blocks = weight.view(n_blocks, -1, n_in)
+    return torch.bmm(blocks, x.t().expand(n_blocks, n_in, 1)).view(1, n_out)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

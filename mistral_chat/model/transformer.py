@@ -88,7 +88,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(T, dim) -> (T, dim), a partial result that ranks must sum."""
         n_q, n_kv = self.n_local_heads, self.n_local_kv_heads
-        qkv = F.linear(x, self.wqkv).view(-1, n_q + 2 * n_kv, self.head_dim)
+        qkv = reference.linear(x, self.wqkv).view(-1, n_q + 2 * n_kv, self.head_dim)
         turned = reference.apply_rope(qkv[:, : n_q + n_kv], rotations)
         q, k = turned.split((n_q, n_kv), dim=1)  # (T, n_q, head_dim), (T, n_kv, head_dim)
         v = qkv[:, n_q + n_kv :]
@@ -104,7 +104,7 @@ class Attention(nn.Module):
             )
             first += span.length
         heads = out[0] if len(out) == 1 else torch.cat(out)  # (T, n_q, head_dim)
-        return F.linear(heads.reshape(len(x), -1), self.wo)
+        return reference.linear(heads.reshape(len(x), -1), self.wo)
 
 
 class FeedForward(nn.Module):
@@ -118,7 +118,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, dim) -> (T, dim), a partial result that ranks must sum."""
-        return F.linear(reference.silu_mul(F.linear(x, self.w13)), self.w2)
+        return reference.linear(reference.silu_mul(reference.linear(x, self.w13)), self.w2)
 
 
 class TransformerBlock(nn.Module):
@@ -261,4 +261,4 @@ class Transformer(nn.Module):
         if logits == "last" and len(tokens) > len(spans):
             ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
             normed = normed[ends.to(self.device)]
-        return F.linear(normed, self.output).float()
+        return reference.linear(normed, self.output).float()

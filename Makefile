@@ -1,0 +1,43 @@
+# Two commands set up and show it: `make demo`, and `make test`. Both install first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= What is the capital of France?
+# GPUs take torch's normal build. Where there are none, this release has a small CPU build.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo torch==2.13.0)
+
+.PHONY: install demo check test test-gpu bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(if $(strip $(TORCH)),$(BIN)/python -m pip install --quiet "$(strip $(TORCH))")
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/mistral-chat demo --stats --temperature 0 --prompt "$(PROMPT)"
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/mistral-chat demo; \
+	else echo "For a chat: $(BIN)/mistral-chat demo" >&2; fi
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: install
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+# On a machine with GPUs, with the torch that is installed there.
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu tests/gpu
+
+bench: install
+	$(BIN)/mistral-chat bench "$$($(BIN)/mistral-chat demo --path)" --device cpu --contexts 128,512 \
+	  --prompts 128,512 --peer transformers
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,103 @@
+"""transformers on the same weights, to measure against and to check against.
+
+transformers is no dependency of the project: it is imported here, when asked for.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_chat.errors import CheckpointError
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, DEFAULT_ROPE_THETA, read_args
+from mistral_chat.model.sharding import Shard
+from mistral_chat.model.transformer import Transformer
+
+__all__ = ["as_transformers", "half_split"]
+
+
+def half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of wq or wk from adjacent pairs (Mistral) to first and second halves (transformers).
+
+    Args:
+        weight: (heads * head_dim, dim).
+        head_dim: rows of a head.
+    """
+    heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+def as_transformers(folder: Path, model: Transformer) -> Any:
+    """A `LlamaForCausalLM` with the weights of a loaded model, in its type and on its device.
+
+    Args:
+        folder: the model's, for its shape.
+        model: the whole model, on one rank.
+
+    Raises:
+        CheckpointError: a sliding window, which this comparison does not cover.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    args = read_args(folder)
+    if any(args.window_by_layer):
+        raise CheckpointError("--peer transformers does not cover sliding windows")
+    assert model.shard == Shard(model.args)
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=args.max_seq_len or DEFAULT_MAX_SEQ_LEN,
+        tie_word_embeddings=args.tied_embeddings,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(args.rope_theta or DEFAULT_ROPE_THETA),
+        },
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    with torch.device("meta"):
+        peer = LlamaForCausalLM(config)
+    peer = peer.to(model.dtype).to_empty(device=model.device)
+    with torch.device(model.device):  # its rotary buffers are computed when it is made
+        peer.model.rotary_emb = type(peer.model.rotary_emb)(config=config)
+    state = _translated(model)
+    if args.tied_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    peer.load_state_dict(state, strict=True)
+    return peer.eval()
+
+
+def _translated(model: Transformer) -> dict[str, Tensor]:
+    head_dim = model.args.head_dim
+    names = {
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    outer = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+    state = {}
+    for name, placement in model.placements().items():
+        stem = name.removesuffix(".weight")
+        weight = model.destination(placement)
+        if stem.endswith((".wq", ".wk")):
+            weight = half_split(weight, head_dim)
+        if stem in outer:
+            state[f"{outer[stem]}.weight"] = weight
+        else:
+            _, layer, part = stem.split(".", 2)
+            state[f"model.layers.{layer}.{names[part]}.weight"] = weight
+    return state
