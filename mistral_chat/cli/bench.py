@@ -231,7 +231,7 @@ def _first_token(engine: "Engine", length: int) -> dict[str, Any]:
 
 
 def _peer(options: flags.Options, asked: Asked, engine: "Engine") -> dict[str, Any]:
-    """transformers' milliseconds a token, same weights, type, threads and contexts."""
+    """Milliseconds a token of transformers, same weights, type, threads and contexts."""
     import torch
 
     from mistral_chat.cli.peer import as_transformers

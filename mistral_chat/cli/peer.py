@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, DEFAULT_ROPE_THETA, read_args
@@ -65,14 +65,14 @@ def as_transformers(folder: Path, model: Transformer) -> Any:
     )
     with torch.device("meta"):
         peer = LlamaForCausalLM(config)
-    peer = peer.to(model.dtype).to_empty(device=model.device)
+    peer = nn.Module.to_empty(nn.Module.to(peer, model.dtype), device=model.device)
     with torch.device(model.device):  # its rotary buffers are computed when it is made
         peer.model.rotary_emb = type(peer.model.rotary_emb)(config=config)
     state = _translated(model)
     if args.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     peer.load_state_dict(state, strict=True)
-    return peer.eval()
+    return nn.Module.eval(peer)
 
 
 def _translated(model: Transformer) -> dict[str, Tensor]:

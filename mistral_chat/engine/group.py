@@ -1,7 +1,8 @@
 """The ranks of a run, and everything that passes between them.
 
 Waiting for rank 0's next step happens on a CPU process group (gloo) that may wait for a month and
-does not spin; sums of activations use NCCL on GPUs and gloo on CPU. Knows nothing of sequences.
+does not spin; sums of activations use NCCL on GPUs and, on CPU, memory that the ranks of one node
+share, or gloo across nodes. Knows nothing of sequences.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from mistral_chat.engine.lifeline import Lifeline, OnLost
+from mistral_chat.engine.node_memory import NodeMemory
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import MistralChatError, RankLostError
 from mistral_chat.kernels import reference
@@ -71,6 +73,7 @@ class Group:
         self.world_size = place.world_size
         self._lifeline: Lifeline | None = None
         self._sums: dict[str, dist.ProcessGroup | None] = {}
+        self._node_memory: NodeMemory | None = None
         if place.world_size > 1:
             self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
 
@@ -85,6 +88,8 @@ class Group:
             "gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=PATIENCE
         )
         self._sums["cpu"] = dist.group.WORLD
+        if self.place.local_world_size == self.world_size and NodeMemory.is_supported():
+            self._node_memory = NodeMemory(self.rank, self.world_size, store)
         if torch.cuda.is_available() and self.place.local_rank < torch.cuda.device_count():
             torch.cuda.set_device(self.place.local_rank)
             self._sums["cuda"] = dist.new_group(backend="nccl")
@@ -110,7 +115,11 @@ class Group:
 
     def all_reduce(self, partial: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        if self.world_size > 1:
+        if self.world_size == 1:
+            return partial
+        if self._node_memory and partial.device.type == "cpu":
+            self._node_memory.all_reduce(partial)
+        else:
             dist.all_reduce(partial, group=self._sums[partial.device.type])
         return partial
 
@@ -135,8 +144,11 @@ class Group:
         widest = max(sizes)
         padded = part.new_zeros(len(part), widest)  # a gather wants equal shapes
         padded[:, : part.shape[1]] = part
-        parts = [torch.empty_like(padded) for _ in sizes] if self.is_leader else None
-        dist.gather(padded, parts, dst=0, group=self._sums[part.device.type])
+        if self._node_memory and part.device.type == "cpu":
+            parts = self._node_memory.gather(padded)
+        else:
+            parts = [torch.empty_like(padded) for _ in sizes] if self.is_leader else None
+            dist.gather(padded, parts, dst=0, group=self._sums[part.device.type])
         if parts is None:
             return None
         return torch.cat([p[:, :size] for p, size in zip(parts, sizes, strict=True)], dim=1)

@@ -176,7 +176,8 @@ class Transformer(nn.Module):
         self.tok_embeddings = _empty(n_vocab, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(self.shard, i) for i in range(args.n_layers))
         self.norm = _empty(args.dim)
-        self.output = self.tok_embeddings if args.tied_embeddings else _empty(n_vocab, args.dim)
+        # No second name for a tied matrix: moving a module to a device would part the two.
+        self.output = None if args.tied_embeddings else _empty(n_vocab, args.dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -261,4 +262,5 @@ class Transformer(nn.Module):
         if logits == "last" and len(tokens) > len(spans):
             ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
             normed = normed[ends.to(self.device)]
-        return reference.linear(normed, self.output).float()
+        output = self.tok_embeddings if self.output is None else self.output
+        return reference.linear(normed, output).float()
