@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "embed_rows",
     "linear",
+    "logits",
     "rms_norm",
     "rope_rotations",
     "silu_mul",
@@ -116,6 +117,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     blocks = weight.view(n_blocks, -1, n_in)
     return torch.bmm(blocks, x.t().expand(n_blocks, n_in, 1)).view(1, n_out)
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` with a float32 result: (T, n_in) and (n_out, n_in) -> (T, n_out).
+
+    bfloat16 logits near 20 are an eighth apart, so that likely tokens tie; the sums behind them
+    are float32 on GPUs anyway.
+    """
+    if x.device.type == "cuda" and x.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return linear(x, weight).float()
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

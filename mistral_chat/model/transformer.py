@@ -263,4 +263,4 @@ class Transformer(nn.Module):
             ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
             normed = normed[ends.to(self.device)]
         output = self.tok_embeddings if self.output is None else self.output
-        return reference.linear(normed, output).float()
+        return reference.logits(normed, output)

@@ -26,7 +26,7 @@ RANKS = [
 # 9 heads in 3 groups divide by no number of GPUs; the vocabulary is a real one.
 ODD = TransformerArgs(
     dim=576, n_layers=4, head_dim=64, hidden_dim=1536, n_heads=9, n_kv_heads=3,
-    norm_eps=1e-5, vocab_size=32768, max_seq_len=2048, tied_embeddings=True,
+    norm_eps=1e-5, vocab_size=32768, max_seq_len=2048,
 )  # fmt: skip
 PROMPT = [1, *range(300, 1300, 3)]
 
@@ -68,9 +68,9 @@ def test_bfloat16_is_near_float32(
 ) -> None:
     logprobs, _ = _score(folder, "cuda", "bfloat16", n_ranks)
     errors = torch.tensor(logprobs) - torch.tensor(expected[0])
-    # bfloat16 keeps 8 bits: about 0.4 % of logits whose spread is near 1, over 4 layers
-    assert errors.abs().mean() < 0.03
-    assert errors.abs().max() < 0.2
+    # bfloat16 keeps 8 bits, 0.4 %; logits here have a spread of 1, and 4 layers add up
+    assert errors.abs().mean() < 0.02
+    assert errors.abs().max() < 0.15
 
 
 def test_generate_scores_alike_whole_and_chunked_on_a_gpu() -> None:
@@ -113,7 +113,8 @@ def test_command_answers_on_gpus(run: Run, folder: Path, n_ranks: int) -> None:
 @pytest.mark.parametrize("n_ranks", RANKS[:2])
 def test_embedded_model_answers_on_gpus(run: Run, embedded_folder: Path, n_ranks: int) -> None:
     done = run(embedded_folder, "--instruct", "--prompt", "What is the capital of France?",
-               "--temperature", 0, "--nproc_per_node", n_ranks)  # fmt: skip
+               "--temperature", 0, "--nproc_per_node", n_ranks, "--dtype", "float32",
+               "--max_tokens", 20)  # fmt: skip
     assert (done.code, done.out) == (0, "The capital of France is Paris.\n"), done.err
 
 
