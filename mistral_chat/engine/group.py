@@ -33,6 +33,7 @@ PATIENCE = timedelta(days=30)
 START_TIMEOUT = timedelta(minutes=10)
 HEADER = 64
 VERDICT_S = 1.0
+SPEAK_TIMEOUT_S = 5.0
 
 
 class PeerFailedError(RankLostError):
@@ -220,6 +221,8 @@ class Group:
         self.expect_end()
         if failure is not None and first_failed == self.rank:
             raise failure
+        if self._lifeline:  # a launcher ends all ranks when one ends: let the one speak first
+            self._lifeline.await_an_end(SPEAK_TIMEOUT_S)
         raise PeerFailedError(f"rank {first_failed} has failed")
 
     def fail(self, message: str) -> None:

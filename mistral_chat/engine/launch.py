@@ -160,7 +160,11 @@ def start_torchrun(nproc_per_node: int, argv: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "mistral_chat", *argv)
     except ChildFailedError as error:
-        failure = error.failures.get(0, error.get_first_failure()[1])
+        # The launcher ends the others with SIGTERM, which says nothing of why.
+        own = {rank: f for rank, f in error.failures.items() if f.exitcode != -signal.SIGTERM}
+        failure = own.get(0) or min(
+            (own or error.failures).values(), key=lambda failure: failure.timestamp
+        )
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             said = f"rank {failure.local_rank} was ended by {name}; all ranks end"

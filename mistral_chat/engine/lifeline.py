@@ -16,6 +16,7 @@ from collections.abc import Callable
 __all__ = ["Lifeline", "OnLost"]
 
 CONNECT_TIMEOUT_S = 300.0
+CLOSE_TIMEOUT_S = 5.0
 _BYE = b"\0"  # never part of an error's text
 
 OnLost = Callable[[str], None]
@@ -53,7 +54,9 @@ class Lifeline:
         for connection in connections.values():
             connection.settimeout(None)
             _keep_alive(connection)
-        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+        self._some_end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread.start()
 
     @classmethod
     def lead(cls, listener: socket.socket, world_size: int, secret: bytes) -> "Lifeline":
@@ -106,6 +109,11 @@ class Lifeline:
             with contextlib.suppress(OSError):
                 connection.sendall(_BYE)
                 connection.shutdown(socket.SHUT_WR)
+        self._thread.join(CLOSE_TIMEOUT_S)  # until the others have parted too
+
+    def await_an_end(self, timeout_s: float) -> None:
+        """Wait until another end has gone, or time is up."""
+        self._some_end.wait(timeout_s)
 
     def _watch(self) -> None:
         said: dict[int, bytes] = dict.fromkeys(self._connections, b"")
@@ -123,6 +131,8 @@ class Lifeline:
                     if data:
                         continue
                     selector.unregister(key.fileobj)
+                    self._connections[rank].close()
+                    self._some_end.set()
                     if not self._closing and not said[rank].endswith(_BYE):
                         self._lost(rank, said[rank].decode(errors="replace"))
 

@@ -4,7 +4,8 @@ The same on every rank; rank 0's answers carry logits. Knows nothing of sequence
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -157,7 +158,7 @@ def load_model(
     Args:
         config: what to load and where.
         group: the ranks.
-        make: gives an empty model of a shape; called on torch's meta device.
+        make: gives an empty model of a shape, on torch's default device and in its default type.
         on_loading: told of progress after every read.
 
     Raises:
@@ -194,9 +195,8 @@ def load_model(
         )
     plan = replace(plan, max_seq_len=group.minimum(plan.max_seq_len))
     with group.together():
-        with torch.device("meta"):
+        with device, _default_dtype(dtype):
             model = make(args)
-        model = model.to(dtype).to_empty(device=device)
         if config.load_format == "dummy":
             model.init_weights(config.seed)
         else:
@@ -221,6 +221,16 @@ def load_runner(
         chunk_size=_chunk_size(config, model.device),
         plan=plan,
     )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _chunk_size(config: EngineConfig, device: torch.device) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 __all__ = [
     "add_norm",
@@ -183,6 +182,8 @@ def _mask(
         if start == 0:
             return None, True
         if device.type == "cuda":
+            from torch.nn.attention.bias import causal_lower_right  # 1.8 s that CPU need not wait
+
             return causal_lower_right(n_new, end), False
     queries = torch.arange(start, end, device=device).unsqueeze(-1)
     keys = torch.arange(end, device=device)

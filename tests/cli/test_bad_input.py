@@ -1,0 +1,367 @@
+"""Each bad input, by the real command: one line that names it, the right code, nothing running."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import ROOT, TINY, Run, command_env, random_weights, write_params
+
+PROMPT = ("--prompt", "Hello", "--max_tokens", "2", "--device", "cpu")
+WEIGHTS = "consolidated.safetensors"
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS)
+
+
+def _no_params(folder: Path) -> None:
+    (folder / "params.json").unlink()
+
+
+def _no_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def _no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model.v3").unlink()
+
+
+def _two_tokenizers(folder: Path) -> None:
+    (folder / "tekken.json").write_text("{}")
+
+
+def _broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model.v3").write_bytes(b"no tokenizer")
+
+
+def _invalid_json(folder: Path) -> None:
+    (folder / "params.json").write_text('{"dim": 64,')
+
+
+def _json_list(folder: Path) -> None:
+    (folder / "params.json").write_text("[1]")
+
+
+def _unreadable_json(folder: Path) -> None:
+    (folder / "params.json").unlink()
+    (folder / "params.json").mkdir()
+
+
+def _truncated(folder: Path) -> None:
+    size = (folder / WEIGHTS).stat().st_size
+    os.truncate(folder / WEIGHTS, size - 1000)
+
+
+def _empty_weights(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"")
+
+
+def _index_of_missing_file(folder: Path) -> None:
+    weight_map = dict.fromkeys(random_weights(TINY), "consolidated-00001-of-00002.safetensors")
+    (folder / WEIGHTS).unlink()
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _missing_shard(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "consolidated-00002-of-00003.safetensors")
+
+
+def _missing_tensor(folder: Path) -> None:
+    _rewrite(folder, lambda w: w.pop("layers.1.attention.wk.weight"))
+
+
+def _unexpected_tensor(folder: Path) -> None:
+    _rewrite(folder, lambda w: w.update({"layers.9.attention.wk.weight": torch.ones(2)}))
+
+
+def _wrong_shape(folder: Path) -> None:
+    _rewrite(folder, lambda w: w.update({"norm.weight": torch.ones(65)}))
+
+
+def _not_a_float(folder: Path) -> None:
+    _rewrite(folder, lambda w: w.update({"norm.weight": torch.ones(64, dtype=torch.int32)}))
+
+
+def _two_sets(folder: Path) -> None:
+    torch.save({}, folder / "consolidated.00.pth")
+
+
+def _params(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        write_params(folder, TINY, **changes)
+
+    return change
+
+
+BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
+    (_no_params, ("params.json is missing",)),
+    (_no_weights, ("weights are missing",)),
+    (_no_tokenizer, ("tokenizer is missing",)),
+    (_two_tokenizers, ("2 tokenizers", "tekken.json", "tokenizer.model.v3")),
+    (_broken_tokenizer, ("tokenizer.model.v3", "not a tokenizer")),
+    (_invalid_json, ("params.json", "not valid JSON")),
+    (_json_list, ("params.json", "expected a JSON object")),
+    (_unreadable_json, ("params.json", "cannot be read")),
+    (_truncated, (WEIGHTS, "truncated")),
+    (_empty_weights, (WEIGHTS, "truncated")),
+    (_index_of_missing_file, ("index.json names consolidated-00001-of-00002.safetensors",)),
+    (_missing_shard, ("shard 1, 3 of 3 is missing",)),
+    (_missing_tensor, ("layers.1.attention.wk.weight is missing",)),
+    (_unexpected_tensor, ("layers.9.attention.wk.weight", "not a tensor of this model")),
+    (_wrong_shape, ("norm.weight", "[65]", "expected [64]")),
+    (_not_a_float, ("norm.weight", "I32")),
+    (_two_sets, ("2 sets of weights", "consolidated.00.pth")),
+    (_params(moe={"num_experts": 8}), ("moe is not supported",)),
+    (_params(lora={"rank": 8}), ("lora is not supported",)),
+    (_params(vision_encoder={"hidden_size": 8}), ("vision_encoder is not supported",)),
+    (_params(model_type="mamba"), ("mamba is not supported",)),
+    (_params(rotary="x"), ("rotary is not supported",)),
+    (_params(dim=None), ("dim is missing",)),
+    (_params(n_kv_heads=3), ("n_heads is 4", "multiple of n_kv_heads (3)")),
+]
+
+
+@pytest.mark.parametrize(
+    ("breaks", "said"), BROKEN, ids=[f"{f.__name__}-{said[0]}" for f, said in BROKEN]
+)
+def test_broken_folder_is_named(
+    run: Run, broken_folder: Path, breaks: Callable[[Path], None], said: tuple[str, ...]
+) -> None:
+    breaks(broken_folder)
+    done = run(broken_folder, *PROMPT)
+    assert (done.code, done.out) == (1, "")
+    assert len(done.err.splitlines()) == 1, done.err
+    assert done.err.startswith("mistral-chat: error: ")
+    for text in said:
+        assert text in done.err
+
+
+def test_missing_folder_is_named(run: Run, tmp_path: Path) -> None:
+    done = run(tmp_path / "nowhere", *PROMPT)
+    assert done.code == 1
+    assert "nowhere: no such folder" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_file_for_a_folder_is_named(run: Run, tiny_folder: Path) -> None:
+    done = run(tiny_folder / "params.json", *PROMPT)
+    assert done.code == 1
+    assert "params.json is a file" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_more_ranks_than_heads_is_refused(run: Run, tiny_folder: Path) -> None:
+    done = run(tiny_folder, *PROMPT, "--nproc_per_node", 5)
+    assert done.code == 1
+    assert done.err.count("5 ranks, but the model has 4 query heads") == 1
+    assert len(done.err.splitlines()) == 1
+
+
+def test_broken_folder_is_said_once_by_several_ranks(run: Run, broken_folder: Path) -> None:
+    _wrong_shape(broken_folder)
+    done = run(broken_folder, *PROMPT, "--nproc_per_node", 2)
+    assert done.code == 1
+    assert len(done.err.splitlines()) == 1, done.err
+    assert "norm.weight" in done.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_missing_device_is_named(run: Run, tiny_folder: Path) -> None:
+    done = run(tiny_folder, "--prompt", "Hello", "--device", "cuda")
+    assert done.code == 1
+    assert "sees no GPU" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_too_little_memory_is_told_in_figures(run: Run, broken_folder: Path) -> None:
+    write_params(broken_folder, TINY, max_seq_len=2**40)
+    done = run(broken_folder, *PROMPT, "--max_seq_len", 2**40)
+    assert done.code == 1
+    assert "GB free" in done.err
+    assert "weights need 0.02 GB" in done.err
+    assert "--max_seq_len" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_context_beyond_the_model_is_refused(run: Run, tiny_folder: Path) -> None:
+    done = run(tiny_folder, *PROMPT, "--max_seq_len", 513)
+    assert done.code == 2
+    assert "the model knows 512 positions" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--promt", "x"], "did you mean --prompt?"),
+        (["--zzz"], "unknown flag --zzz"),
+        (["-x"], "unknown flag -x"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "hot"], "no number"),
+        (["--top_p", "2"], "--top_p is 2.0"),
+        (["--top_p", "0"], "--top_p is 0.0"),
+        (["--min_p", "-0.1"], "--min_p is -0.1"),
+        (["--top_k", "-1"], "--top_k is -1"),
+        (["--top_k", "1.5"], "no whole number"),
+        (["--max_tokens", "0"], "--max_tokens is 0"),
+        (["--max-tokens", "-5"], "--max_tokens is -5"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--nproc_per_node", "0"], "--nproc_per_node is 0"),
+        (["--max_seq_len", "1"], "--max_seq_len is 1"),
+        (["--stop", ""], "--stop"),
+        (["--device", "tpu"], "none of auto, cuda, cpu"),
+        (["--dtype", "int8"], "none of auto, bfloat16"),
+        (["--logprobs", "2"], "--logprobs needs --json"),
+        (["--system", "x"], "--system needs --instruct"),
+        (["--prompt"], "--prompt needs a value"),
+        (["--prompt", "--instruct"], "--prompt needs a value"),
+        (["--instruct=yes"], "takes no value"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["a second word"], "expected one MODEL"),
+        (["--json_object"], "not built yet"),
+    ],
+)
+def test_wrong_usage_ends_with_2_at_once(
+    run: Run, tiny_folder: Path, words: list[str], said: str
+) -> None:
+    begun = time.monotonic()
+    done = run(tiny_folder, *words)
+    assert done.code == 2
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+    # Half a second of it is Python's own start; torch alone would take longer than this.
+    assert time.monotonic() - begun < 2.5
+
+
+def test_wrong_usage_is_said_once_under_torchrun(run: Run, tiny_folder: Path) -> None:
+    done = run(tiny_folder, "--promt", "x", torchrun=2)
+    assert done.code == 1
+    assert done.err.count("did you mean --prompt?") == 1
+
+
+def test_ranks_that_torchrun_did_not_start_are_refused(run: Run, tiny_folder: Path) -> None:
+    done = run(tiny_folder, *PROMPT, "--nproc_per_node", 3, torchrun=1)
+    assert done.code == 1
+    assert "torchrun started 1 ranks" in done.err
+
+
+@pytest.mark.parametrize(
+    ("stdin", "said"),
+    [
+        (b"caf\xe9", "stdin is not UTF-8 text: byte 0xe9 at offset 3"),
+        (b"a\0b", "NUL byte at offset 1"),
+        (b"", "stdin is empty"),
+    ],
+)
+def test_bad_stdin_is_named(run: Run, tiny_folder: Path, stdin: bytes, said: str) -> None:
+    done = run(tiny_folder, stdin=stdin)
+    assert (done.code, done.out) == (1, "")
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_closed_stdin_without_a_prompt_is_named(tiny_folder: Path) -> None:
+    done = _with_closed_stdin(tiny_folder)
+    assert done.returncode == 1
+    assert "stdin is closed" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_closed_stdin_with_a_prompt_answers(tiny_folder: Path) -> None:
+    done = _with_closed_stdin(tiny_folder, *PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+
+
+def _with_closed_stdin(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    script = f'exec "{sys.executable}" -m mistral_chat "$@" <&-'
+    return subprocess.run(
+        ["bash", "-c", script, "bash", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=command_env(),
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def test_missing_prompt_file_is_named(run: Run, tiny_folder: Path) -> None:
+    done = run(tiny_folder, "--file", "nowhere.txt", *PROMPT)
+    assert done.code == 1
+    assert "nowhere.txt: cannot be read" in done.err
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_reader_that_closes_the_pipe_ends_all_quietly(tiny_folder: Path, n_ranks: int) -> None:
+    script = f'"{sys.executable}" -m mistral_chat "$@" | head -c 3; echo " ${{PIPESTATUS[0]}}"'
+    words = [str(tiny_folder), "--prompt", "Hello", "--max_tokens", "400", "--quiet"]
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *words, "--nproc_per_node", str(n_ranks)],
+        capture_output=True,
+        timeout=90,
+        env=command_env(),
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.stderr == b""
+    assert done.stdout.endswith(b" 0\n")
+    assert len(done.stdout) == len(b"xyz 0\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("not json", "not valid JSON"),
+        ("{}", "expected a JSON list"),
+        ('[{"function": {}}]', "tool 1: not a function schema"),
+    ],
+)
+def test_bad_tools_file_is_named(
+    run: Run, tiny_folder: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "tools.json"
+    path.write_text(content)
+    done = run(tiny_folder, "--instruct", "--tools", path, *PROMPT)
+    assert done.code == 1
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[run\n", "not valid TOML"),
+        ("[runs]\n", "expected the tables"),
+        ("[run]\ndtyp = 'auto'\n", "did you mean dtype?"),
+        ("[generation]\ntemperature = 'hot'\n", "no number"),
+        ("[run]\ninstruct = 1\n", "neither true nor false"),
+    ],
+)
+def test_bad_preset_is_named(
+    run: Run, tiny_folder: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "preset.toml"
+    path.write_text(content)
+    done = run(tiny_folder, "--config", path, *PROMPT)
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_prompt_beyond_the_context_is_refused_in_figures(run: Run, tiny_folder: Path) -> None:
+    done = run(tiny_folder, stdin="word " * 600)
+    assert (done.code, done.out) == (1, "")
+    assert "the prompt has 60" in done.err
+    assert "the context holds 512" in done.err
+    assert len(done.err.splitlines()) == 1

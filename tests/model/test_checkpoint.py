@@ -1,0 +1,617 @@
+"""Weights on disk: every layout gives the same model, every fault is named, memory stays small."""
+
+import errno
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mistral_chat.errors import CheckpointError
+from mistral_chat.model.args import TransformerArgs
+from mistral_chat.model.checkpoint import (
+    INDEX,
+    PICKLE,
+    SINGLE,
+    check_tensors,
+    find_weights,
+    load_weights,
+    local_bytes,
+    read_headers,
+)
+from mistral_chat.model.sharding import Shard, placements
+from mistral_chat.model.transformer import Alone, Transformer
+from tests.conftest import ROOT, random_weights
+from tests.scripts import load_share
+
+ARGS = TransformerArgs(
+    dim=24,
+    n_layers=2,
+    head_dim=6,
+    hidden_dim=40,
+    n_heads=9,
+    n_kv_heads=3,
+    norm_eps=1e-5,
+    vocab_size=1031,
+)
+Weights = dict[str, Tensor]
+
+
+def shard_name(n: int, total: int) -> str:
+    return f"consolidated-{n:05}-of-{total:05}.safetensors"
+
+
+def divide(weights: Weights, n_files: int) -> list[Weights]:
+    names = sorted(weights)
+    return [{name: weights[name] for name in names[i::n_files]} for i in range(n_files)]
+
+
+def write_single(folder: Path, weights: Weights) -> None:
+    save_file(weights, folder / SINGLE)
+
+
+def write_pickle(folder: Path, weights: Weights) -> None:
+    torch.save(weights, folder / PICKLE)
+
+
+def write_shards(folder: Path, weights: Weights) -> None:
+    for n, part in enumerate(divide(weights, 3), 1):
+        save_file(part, folder / shard_name(n, 3))
+
+
+def write_shards_from_zero(folder: Path, weights: Weights) -> None:
+    for n, part in enumerate(divide(weights, 3)):
+        save_file(part, folder / shard_name(n, 3))
+
+
+def write_indexed(folder: Path, weights: Weights) -> None:
+    parts = {shard_name(n, 3): part for n, part in enumerate(divide(weights, 3), 1)}
+    for name, part in parts.items():
+        save_file(part, folder / name)
+    write_index(folder, {tensor: file for file, part in parts.items() for tensor in part})
+
+
+def write_indexed_single(folder: Path, weights: Weights) -> None:
+    save_file(weights, folder / SINGLE)
+    write_index(folder, dict.fromkeys(weights, SINGLE))
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+LAYOUTS: list[Callable[[Path, Weights], None]] = [
+    write_single,
+    write_pickle,
+    write_shards,
+    write_shards_from_zero,
+    write_indexed,
+    write_indexed_single,
+]
+
+
+def load(
+    folder: Path, args: TransformerArgs = ARGS, dtype: torch.dtype = torch.float32, **place: int
+) -> Transformer:
+    model = Transformer(args, Shard(args, **place), Alone()).to(dtype)
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    tensors = read_headers(folder)
+    check_tensors(folder, tensors, model.placements())
+    load_weights(model, tensors)
+    return model
+
+
+def slices(model: Transformer, weights: Weights) -> Weights:
+    """What a rank must hold of each tensor, by plain indexing."""
+    wanted = {}
+    for name, placement in model.placements().items():
+        rows = weights[name][placement.rows.start : placement.rows.stop]
+        if placement.cols is not None:
+            rows = rows[:, placement.cols.start : placement.cols.stop]
+        wanted[name] = rows
+    return wanted
+
+
+def assert_holds(model: Transformer, weights: Weights) -> None:
+    for name, wanted in slices(model, weights).items():
+        got = model.destination(model.placements()[name])
+        assert torch.equal(got, wanted.to(got.dtype)), name
+
+
+def faults_of(folder: Path, args: TransformerArgs = ARGS) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        check_tensors(folder, read_headers(folder), placements(Shard(args)))
+    assert "\n" not in str(caught.value)  # errors are one line
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_load_weights_is_the_same_from_every_layout(
+    tmp_path: Path, write: Callable[[Path, Weights], None]
+) -> None:
+    weights = random_weights(ARGS)
+    write(tmp_path, weights)
+    assert_holds(load(tmp_path), weights)
+
+
+@pytest.mark.parametrize("write", [write_single, write_pickle, write_shards])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 9])
+def test_load_weights_gives_each_rank_its_slices(
+    tmp_path: Path, write: Callable[[Path, Weights], None], world_size: int
+) -> None:
+    weights = random_weights(ARGS)
+    write(tmp_path, weights)
+    for rank in range(world_size):
+        assert_holds(load(tmp_path, world_size=world_size, rank=rank), weights)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_load_weights_of_tied_embeddings_wants_no_output(tmp_path: Path, tied: bool) -> None:
+    args = replace(ARGS, tied_embeddings=tied)
+    weights = random_weights(args)
+    assert ("output.weight" in weights) is not tied
+    write_single(tmp_path, weights)
+    model = load(tmp_path, args)
+    assert_holds(model, weights)
+    assert (model.output is None) is tied
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("held", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("write", [write_single, write_pickle])
+def test_load_weights_converts_as_torch_does(
+    tmp_path: Path,
+    write: Callable[[Path, Weights], None],
+    stored: torch.dtype,
+    held: torch.dtype,
+) -> None:
+    weights = random_weights(ARGS, stored)
+    write(tmp_path, weights)
+    assert_holds(load(tmp_path, dtype=held, world_size=2, rank=1), weights)
+
+
+def test_load_weights_reads_rows_wider_than_its_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = random_weights(ARGS, torch.bfloat16)
+    write_single(tmp_path, weights)
+    for size in (1, 50, 7 * 48, 1000):  # a row of most tensors has 48 bytes
+        monkeypatch.setattr("mistral_chat.model.checkpoint.BUFFER_BYTES", size)
+        assert_holds(load(tmp_path, world_size=2, rank=1), weights)
+
+
+def test_load_weights_goes_on_after_a_short_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = random_weights(ARGS)
+    write_single(tmp_path, weights)
+    whole = os.preadv
+
+    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return whole(fd, [buffers[0][:37]], offset)
+
+    monkeypatch.setattr("mistral_chat.model.checkpoint.os.preadv", short)
+    assert_holds(load(tmp_path, replace(ARGS, n_layers=2)), weights)
+
+
+def test_load_weights_reads_a_pickle_of_views_of_one_storage(tmp_path: Path) -> None:
+    weights = random_weights(ARGS)
+    pool = torch.cat([tensor.reshape(-1) for tensor in weights.values()])
+    views, at = {}, 0
+    for name, tensor in weights.items():
+        views[name] = pool[at : at + tensor.numel()].view(tensor.shape)
+        at += tensor.numel()
+    torch.save(views, tmp_path / PICKLE)
+    assert_holds(load(tmp_path), weights)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_load_weights_tells_how_many_bytes_it_read(tmp_path: Path, world_size: int) -> None:
+    write_single(tmp_path, random_weights(ARGS))
+    model = Transformer(ARGS, Shard(ARGS, world_size, 0), Alone())
+    told: list[int] = []
+    load_weights(model, read_headers(tmp_path), told.append)
+    assert min(told) > 0
+    # rows are read whole, so that reads are sequential: what is read is rows times full columns
+    wanted = sum(
+        len(p.rows) * (p.shape[1] if len(p.shape) == 2 else 1) * 4
+        for p in model.placements().values()
+    )
+    assert sum(told) == wanted
+
+
+@pytest.mark.parametrize("write", [write_single, write_shards, write_indexed])
+def test_find_weights_ignores_hugging_faces_copy(
+    tmp_path: Path, write: Callable[[Path, Weights], None]
+) -> None:
+    weights = random_weights(ARGS)
+    write(tmp_path, weights)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"not even a safetensors file")
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert_holds(load(tmp_path), weights)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (write_single, write_shards),
+        (write_single, write_indexed),
+        (write_single, write_pickle),
+        (write_shards, write_pickle),
+        (write_indexed, write_pickle),
+        (write_indexed_single, write_pickle),
+    ],
+)
+def test_find_weights_refuses_two_sets(
+    tmp_path: Path, pair: tuple[Callable[[Path, Weights], None], ...]
+) -> None:
+    for write in pair:
+        write(tmp_path, random_weights(ARGS))
+    with pytest.raises(CheckpointError, match=r"found 2 sets of weights .* expected one"):
+        find_weights(tmp_path)
+
+
+def test_find_weights_says_what_is_there_instead(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"weights are missing \(found none\)"):
+        find_weights(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"found only model-00001-of-00002.safetensors"):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_find_weights_names_a_missing_shard(tmp_path: Path, lost: int) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    (tmp_path / shard_name(lost, 3)).unlink()
+    with pytest.raises(CheckpointError, match=f"shard {lost} of 3 is missing"):
+        find_weights(tmp_path)
+
+
+def test_find_weights_names_a_missing_shard_of_an_index(tmp_path: Path) -> None:
+    write_indexed(tmp_path, random_weights(ARGS))
+    (tmp_path / shard_name(2, 3)).unlink()
+    with pytest.raises(CheckpointError, match=f"{shard_name(2, 3)}, which is missing"):
+        find_weights(tmp_path)
+
+
+def test_find_weights_refuses_shards_of_two_sets(tmp_path: Path) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    save_file({}, tmp_path / shard_name(1, 2))
+    with pytest.raises(CheckpointError, match="shards of several sets"):
+        find_weights(tmp_path)
+
+
+def test_find_weights_refuses_pickles_of_several_ranks(tmp_path: Path) -> None:
+    for n in range(2):
+        torch.save(random_weights(ARGS), tmp_path / f"consolidated.{n:02}.pth")
+    with pytest.raises(CheckpointError, match=r"consolidated.00.pth, consolidated.01.pth"):
+        find_weights(tmp_path)
+
+
+def test_find_weights_with_an_index_leaves_other_shards_alone(tmp_path: Path) -> None:
+    weights = random_weights(ARGS)
+    write_indexed(tmp_path, weights)
+    save_file({"stray": torch.zeros(1)}, tmp_path / shard_name(1, 9))
+    assert_holds(load(tmp_path), weights)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_find_weights_names_an_index_that_is_none(tmp_path: Path, text: str) -> None:
+    write_indexed(tmp_path, random_weights(ARGS))
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / INDEX))):
+        find_weights(tmp_path)
+
+
+def test_check_tensors_names_all_faults_in_one_error(tmp_path: Path) -> None:
+    weights = random_weights(ARGS)
+    del weights["layers.1.attention.wk.weight"]
+    del weights["norm.weight"]
+    weights["layers.7.attention.wq.weight"] = torch.zeros(2)
+    weights["layers.0.attention.wo.weight"] = torch.zeros(24, 53)
+    weights["layers.0.ffn_norm.weight"] = torch.zeros(24, 1)
+    weights["output.weight"] = torch.zeros(1031, 24, dtype=torch.int8)
+    write_single(tmp_path, weights)
+    message = faults_of(tmp_path)
+    assert str(tmp_path) in message
+    for fault in (
+        "layers.1.attention.wk.weight is missing",
+        "norm.weight is missing",
+        f"layers.7.attention.wq.weight in {SINGLE} is not a tensor of this model",
+        f"layers.0.attention.wo.weight in {SINGLE} has shape [24, 53]; expected [24, 54]",
+        f"layers.0.ffn_norm.weight in {SINGLE} has shape [24, 1]; expected [24]",
+        f"output.weight in {SINGLE} has type I8",
+    ):
+        assert fault in message
+
+
+def test_check_tensors_says_how_many_faults_it_leaves_out(tmp_path: Path) -> None:
+    write_single(tmp_path, {f"stray.{n}": torch.zeros(1) for n in range(5)})
+    message = faults_of(tmp_path)
+    n_tensors = len(placements(Shard(ARGS)))
+    assert message.count("is missing") + message.count("is not a tensor") == 20
+    assert message.endswith(f"and {n_tensors + 5 - 20} more")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("write", [write_single, write_pickle])
+def test_check_tensors_names_a_type_that_is_no_float(
+    tmp_path: Path, write: Callable[[Path, Weights], None], dtype: torch.dtype
+) -> None:
+    weights = random_weights(ARGS)
+    weights["norm.weight"] = torch.ones(24).to(dtype)
+    write(tmp_path, weights)
+    assert "norm.weight in consolidated" in faults_of(tmp_path)
+    assert "has type" in faults_of(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_check_tensors_tells_tied_from_untied_embeddings(tmp_path: Path, tied: bool) -> None:
+    write_single(tmp_path, random_weights(replace(ARGS, tied_embeddings=tied)))
+    fault = faults_of(tmp_path, replace(ARGS, tied_embeddings=not tied))
+    assert "output.weight" in fault
+
+
+def test_read_headers_names_a_tensor_that_stands_twice(tmp_path: Path) -> None:
+    weights = random_weights(ARGS)
+    write_shards(tmp_path, weights)
+    second = tmp_path / shard_name(2, 3)
+    save_file(load_file(second) | {"norm.weight": weights["norm.weight"]}, second)
+    first = next(
+        shard_name(n, 3)
+        for n in (1, 2, 3)
+        if n != 2 and "norm.weight" in load_file(tmp_path / shard_name(n, 3))
+    )
+    message = faults_of(tmp_path)
+    assert re.search(r"norm\.weight stands in \S+ and in \S+", message)
+    assert first in message
+    assert second.name in message
+
+
+def test_read_headers_names_where_index_and_files_disagree(tmp_path: Path) -> None:
+    weights = random_weights(ARGS)
+    write_indexed(tmp_path, weights)
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    here = weight_map["norm.weight"]
+    other = next(name for name in weight_map.values() if name != here)
+    write_index(tmp_path, weight_map | {"norm.weight": other, "phantom.weight": here})
+    message = faults_of(tmp_path)
+    assert f"{INDEX} says that {other} holds norm.weight" in message
+    assert f"{INDEX} says that {here} holds phantom.weight" in message
+
+
+def test_read_headers_names_a_tensor_that_the_index_leaves_out(tmp_path: Path) -> None:
+    write_indexed(tmp_path, random_weights(ARGS))
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    del weight_map["norm.weight"]
+    write_index(tmp_path, weight_map)
+    assert "norm.weight" in faults_of(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, -1])
+def test_read_headers_names_a_truncated_file(tmp_path: Path, kept: int) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    path = tmp_path / shard_name(2, 3)
+    os.truncate(path, kept if kept >= 0 else path.stat().st_size + kept)
+    message = faults_of(tmp_path)
+    assert path.name in message
+    assert "truncated" in message
+
+
+def test_read_headers_names_a_file_that_is_too_long(tmp_path: Path) -> None:
+    write_single(tmp_path, random_weights(ARGS))
+    with (tmp_path / SINGLE).open("ab") as file:
+        file.write(b"x")
+    assert f"{SINGLE} has" in faults_of(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1000])
+def test_read_headers_names_a_truncated_pickle(tmp_path: Path, kept: int) -> None:
+    write_pickle(tmp_path, random_weights(ARGS))
+    path = tmp_path / PICKLE
+    os.truncate(path, kept if kept >= 0 else path.stat().st_size + kept)
+    assert f"{PICKLE}: cannot be read" in faults_of(tmp_path)
+
+
+def test_read_headers_names_all_broken_files_at_once(tmp_path: Path) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    os.truncate(tmp_path / shard_name(1, 3), 50)
+    (tmp_path / shard_name(3, 3)).write_bytes(b"<html>not found</html>")
+    message = faults_of(tmp_path)
+    assert shard_name(1, 3) in message
+    assert shard_name(3, 3) in message
+
+
+def safetensors_bytes(header: bytes, n_bytes: int) -> bytes:
+    return len(header).to_bytes(8, "little") + header + bytes(n_bytes)
+
+
+@pytest.mark.parametrize(
+    ("header", "n_bytes"),
+    [
+        (b"not json", 0),
+        (b"\xff\xfe{}", 0),
+        (b"[]", 0),
+        (b'{"norm.weight": 3}', 0),
+        (b'{"norm.weight": {"dtype": "F32", "shape": [2]}}', 8),
+        (b'{"norm.weight": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}', 8),
+        (b'{"norm.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}', 8),
+        (b'{"norm.weight": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', 8),
+        (b'{"norm.weight": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 8]}}', 8),
+        (b'{"norm.weight": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}', 0),
+        (b'{"norm.weight": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}}', 8),
+    ],
+)
+def test_read_headers_names_a_file_with_garbage_for_a_header(
+    tmp_path: Path, header: bytes, n_bytes: int
+) -> None:
+    (tmp_path / SINGLE).write_bytes(safetensors_bytes(header, n_bytes))
+    with pytest.raises(CheckpointError, match=SINGLE):
+        read_headers(tmp_path)
+
+
+def test_read_headers_refuses_a_length_that_no_header_has(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
+    with pytest.raises(CheckpointError, match=SINGLE):
+        read_headers(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"norm.weight": [1.0]}])
+def test_read_headers_refuses_a_pickle_of_anything_else(tmp_path: Path, value: Any) -> None:
+    torch.save(value, tmp_path / PICKLE)
+    with pytest.raises(CheckpointError, match=PICKLE):
+        read_headers(tmp_path)
+
+
+class Malicious:
+    """Unpickling this runs code: the path is created."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_read_headers_runs_nothing_that_a_pickle_holds(tmp_path: Path) -> None:
+    torch.save({"norm.weight": Malicious(tmp_path / "ran")}, tmp_path / PICKLE)
+    with pytest.raises(CheckpointError, match=PICKLE):
+        read_headers(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_read_headers_refuses_a_pickled_tensor_that_is_not_in_order(tmp_path: Path) -> None:
+    weights = random_weights(ARGS)
+    weights["layers.0.attention.wq.weight"] = weights["layers.0.attention.wq.weight"].T
+    torch.save(weights, tmp_path / PICKLE)
+    assert "layers.0.attention.wq.weight is not stored whole and in order" in faults_of(tmp_path)
+
+
+def test_load_weights_names_file_and_tensor_when_a_read_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    tensors = read_headers(tmp_path)
+    broken = "layers.1.feed_forward.w2.weight"
+    whole = os.preadv
+
+    def fail_in_one_tensor(fd: int, buffers: list[memoryview], offset: int) -> int:
+        tensor = tensors[broken]
+        here = os.fstat(fd).st_ino == tensor.path.stat().st_ino
+        if here and tensor.offset <= offset < tensor.offset + 24 * 40 * 4:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(fd, buffers, offset)
+
+    monkeypatch.setattr("mistral_chat.model.checkpoint.os.preadv", fail_in_one_tensor)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(Transformer(ARGS), tensors)
+    assert str(tensors[broken].path) in str(caught.value)
+    assert broken in str(caught.value)
+    assert os.strerror(errno.EIO) in str(caught.value)
+
+
+def test_load_weights_names_file_and_tensor_when_a_file_shrank(tmp_path: Path) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    tensors = read_headers(tmp_path)
+    path = tmp_path / shard_name(2, 3)
+    last = max((t.offset, n) for n, t in tensors.items() if t.path == path)[1]
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(CheckpointError, match="shrank") as caught:
+        load_weights(Transformer(ARGS), tensors)
+    assert str(path) in str(caught.value)
+    assert last in str(caught.value)
+
+
+def test_load_weights_names_a_file_that_is_gone(tmp_path: Path) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    tensors = read_headers(tmp_path)
+    (tmp_path / shard_name(3, 3)).unlink()
+    with pytest.raises(CheckpointError, match=shard_name(3, 3)):
+        load_weights(Transformer(ARGS), tensors)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_load_weights_closes_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    tensors = read_headers(tmp_path)
+    opened: list[int] = []
+    really_open, really_close = os.open, os.close
+
+    def note_open(path: Path, flags: int) -> int:
+        opened.append(really_open(path, flags))
+        return opened[-1]
+
+    def note_close(fd: int) -> None:
+        opened.remove(fd)
+        really_close(fd)
+
+    monkeypatch.setattr("mistral_chat.model.checkpoint.os.open", note_open)
+    monkeypatch.setattr("mistral_chat.model.checkpoint.os.close", note_close)
+    if fails:
+        os.truncate(tmp_path / shard_name(3, 3), 200)
+        with pytest.raises(CheckpointError):
+            load_weights(Transformer(ARGS), tensors)
+    else:
+        load_weights(Transformer(ARGS), tensors)
+    assert opened == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_local_bytes_is_what_the_parameters_take(world_size: int) -> None:
+    for rank in range(world_size):
+        model = Transformer(ARGS, Shard(ARGS, world_size, rank), Alone())
+        held = sum(p.numel() for p in model.parameters())
+        assert local_bytes(model.placements().values(), torch.bfloat16) == 2 * held
+
+
+def write_zeros(folder: Path, args: TransformerArgs, dtype: str, itemsize: int) -> int:
+    """A checkpoint of zeros that takes no room on disk; gives its size."""
+    header: dict[str, Any] = {}
+    at = 0
+    for name, placement in placements(Shard(args)).items():
+        end = at + itemsize * math.prod(placement.shape)
+        header[name] = {"dtype": dtype, "shape": placement.shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    (folder / SINGLE).write_bytes(safetensors_bytes(text, 0))
+    os.truncate(folder / SINGLE, 8 + len(text) + at)
+    return at
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
+@pytest.mark.parametrize(
+    ("stored", "itemsize", "held"),
+    [("F32", 4, "float32"), ("BF16", 2, "float32")],
+)
+def test_load_weights_takes_little_more_memory_than_the_share(
+    tmp_path: Path, stored: str, itemsize: int, held: str
+) -> None:
+    size = write_zeros(tmp_path, load_share.ARGS, stored, itemsize)
+    assert size * 4 / itemsize > 600e6
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.scripts.load_share", str(tmp_path), held],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        timeout=100,
+    )
+    grown, share = map(int, done.stdout.split())
+    # The buffer has 32 MiB; the rest is what allocator, page tables and headers take. Reading an
+    # embedding whole (168 MB in float32, 84 in bfloat16) or mapping the file would break it.
+    assert share <= grown + 2e6  # the pages of all parameters were touched
+    assert grown <= share + 80e6
