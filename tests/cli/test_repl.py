@@ -1,0 +1,179 @@
+"""The chat at a terminal, typed at through a pseudo-terminal."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from tests.conftest import ROOT, command_env
+
+INTERRUPTED = "mistral-chat: interrupted"
+
+
+@contextmanager
+def _terminal(
+    data_home: Path, *words: str | Path, torchrun: int = 0
+) -> Iterator["pexpect.spawn[str]"]:
+    """The command under a terminal of 100 columns; it must have been left by the end."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    child = pexpect.spawn(
+        sys.executable,
+        [*(launcher if torchrun else []), "-m", "mistral_chat", *map(str, words)],
+        encoding="utf-8",
+        codec_errors="replace",
+        timeout=60,
+        dimensions=(40, 100),
+        cwd=str(ROOT),
+        env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(data_home)),  # type: ignore[arg-type]
+    )
+    child.delaybeforesend = None
+    try:
+        yield child
+    finally:
+        child.close(force=True)
+
+
+def _await_prompt(child: "pexpect.spawn[str]") -> None:
+    """Until the prompt can be typed at: it asks the terminal to mark pastes right before."""
+    child.expect("\x1b\\[\\?2004h")
+
+
+def _await_answer(child: "pexpect.spawn[str]") -> None:
+    """Until the prompt has let go of the terminal and some of the answer is there."""
+    child.expect("\x1b\\[\\?2004l")
+    child.expect(r"\w{3}")
+
+
+def _leave(child: "pexpect.spawn[str]") -> int | None:
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    return child.exitstatus
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_chat_of_three_turns_survives_an_interrupt(
+    tiny_folder: Path, tmp_path: Path, n_ranks: int
+) -> None:
+    words = [tiny_folder, "--instruct", "--stats", "--seed", "5"]
+    with _terminal(tmp_path, *words, torchrun=n_ranks if n_ranks > 1 else 0) as child:
+        child.expect("parameters on")
+        _await_prompt(child)
+        child.send("first\r")
+        _await_answer(child)
+        child.sendintr()
+        child.expect(INTERRUPTED)
+        child.expect(r"(\d+) tokens")
+        n_said = int(child.match.group(1))  # type: ignore[union-attr]
+        assert 0 < n_said < 480
+        _await_prompt(child)
+        child.send("second\r")
+        _await_answer(child)
+        child.sendintr()
+        # All of the first turn is still in the cache but the last token, which was never run.
+        child.expect(r"prompt (\d+) \((\d+) cached\)")
+        assert child.match is not None
+        prompt, cached = (int(n) for n in child.match.groups())  # type: ignore[union-attr]
+        assert cached >= n_said
+        assert prompt > cached
+        _await_prompt(child)
+        child.send("third\r")
+        _await_answer(child)
+        child.sendintr()
+        child.expect(r"prompt \d+ \((\d+) cached\)")
+        assert int(child.match.group(1)) > cached  # type: ignore[union-attr]
+        _await_prompt(child)
+        assert _leave(child) == 0
+
+
+def test_terminal_is_left_as_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+    script = (
+        'before=$(stty -a); "$0" -m mistral_chat "$@"; echo "code $?";'
+        ' [ "$before" = "$(stty -a)" ] && echo "as before" || echo "changed"'
+    )
+    child = pexpect.spawn(
+        "bash",
+        ["-c", script, sys.executable, str(tiny_folder), "--instruct"],
+        encoding="utf-8",
+        codec_errors="replace",
+        timeout=60,
+        cwd=str(ROOT),
+        env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(tmp_path)),  # type: ignore[arg-type]
+    )
+    _await_prompt(child)
+    child.send("hello\r")
+    _await_answer(child)
+    child.sendintr()
+    child.expect(INTERRUPTED)
+    _await_prompt(child)
+    child.sendeof()
+    child.expect("code 0")
+    child.expect("as before")
+    child.close(force=True)
+
+
+def test_prompt_keys_and_commands(tiny_folder: Path, tmp_path: Path) -> None:
+    words = [tiny_folder, "--instruct", "--max_tokens", "4", "--stats"]
+    with _terminal(tmp_path, *words) as child:
+        _await_prompt(child)
+        child.send("half a line")
+        child.sendintr()  # clears the line
+        _await_prompt(child)
+        child.send("/hlp\r")
+        child.expect(r"unknown command /hlp: did you mean /help\?")
+        _await_prompt(child)
+        child.send("/help\r")
+        child.expect("/clear +forget the conversation")
+        _await_prompt(child)
+        child.send("\x1b[200~one\ntwo\nthree\x1b[201~\r")  # a paste of three lines
+        child.expect(r"prompt (\d+) \(0 cached\)")
+        pasted = int(child.match.group(1))  # type: ignore[union-attr]
+        # <s> [INST] one \n two \n three [/INST]: the whole paste is one message
+        assert pasted >= 8
+        _await_prompt(child)
+        child.send("/clear\r")
+        child.expect("conversation cleared")
+        _await_prompt(child)
+        child.send("one\r")
+        child.expect(r"prompt (\d+) \((\d+) cached\)")
+        assert int(child.match.group(1)) < pasted  # type: ignore[union-attr]
+        _await_prompt(child)
+        child.send("word " * 600 + "\r")
+        child.expect("the context holds 512")
+        child.expect("the message was not sent")
+        _await_prompt(child)
+        child.send("/exit\r")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+    history = tmp_path / "mistral-chat" / "history"
+    assert "half a line" not in history.read_text()
+    assert history.stat().st_mode & 0o777 == 0o600
+
+
+def test_stdout_of_a_chat_holds_answers_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers"
+    script = f'"$0" -m mistral_chat "$@" > {answers}'
+    child = pexpect.spawn(
+        "bash",
+        ["-c", script, sys.executable, str(tiny_folder), "--temperature", "0", "--max_tokens", "3"],
+        encoding="utf-8",
+        codec_errors="replace",
+        timeout=60,
+        cwd=str(ROOT),
+        env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(tmp_path)),  # type: ignore[arg-type]
+    )
+    for _ in range(2):
+        _await_prompt(child)
+        child.send("Hello\r")
+        child.expect("stopped at")
+    _await_prompt(child)
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    first, second, nothing = answers.read_text().split("\n")
+    assert first == second != ""
+    assert nothing == ""
