@@ -113,7 +113,7 @@ def test_probabilities_keep_one_of_equals_at_least(name: str) -> None:
     assert float(got.sum()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("temperature", [1e-4, 1e-30])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-40, 1e-300])
 def test_probabilities_at_a_tiny_temperature_are_greedy(temperature: float) -> None:
     got = probabilities(draw_logits(), SamplingParams(temperature=temperature))
     assert kept(got) == {int(draw_logits().argmax())}

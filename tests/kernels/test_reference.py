@@ -161,6 +161,16 @@ def test_linear_takes_a_row_out_of_more() -> None:
         torch.testing.assert_close(got.double(), wanted[i : i + 1], rtol=1e-5, atol=1e-5)  # above
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_float32_whatever_the_weights_are(dtype: torch.dtype) -> None:
+    x, weight = draw(4, 33, dtype=dtype), draw(50, 33, seed=1, dtype=dtype)
+    got = reference.logits(x, weight)
+    assert got.dtype == torch.float32
+    wanted = x.double() @ weight.double().T
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]  # as linear's, at worst
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=1e-5)
+
+
 def test_silu_mul_gates_the_second_half_by_the_first() -> None:
     x = draw(3, 10)
     got = reference.silu_mul(x)

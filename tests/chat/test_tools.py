@@ -1,0 +1,258 @@
+"""Function schemas from a file, and the calls in an answer's tokens."""
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mistral_chat.chat.tokenizer import Tokenizer
+from mistral_chat.chat.tools import parse_tool_calls, read_tools
+from mistral_chat.errors import PromptError
+from tests.scripts.tokenizers import byte_ids, encode, tokenizer
+
+JSON_FORM = ("v2", "v3", "v7", "small tekken", "small tekken v7")
+WEATHER: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "Weather of a place",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+
+
+def call_ids(made: Tokenizer, *parts: str) -> list[int]:
+    """Ids of marks and texts between them, and the end token."""
+    ids: list[int] = []
+    for part in parts:
+        if part.startswith("[") and part.endswith("]") and part.isupper():
+            ids.append(made.raw.get_special_token(part))
+        else:
+            ids += encode(made, part)
+    return [*ids, made.eos_id]
+
+
+def found(made: Tokenizer, ids: list[int], seed: int = 0) -> list[tuple[str, dict[str, Any]]]:
+    calls = parse_tool_calls(made, ids, seed)
+    assert calls
+    return [(call.name, call.arguments) for call in calls]
+
+
+def is_valid_id(text: str) -> bool:
+    return len(text) == 9 and set(text) <= set(string.ascii_letters + string.digits)
+
+
+@pytest.mark.parametrize("name", JSON_FORM)
+@pytest.mark.parametrize(
+    "listed",
+    [
+        [{"name": "get_weather", "arguments": {"city": "Paris"}}],
+        [{"name": "f", "arguments": {}}],
+        [{"name": "f"}],
+        [{"name": "f", "arguments": {"text": 'a "b" [TOOL_CALLS] {c}\n', "é日🙂": [1, None, 2.5]}}],
+        [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"x": {"y": []}}}],
+        [{"name": "f", "arguments": {"n": n}} for n in range(4)],
+    ],
+)
+def test_calls_are_read_from_a_json_list(name: str, listed: list[dict[str, Any]]) -> None:
+    made = tokenizer(name)
+    wanted = [(call["name"], call.get("arguments", {})) for call in listed]
+    for ascii_only in (False, True):
+        text = json.dumps(listed, ensure_ascii=ascii_only)
+        assert found(made, call_ids(made, "[TOOL_CALLS]", text)) == wanted
+        assert found(made, call_ids(made, "[TOOL_CALLS]", f" {text}")) == wanted
+
+
+@pytest.mark.parametrize("name", JSON_FORM)
+def test_calls_are_read_from_any_tokenization(name: str) -> None:
+    made = tokenizer(name)
+    text = '[{"name": "f", "arguments": {"a": "é🙂"}}]'
+    assert made.tool_calls_id is not None
+    ids = [made.tool_calls_id, *byte_ids(made, text)]
+    assert found(made, [*ids, made.eos_id]) == [("f", {"a": "é🙂"})]
+    assert found(made, ids) == [("f", {"a": "é🙂"})]  # ended otherwise than by the end token
+
+
+def test_calls_are_read_after_text() -> None:
+    made = tokenizer("v3")
+    ids = call_ids(made, "I will look.", "[TOOL_CALLS]", '[{"name": "f", "arguments": {}}]')
+    assert found(made, ids) == [("f", {})]
+
+
+def test_calls_may_have_their_arguments_as_text() -> None:
+    made = tokenizer("v3")
+    text = json.dumps([{"name": "f", "arguments": '{"a": 1}'}, {"name": "g", "arguments": ""}])
+    assert found(made, call_ids(made, "[TOOL_CALLS]", text)) == [("f", {"a": 1}), ("g", {})]
+
+
+@pytest.mark.parametrize(
+    ("parts", "wanted"),
+    [
+        (("[TOOL_CALLS]", "f", "[ARGS]", '{"a": "é"}'), [("f", {"a": "é"})]),
+        (("[TOOL_CALLS]", "get_weather", "[ARGS]", "{}"), [("get_weather", {})]),
+        (
+            ("[TOOL_CALLS]", "f", "[ARGS]", '{"a": 1}', "[TOOL_CALLS]", "g", "[ARGS]", '{"b": 2}'),
+            [("f", {"a": 1}), ("g", {"b": 2})],
+        ),
+        (("[TOOL_CALLS]", "f", "[CALL_ID]", "abcDEF123", "[ARGS]", "{}"), [("f", {})]),
+        (("[TOOL_CALLS]", 'f{"a": 1}'), [("f", {"a": 1})]),
+        (
+            ("[TOOL_CALLS]", "f", "[ARGS]", '{"a": "[TOOL_CALLS] [ARGS] [CALL_ID]"}'),
+            [("f", {"a": "[TOOL_CALLS] [ARGS] [CALL_ID]"})],
+        ),
+        (("Let me see.", "[TOOL_CALLS]", "f", "[ARGS]", "{}"), [("f", {})]),
+    ],
+)
+def test_calls_are_read_from_names_and_marks(
+    parts: tuple[str, ...], wanted: list[tuple[str, dict[str, Any]]]
+) -> None:
+    made = tokenizer("v11")
+    assert found(made, call_ids(made, *parts)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("abcDEF123", True),
+        ("000000000", True),
+        ("abcDEF12", False),
+        ("abcDEF1234", False),
+        ("abc-EF123", False),
+        ("abcDEF12é", False),
+        ("", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["v3", "v11"])
+def test_call_ids_are_nine_letters_and_digits(name: str, given: str, kept: bool) -> None:
+    made = tokenizer(name)
+    if name == "v3":
+        text = json.dumps([{"name": "f", "arguments": {}, "id": given}])
+        ids = call_ids(made, "[TOOL_CALLS]", text)
+    else:
+        ids = call_ids(made, "[TOOL_CALLS]", "f", "[CALL_ID]", given, "[ARGS]", "{}")
+    calls = parse_tool_calls(made, ids, seed=5)
+    assert calls
+    assert is_valid_id(calls[0].id)
+    assert (calls[0].id == given) is kept
+
+
+def test_call_ids_made_here_follow_the_seed_and_differ_in_an_answer() -> None:
+    made = tokenizer("v3")
+    text = json.dumps([{"name": "f", "arguments": {}}] * 5)
+    ids = call_ids(made, "[TOOL_CALLS]", text)
+
+    def call_ids_of(seed: int) -> list[str]:
+        calls = parse_tool_calls(made, ids, seed)
+        assert calls
+        return [call.id for call in calls]
+
+    first = call_ids_of(1)
+    assert first == call_ids_of(1)
+    assert set(first).isdisjoint(call_ids_of(2))
+    assert len(set(first)) == 5
+    assert all(map(is_valid_id, first))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "[",
+        '[{"name": "f", "arguments": {}}',
+        '[{"name": "f", "arguments": {}}] and more',
+        "[]",
+        "[3]",
+        "{}",
+        '[{"arguments": {}}]',
+        '[{"name": 3, "arguments": {}}]',
+        '[{"name": "f", "arguments": [1]}]',
+        '[{"name": "f", "arguments": "not json"}]',
+        '[{"name": "f", "arguments": "[1]"}]',
+        '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": 7}]',
+        "not json at all",
+    ],
+)
+@pytest.mark.parametrize("name", ["v3", "v11"])
+def test_calls_that_cannot_be_read_are_none(name: str, text: str) -> None:
+    made = tokenizer(name)
+    assert parse_tool_calls(made, call_ids(made, "[TOOL_CALLS]", text), 0) is None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("f", "[ARGS]", "not json"),
+        ("f", "[ARGS]", '{"a": '),
+        ("f", "[ARGS]", "[1, 2]"),
+        ("[ARGS]", "{}"),
+        ("f",),
+        ("f", "[ARGS]", "{}", "[TOOL_CALLS]", "g", "[ARGS]", "{"),
+    ],
+)
+def test_named_calls_that_cannot_be_read_are_none(parts: tuple[str, ...]) -> None:
+    made = tokenizer("v11")
+    assert parse_tool_calls(made, call_ids(made, "[TOOL_CALLS]", *parts), 0) is None
+
+
+@pytest.mark.parametrize("name", ["v1", *JSON_FORM, "v11"])
+@pytest.mark.parametrize(
+    "text", ["", "Hello", '[TOOL_CALLS][{"name": "f", "arguments": {}}]', '[{"name": "f"}]']
+)
+def test_calls_are_never_found_in_text_alone(name: str, text: str) -> None:
+    made = tokenizer(name)
+    assert parse_tool_calls(made, [*encode(made, text), made.eos_id], 0) is None
+    assert parse_tool_calls(made, encode(made, text), 0) is None
+
+
+def write(folder: Path, value: Any) -> Path:
+    path = folder / "tools.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "value", [[WEATHER], [{"type": "function", "function": WEATHER}], [{"function": WEATHER}]]
+)
+def test_read_tools_takes_functions_bare_or_wrapped(tmp_path: Path, value: Any) -> None:
+    (tool,) = read_tools(write(tmp_path, value))
+    assert tool.function.name == "get_weather"
+    assert tool.function.description == "Weather of a place"
+    assert tool.function.parameters == WEATHER["parameters"]
+
+
+def test_read_tools_keeps_the_order(tmp_path: Path) -> None:
+    tools = read_tools(write(tmp_path, [WEATHER | {"name": name} for name in ("c", "a", "b")]))
+    assert [tool.function.name for tool in tools] == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ({}, "expected a JSON list"),
+        ([], "expected a JSON list"),
+        ([WEATHER, 3], "tool 2: not a function schema"),
+        ([WEATHER, {"parameters": {}}], "tool 2: not a function schema: .*name"),
+        ([{"function": None}], "tool 1: not a function schema"),
+        ([WEATHER | {"parameters": "city"}], "tool 1: not a function schema: .*parameters"),
+    ],
+)
+def test_read_tools_names_file_and_tool_that_it_cannot_use(
+    tmp_path: Path, value: Any, named: str
+) -> None:
+    path = write(tmp_path, value)
+    with pytest.raises(PromptError, match=named) as caught:
+        read_tools(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)  # errors are one line
+
+
+def test_read_tools_names_a_file_that_is_missing_or_no_json(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"missing.json: cannot be read"):
+        read_tools(tmp_path / "missing.json")
+    with pytest.raises(PromptError, match=r"tools.txt: expected a .json file"):
+        read_tools(tmp_path / "tools.txt")
+    (tmp_path / "latin.json").write_bytes(b'[{"name": "\xe9"}]')
+    with pytest.raises(PromptError, match=r"latin.json"):
+        read_tools(tmp_path / "latin.json")

