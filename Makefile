@@ -29,7 +29,7 @@ check: install
 	$(BIN)/lint-imports --no-cache
 
 test: install
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # On a machine with GPUs, with the torch that is installed there.
 test-gpu:

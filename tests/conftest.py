@@ -17,6 +17,9 @@ from safetensors.torch import save_file
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.sharding import Shard, placements
 
+# Two processes of tests share two cores; more threads than that would only wait for each other.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 TINY = TransformerArgs(
     dim=64,

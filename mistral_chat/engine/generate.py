@@ -104,7 +104,8 @@ def generate(
             those chosen.
 
     Raises:
-        ValueError: no prompts, an empty one, or more than max_batch_size.
+        ValueError: no prompts, an empty one, more than max_batch_size, ids that the model does
+            not have, or a negative max_tokens.
     """
     n_prompts = len(encoded_prompts)
     if not 1 <= n_prompts <= model.args.max_batch_size:
@@ -113,6 +114,11 @@ def generate(
         )
     if not all(encoded_prompts):
         raise ValueError("an empty prompt: expected at least one token, such as <s>")
+    ids = [token for prompt in encoded_prompts for token in prompt]
+    if min(ids) < 0 or max(ids) >= model.args.vocab_size:
+        raise ValueError(f"ids {min(ids)} to {max(ids)}: expected 0 to {model.args.vocab_size - 1}")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens is {max_tokens}: expected at least 0")
     longest = max(len(prompt) for prompt in encoded_prompts)
     group = current_group()
     runner = Runner(

@@ -51,9 +51,11 @@ class Lifeline:
         self.on_lost: OnLost = _end_process
         self._closing = False
         self._connections = connections
-        for connection in connections.values():
+        self._selector = selectors.DefaultSelector()
+        for rank, connection in connections.items():
             connection.settimeout(None)
             _keep_alive(connection)
+            self._selector.register(connection, selectors.EVENT_READ, rank)
         self._some_end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         self._thread.start()
@@ -117,9 +119,7 @@ class Lifeline:
 
     def _watch(self) -> None:
         said: dict[int, bytes] = dict.fromkeys(self._connections, b"")
-        with selectors.DefaultSelector() as selector:
-            for rank, connection in self._connections.items():
-                selector.register(connection, selectors.EVENT_READ, rank)
+        with self._selector as selector:
             while selector.get_map():
                 for key, _ in selector.select():
                     rank = key.data

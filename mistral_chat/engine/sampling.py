@@ -12,6 +12,8 @@ from mistral_chat.config import SamplingParams
 
 __all__ = ["Choice", "choose", "log_probability", "probabilities"]
 
+LEAST_TEMPERATURE = 1e-5  # below it every draw is the most likely token
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -42,7 +44,9 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     Returns:
         (V,) that sum to 1.
     """
-    probs = torch.softmax(logits / params.temperature, dim=-1)
+    # The largest becomes 0, so that no temperature makes an infinity of it.
+    spread = (logits - logits.max()) / max(params.temperature, LEAST_TEMPERATURE)
+    probs = torch.softmax(spread, dim=-1)
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs.max(), 0)
     if params.top_k or params.top_p < 1:

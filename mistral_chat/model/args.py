@@ -69,8 +69,12 @@ class TransformerArgs:
                 raise CheckpointError(f"{name} is {value!r}: expected a whole number of at least 1")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or value <= 0):
+            if value is not None and (not isinstance(value, (int, float)) or not value > 0):
                 raise CheckpointError(f"{name} is {value!r}: expected a number above 0")
+        if not isinstance(self.tied_embeddings, bool):
+            raise CheckpointError(
+                f"tied_embeddings is {self.tied_embeddings!r}: expected true or false"
+            )
         if self.model_type != "transformer":
             raise CheckpointError(
                 f"model_type {self.model_type!r} is not supported: expected 'transformer'"

@@ -156,9 +156,12 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
             faults.append(f"{name} stands in {tensors[name].path.name} and in {path.name}")
         tensors |= found
     if not faults and (folder / INDEX).exists():
-        for name, file in sorted(_read_index(folder).items()):
+        index = _read_index(folder)
+        for name, file in sorted(index.items()):
             if name not in tensors or tensors[name].path.name != file:
                 faults.append(f"{INDEX} says that {file} holds {name}, which it does not")
+        for name in sorted(tensors.keys() - index.keys()):
+            faults.append(f"{tensors[name].path.name} holds {name}, which {INDEX} leaves out")
     _raise_faults(folder, faults)
     return tensors
 
@@ -224,6 +227,8 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
                 continue
             shape = tuple(int(n) for n in entry["shape"])
             first, last = (8 + length + int(n) for n in entry["data_offsets"])
+            if not 8 + length <= first <= last:
+                raise ValueError(f"{name} lies at bytes {entry['data_offsets']}")
             tensors[name] = StoredTensor(path, str(entry["dtype"]), shape, first)
             dtype = _FLOATS.get(entry["dtype"])
             if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
@@ -252,7 +257,7 @@ def _pickle_header(path: Path) -> dict[str, StoredTensor]:
     except Exception as error:  # torch.load raises its own, pickle's, zip's and OS errors
         raise CheckpointError(
             f"{path.name}: cannot be read as tensors by name (weights_only): "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path.name}: found a {type(state).__name__}, expected a dict")
