@@ -7,15 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mistral_chat.chat.chat import Answer
+    from mistral_chat.chat.chat import Answer, Delta
     from mistral_chat.chat.llm import LLM
     from mistral_chat.config import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Answer", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Answer", "Delta", "SamplingParams", "__version__"]
 
 _HOMES = {
     "Answer": "mistral_chat.chat.chat",
+    "Delta": "mistral_chat.chat.chat",
     "LLM": "mistral_chat.chat.llm",
     "SamplingParams": "mistral_chat.config",
 }

@@ -19,6 +19,7 @@ from mistral_chat.engine.engine import Engine
 from mistral_chat.engine.runner import load_runner
 from mistral_chat.engine.worker import Session, serve
 from mistral_chat.errors import PromptError, UsageError
+from mistral_chat.model.args import read_args
 
 __all__ = ["LLM"]
 
@@ -68,6 +69,7 @@ class LLM:
             serve(config, group)
             sys.exit(0)
         try:
+            read_args(Path(model))  # a folder without params.json needs no tokenizer
             self.tokenizer = Tokenizer.from_folder(Path(model))
             self.engine = Engine(load_runner(config, group))
         except BaseException:

@@ -20,9 +20,9 @@ from mistral_chat.errors import PromptError, TokenizerError
 
 __all__ = ["Detokenizer", "Tokenizer", "find_tokenizer"]
 
-TOOL_CALLS = "[TOOL_CALLS]"
+TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 # Control tokens that models write themselves: a tool call's parts and a reasoning model's marks.
-_WRITTEN = (TOOL_CALLS, "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]")
+_WRITTEN = (TOOL_CALLS, ARGS, CALL_ID, "[THINK]", "[/THINK]")
 _SPACE = "\u2581"  # SentencePiece writes a space so
 
 
@@ -79,6 +79,7 @@ class Tokenizer:
         written = {text: _special_id(raw, text) for text in _WRITTEN}
         self._written = {id_: text for text, id_ in written.items() if id_ is not None}
         self.tool_calls_id = written[TOOL_CALLS]
+        self.args_id, self.call_id_id = written[ARGS], written[CALL_ID]
 
     @classmethod
     def shipped(cls, vocab_size: int) -> "Tokenizer":
@@ -157,7 +158,15 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         """Whether an id is a control token."""
-        return self.raw.is_special(token)
+        return token < self.n_words and self.raw.is_special(token)
+
+    def begins_with_mark(self, token: int) -> bool:
+        """Whether a SentencePiece token writes its first space as a mark, and not as a byte."""
+        return (
+            isinstance(self.raw, SentencePieceTokenizer)
+            and token < self.n_words
+            and self.raw.id_to_piece(token).startswith(_SPACE)
+        )
 
     def piece(self, token: int) -> str:
         """One token as text, for showing it by itself; half a character shows as U+FFFD."""
@@ -196,6 +205,8 @@ class _Bytes(Protocol):
 
     def is_special(self, token: int) -> bool: ...
 
+    def begins_with_mark(self, token: int) -> bool: ...
+
 
 class Detokenizer:
     """Incremental decoding: never half a character, never a lost space.
@@ -205,7 +216,7 @@ class Detokenizer:
 
     Args:
         tokenizer: gives each token's bytes.
-        strip_first_space: leave out one space at the very beginning.
+        strip_first_space: leave out the mark of a space at the very beginning.
     """
 
     def __init__(self, tokenizer: _Bytes, *, strip_first_space: bool) -> None:
@@ -220,9 +231,9 @@ class Detokenizer:
             self._decoder.reset()
             return text + self._tokenizer.token_bytes(token).decode()
         data = self._tokenizer.token_bytes(token)
-        if self._strip:
+        if self._strip and self._tokenizer.begins_with_mark(token):
             data = data.removeprefix(b" ")
-            self._strip = False
+        self._strip = False
         return self._decoder.decode(data)
 
     def flush(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from mistral_common.protocol.instruct.tool_calls import Tool
 from pydantic import ValidationError
 
-from mistral_chat.chat.tokenizer import TOOL_CALLS, Tokenizer
+from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.errors import PromptError
 
 __all__ = ["ToolCall", "parse_tool_calls", "read_tools"]
@@ -91,17 +91,33 @@ def parse_tool_calls(
     start = tokenizer.tool_calls_id
     if start is None or start not in ids:
         return None
-    detokenizer = tokenizer.detokenizer(continues=True)
-    end = ids[: list(ids).index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
-    text = "".join(detokenizer.add(token) for token in end) + detokenizer.flush()
+    before_end = _split(ids, tokenizer.eos_id)[0]
     calls: list[ToolCall] = []
-    for part in text.split(TOOL_CALLS)[1:]:
-        found = _json_calls(part) if part.lstrip().startswith(("[", "{")) else _named_call(part)
+    for part in _split(before_end, start)[1:]:
+        text = _decode(tokenizer, part)
+        is_json = text.lstrip().startswith(("[", "{"))
+        found = _json_calls(text) if is_json else _named_call(tokenizer, part)
         if found is None:
             return None
         for name, arguments, id_ in found:
             calls.append(ToolCall(id_ or _make_id(seed, len(calls)), name, arguments))
     return tuple(calls) or None
+
+
+def _split(ids: Sequence[int], at: int | None) -> list[list[int]]:
+    """The ids between those that are `at`."""
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == at:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    detokenizer = tokenizer.detokenizer(continues=True)
+    return "".join(map(detokenizer.add, ids)) + detokenizer.flush()
 
 
 def _json_calls(text: str) -> list[tuple[str, dict[str, Any], str | None]] | None:
@@ -120,15 +136,21 @@ def _json_calls(text: str) -> list[tuple[str, dict[str, Any], str | None]] | Non
     return found
 
 
-def _named_call(text: str) -> list[tuple[str, dict[str, Any], str | None]] | None:
-    head, separator, body = text.partition("[ARGS]")
-    if not separator:
-        head, brace, rest = text.partition("{")
+def _named_call(
+    tokenizer: Tokenizer, ids: Sequence[int]
+) -> list[tuple[str, dict[str, Any], str | None]] | None:
+    head_ids, *bodies = _split(ids, tokenizer.args_id)
+    named, *id_parts = _split(head_ids, tokenizer.call_id_id)
+    name = _decode(tokenizer, named)
+    if bodies:
+        body = _decode(tokenizer, bodies[0])
+    else:  # v11 may leave the mark out
+        name, brace, rest = name.partition("{")
         body = brace + rest
-    name, _, id_ = head.partition("[CALL_ID]")
-    arguments = _arguments(body)
+    arguments = _arguments(body) if body and len(bodies) <= 1 else None
     if not name.strip() or arguments is None:
         return None
+    id_ = _decode(tokenizer, id_parts[0]).strip() if id_parts else None
     return [(name.strip(), arguments, _checked_id(id_))]
 
 

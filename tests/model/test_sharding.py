@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_shard_of_a_large_model_duplicates_no_kv_head_up_to_their_number(world_s
     ],
 )
 def test_shard_refuses_more_ranks_than_there_is_to_share(
-    changes: dict[str, int], named: str
+    changes: dict[str, Any], named: str
 ) -> None:
     args = replace(ODD, **changes)
     limit = int(named.split()[0])

@@ -1,7 +1,7 @@
 """The model against a plain float64 one, and the laws that let steps be cut up at will."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -39,9 +39,15 @@ SHAPES = {
     "windows repeated": replace(ODD, n_layers=4, sliding_window=[None, 3]),
 }
 by_shape = pytest.mark.parametrize("args", SHAPES.values(), ids=SHAPES)
-# Logits are at most about 5; float32 sums of 40 products through 3 layers are right to some 1e-6.
-# Different shapes of a product add in different order, so equal is equal up to this.
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def assert_close(got: Tensor, wanted: Tensor) -> None:
+    """Equal up to the order of additions.
+
+    Logits are at most about 5, or 40 where embeddings are tied; float32 sums of 40 products through
+    3 layers are right to some 1e-6 of that.
+    """
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def make_model(args: TransformerArgs, shard: Shard | None = None) -> Transformer:
@@ -73,7 +79,7 @@ def draw_tokens(n: int, args: TransformerArgs = ODD, seed: int = 0) -> Tensor:
 
 def run_whole(model: Transformer, tokens: Tensor) -> Tensor:
     logits = model(tokens, [Span(0, 0, len(tokens))], make_cache(model), "all")
-    assert logits is not None
+    assert isinstance(logits, Tensor)
     return logits
 
 
@@ -111,7 +117,8 @@ def logits_by_hand(args: TransformerArgs, tokens: Tensor) -> Tensor:
         gate, up = (h @ w[f"{p}feed_forward.w{part}.weight"].T for part in "13")
         x = x + (F.silu(gate) * up) @ w[p + "feed_forward.w2.weight"].T
     output = w["tok_embeddings.weight" if args.tied_embeddings else "output.weight"]
-    return norm(x, w["norm.weight"]) @ output.T
+    logits: Tensor = norm(x, w["norm.weight"]) @ output.T
+    return logits
 
 
 @by_shape
@@ -120,7 +127,7 @@ def test_transformer_is_its_definition(args: TransformerArgs, length: int) -> No
     tokens = draw_tokens(length, args)
     got = run_whole(make_model(args), tokens)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), logits_by_hand(args, tokens), **CLOSE)
+    assert_close(got.double(), logits_by_hand(args, tokens))
 
 
 def test_transformer_windows_change_the_answer() -> None:
@@ -128,7 +135,7 @@ def test_transformer_windows_change_the_answer() -> None:
     plain = run_whole(make_model(ODD), tokens)
     for window, first_changed in ((5, 5), ([7, None, 9], 7)):
         cut = run_whole(make_model(replace(ODD, sliding_window=window)), tokens)
-        torch.testing.assert_close(cut[:first_changed], plain[:first_changed], **CLOSE)
+        assert_close(cut[:first_changed], plain[:first_changed])
         assert (cut[first_changed:] - plain[first_changed:]).abs().amax(-1).min() > 1e-2
 
 
@@ -142,7 +149,7 @@ def test_chunked_prefill_is_whole_prefill_for_every_chunk_size(args: Transformer
             model(part, [Span(0, i * size, len(part))], cache, "all")
             for i, part in enumerate(tokens.split(size))
         ]
-        torch.testing.assert_close(torch.cat(parts), whole, **CLOSE)
+        assert_close(torch.cat(parts), whole)
 
 
 @by_shape
@@ -154,7 +161,7 @@ def test_rewound_sequence_is_one_that_was_never_there(args: TransformerArgs, sta
     other = torch.cat([tokens[:start], draw_tokens(25 - start, args, seed=1)])
     model(other, [Span(0, 0, len(other))], cache, "none")
     again = model(tokens[start:], [Span(0, start, 16 - start)], cache, "all")
-    torch.testing.assert_close(again, run_whole(model, tokens)[start:], **CLOSE)
+    assert_close(again, run_whole(model, tokens)[start:])
 
 
 @by_shape
@@ -176,7 +183,7 @@ def test_sequences_of_one_step_are_what_they_are_alone(args: TransformerArgs) ->
     got = model(step, spans, cache, "all")
     assert got is not None
     for part, whole, start in zip(got.split(lengths), alone, starts, strict=True):
-        torch.testing.assert_close(part, whole[start:], **CLOSE)
+        assert_close(part, whole[start:])
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,7 @@ def test_last_logits_are_those_after_each_span(spans: list[Span]) -> None:
     assert last is not None
     ends = [sum(s.length for s in spans[: i + 1]) - 1 for i in range(len(spans))]
     assert last.shape == (len(spans), ODD.vocab_size)
-    torch.testing.assert_close(last, everything[ends], **CLOSE)
+    assert_close(last, everything[ends])
     assert model(tokens, spans, make_cache(model, n_slots=3), "none") is None
 
 
@@ -247,10 +254,15 @@ class Ranks:
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in spans])
         rotations = reference.rope_rotations(positions, args.head_dim, args.rope_theta or 1e6)
 
-        def summed(part: Callable[[int, Transformer], Tensor]) -> Tensor:
-            return torch.stack([part(i, m) for i, m in enumerate(self.models)]).sum(0)
+        def summed(parts: list[Tensor]) -> Tensor:
+            return torch.stack(parts).sum(0)
 
-        x = summed(lambda _, m: reference.embed_rows(tokens, m.tok_embeddings, m.shard.vocab.start))
+        x = summed(
+            [
+                reference.embed_rows(tokens, m.tok_embeddings, m.shard.vocab.start)
+                for m in self.models
+            ]
+        )
 
         def block(model: Transformer, layer: int) -> TransformerBlock:
             found = model.layers[layer]
@@ -258,13 +270,16 @@ class Ranks:
             return found
 
         for n in range(args.n_layers):
-            first = block(self.models[0], n)
-            h = reference.rms_norm(x, first.attention_norm, args.norm_eps)
+            blocks = [block(model, n) for model in self.models]
+            h = reference.rms_norm(x, blocks[0].attention_norm, args.norm_eps)
             x = x + summed(
-                lambda i, m, h=h, n=n: block(m, n).attention(h, rotations, spans, self.caches[i])
+                [
+                    each.attention(h, rotations, spans, cache)
+                    for each, cache in zip(blocks, self.caches, strict=True)
+                ]
             )
-            h = reference.rms_norm(x, first.ffn_norm, args.norm_eps)
-            x = x + summed(lambda _, m, h=h, n=n: block(m, n).feed_forward(h))
+            h = reference.rms_norm(x, blocks[0].ffn_norm, args.norm_eps)
+            x = x + summed([each.feed_forward(h) for each in blocks])
         h = reference.rms_norm(x, self.models[0].norm, args.norm_eps)
         return torch.cat(
             [h @ (m.tok_embeddings if m.output is None else m.output).T for m in self.models], 1
@@ -279,7 +294,7 @@ def test_partial_outputs_of_all_ranks_sum_to_the_whole(args: TransformerArgs) ->
         ranks = Ranks(shards(args, world_size))
         first = ranks.forward(tokens[:9], [Span(0, 0, 9)])
         rest = [ranks.forward(tokens[i : i + 1], [Span(0, i, 1)]) for i in range(9, 14)]
-        torch.testing.assert_close(torch.cat([first, *rest]), whole, **CLOSE)
+        assert_close(torch.cat([first, *rest]), whole)
 
 
 @pytest.mark.parametrize("world_size", range(2, 10))
@@ -337,6 +352,4 @@ def test_model_made_without_memory_and_filled_later_is_its_definition(tied: bool
     model = model.to(torch.float32).to_empty(device="cpu")
     fill(model)
     tokens = draw_tokens(8)
-    torch.testing.assert_close(
-        run_whole(model, tokens).double(), logits_by_hand(args, tokens), **CLOSE
-    )
+    assert_close(run_whole(model, tokens).double(), logits_by_hand(args, tokens))

@@ -1,0 +1,273 @@
+"""Flags: names, values as typed, suggestions, ranges, and that nothing heavy is imported first."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mistral_chat.cli import flags
+from mistral_chat.errors import UsageError
+from tests.conftest import Run
+
+HEAVY = ("huggingface_hub", "mistral_common", "numpy", "prompt_toolkit", "rich", "safetensors",
+         "torch", "transformers")  # fmt: skip
+HELP_S = 0.5
+WRONG_USAGE_S = 1.0
+
+# The contract's flags of the main job that this version has, with a value that differs from the
+# default and where it arrives.
+VALUES: dict[str, tuple[str, Any]] = {
+    "prompt": ("Hello", "Hello"),
+    "file": ("a.txt", (Path("a.txt"),)),
+    "system": ("Be brief", "Be brief"),
+    "system_file": ("s.txt", Path("s.txt")),
+    "tools": ("t.json", Path("t.json")),
+    "max_tokens": ("5", 5),
+    "temperature": ("0.25", 0.25),
+    "top_p": ("0.5", 0.5),
+    "top_k": ("7", 7),
+    "min_p": ("0.125", 0.125),
+    "seed": ("11", 11),
+    "stop": ("END", ("END",)),
+    "logprobs": ("3", 3),
+    "nproc_per_node": ("2", 2),
+    "device": ("cpu", "cpu"),
+    "dtype": ("float16", "float16"),
+    "max_seq_len": ("64", 64),
+    "load_format": ("consolidated", "consolidated"),
+}
+SWITCHES = ("instruct", "json", "stats", "quiet")
+NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
+         "logprobs": ["--json"]}  # fmt: skip
+_FIELDS = {"file": "files"}
+
+
+def _parse(*words: str) -> flags.Options:
+    return flags.parse(flags.normalize(["MODEL", *words]))
+
+
+def _arrived(options: flags.Options, name: str) -> Any:
+    name = _FIELDS.get(name, name)
+    for part in (options, options.sampling, options.engine):
+        if hasattr(part, name):
+            return getattr(part, name)
+    raise AssertionError(f"--{name} arrives nowhere")
+
+
+def _fastest(run: Run, *words: str, code: int) -> float:
+    """Seconds of the fastest of three runs: other work on the machine only adds."""
+    taken = []
+    for _ in range(3):
+        begun = time.monotonic()
+        assert run(*words).code == code
+        taken.append(time.monotonic() - begun)
+    return min(taken)
+
+
+def test_help_answers_in_half_a_second(run: Run) -> None:
+    assert _fastest(run, "--help", code=0) < HELP_S
+
+
+def test_misspelt_flag_is_refused_in_a_second(run: Run) -> None:
+    assert _fastest(run, "MODEL", "--promt", "x", code=2) < WRONG_USAGE_S
+
+
+@pytest.fixture
+def without_heavy(tmp_path: Path) -> dict[str, str]:
+    """An environment in which importing anything heavy fails."""
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["MODEL", "--promt", "x"], 2),
+        (["MODEL", "--temperature", "-1"], 2),
+        (["MODEL", "--json_object"], 2),
+        (["demo", "--promt", "x"], 2),
+        (["bench", "MODEL", "--dtyp", "auto"], 2),
+        (["bench", "--help"], 0),
+        (["./nowhere", "--prompt", "x"], 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_nothing_heavy_is_imported_before_flags_are_right(
+    run: Run, without_heavy: dict[str, str], words: list[str], code: int
+) -> None:
+    done = run(*words, env=without_heavy)
+    assert "was imported" not in done.err
+    assert done.code == code
+    assert len(done.error_lines) == (0 if code == 0 else 1)
+
+
+def test_heavy_imports_are_seen_by_this_check(
+    run: Run, tiny_folder: Path, without_heavy: dict[str, str]
+) -> None:
+    done = run(tiny_folder, "--prompt", "x", "--device", "cpu", env=without_heavy)
+    assert "was imported" in done.err
+
+
+def test_help_names_every_flag_once() -> None:
+    text = flags.help_text()
+    named = re.findall(r"^  --(\w+)", text, re.MULTILINE)
+    assert sorted(named) == sorted([*VALUES, *SWITCHES, "config", "help", "version"])
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("equals", [False, True])
+@pytest.mark.parametrize("hyphens", [False, True])
+def test_flag_arrives_however_it_is_written(name: str, equals: bool, hyphens: bool) -> None:
+    text, expected = VALUES[name]
+    typed = name.replace("_", "-") if hyphens else name
+    needed = NEEDS.get(name, [])
+    assert _arrived(_parse(*needed), name) != expected
+    words = [f"--{typed}={text}"] if equals else [f"--{typed}", text]
+    assert _arrived(_parse(*words, *needed), name) == expected
+    assert _arrived(_parse(*needed, *words), name) == expected
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switch_arrives(name: str) -> None:
+    assert not _arrived(_parse(), name)
+    assert _arrived(_parse(f"--{name}"), name)
+
+
+@pytest.mark.parametrize("name", ["file", "stop"])
+def test_repeatable_flag_keeps_all_in_order(name: str) -> None:
+    values = _arrived(_parse(f"--{name}", "b", f"--{name}=a", f"--{name}", "b"), name)
+    assert [str(value) for value in values] == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize("name", [*VALUES, *SWITCHES])
+def test_misspelt_flag_suggests_the_right_one(name: str) -> None:
+    typed = name[:2] + name[3:] if len(name) > 4 else name + name[-1]
+    assert typed not in {*VALUES, *SWITCHES}
+    with pytest.raises(UsageError, match=rf"unknown flag --{typed}: did you mean --{name}\?"):
+        _parse(f"--{typed}", "x")
+
+
+@pytest.mark.parametrize("word", ["--xyzzy", "-x", "-", "--", "---prompt"])
+def test_word_that_is_no_flag_is_never_taken_for_one(word: str) -> None:
+    with pytest.raises(UsageError, match=r"unknown flag|expected one MODEL"):
+        _parse(word, "x")
+
+
+@pytest.mark.parametrize("abbreviated", ["--promp", "--max_tok", "--sys", "--tem"])
+def test_abbreviation_is_not_guessed(abbreviated: str) -> None:
+    with pytest.raises(UsageError, match="unknown flag"):
+        _parse(abbreviated, "1")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_flag_without_its_value_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name} needs a value; found nothing"):
+        _parse(f"--{name}")
+    with pytest.raises(UsageError, match=f"--{name} needs a value; found the flag --json"):
+        _parse(f"--{name}", "--json")
+
+
+@pytest.mark.parametrize("text", ["--json", "--prompt", "-1", "--", "-h", "--help", "- item", "="])
+def test_text_that_looks_like_a_flag_can_be_given(text: str) -> None:
+    assert _parse(f"--prompt={text}").prompt == text
+
+
+@pytest.mark.parametrize("text", ["-1", "--", "-h", "- item", "--no-such-flag", "---"])
+def test_text_that_begins_with_a_hyphen_is_a_value(text: str) -> None:
+    assert _parse("--prompt", text).prompt == text
+
+
+@pytest.mark.parametrize(
+    ("words", "asks"),
+    [
+        (["--help"], True),
+        (["-h"], True),
+        (["--prompt", "x", "--help"], True),
+        (["--prompt=--help"], False),
+        (["--prompt", "-h"], False),
+        (["--", "--help"], False),
+    ],
+)
+def test_help_is_asked_for_by_the_flag_alone(words: list[str], asks: bool) -> None:
+    assert flags.wants_help(flags.normalize(words)) == asks
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "taken"),
+    [
+        ("max_tokens", ["0", "-1", "1.5", "many", ""], ["1", "1000000"]),
+        ("temperature", ["-1", "-0.001", "nan", "inf", "-inf", "hot"], ["0", "0.001", "2"]),
+        ("top_p", ["0", "-1", "1.001", "2", "nan"], ["0.001", "1"]),
+        ("top_k", ["-1", "0.5"], ["0", "1"]),
+        ("min_p", ["-0.001", "1.001", "nan"], ["0", "1"]),
+        ("seed", ["-1", str(2**63), "1e3"], ["0", str(2**63 - 1)]),
+        ("stop", [""], [" ", "\n"]),
+        ("logprobs", ["-1", "1001", "all"], ["0", "1000"]),
+        ("nproc_per_node", ["0", "-1", "gpu"], ["1"]),
+        ("max_seq_len", ["0", "1", "-5"], ["2"]),
+        ("device", ["gpu", "CUDA", "cuda:0", ""], ["auto", "cuda", "cpu"]),
+        ("dtype", ["int8", "fp16", ""], ["auto", "bfloat16", "float16", "float32"]),
+        ("load_format", ["gguf", ""], ["auto", "consolidated", "hf", "dummy"]),
+    ],
+)
+def test_value_out_of_range_is_refused_by_name(
+    name: str, refused: list[str], taken: list[str]
+) -> None:
+    needed = NEEDS.get(name, [])
+    for text in taken:
+        _parse(*needed, f"--{name}={text}")
+    for text in refused:
+        with pytest.raises(UsageError, match=rf"--{name}\b"):
+            _parse(*needed, f"--{name}={text}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--system", "x"], "--system needs --instruct"),
+        (["--system_file", "x"], "--system_file needs --instruct"),
+        (["--tools", "x.json"], "--tools needs --instruct"),
+        (["--logprobs", "2"], "--logprobs needs --json"),
+        (["--logprobs", "0"], "--logprobs needs --json"),
+        (["--instruct", "--system", "x", "--system_file", "y"], "--system and --system_file"),
+        (["--instruct", "--tools", "x.py"], "expected a .json file"),
+        (["--stats", "--quiet"], "--stats and --quiet"),
+        (["--json_schema", "x"], "not built yet"),
+        (["again"], "expected one MODEL"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        _parse(*words)
+
+
+def test_model_is_needed() -> None:
+    with pytest.raises(UsageError, match="MODEL is missing"):
+        flags.parse(flags.normalize(["--prompt", "x"]))
+
+
+def test_preset_sets_what_flags_leave_open(tmp_path: Path) -> None:
+    path = tmp_path / "preset.toml"
+    path.write_text(
+        "[run]\ninstruct = true\ndevice = 'cpu'\nmax_seq_len = 64\n"
+        "[generation]\ntemperature = 0\nstop = ['a', '#']\nmax_tokens = 3\n"
+    )
+    options = _parse("--config", str(path), "--max_tokens", "9", "--stop", "b")
+    assert options.instruct
+    assert (options.engine.device, options.engine.max_seq_len) == ("cpu", 64)
+    assert (options.sampling.temperature, options.sampling.max_tokens) == (0, 9)
+    assert options.sampling.stop == ("b",)
+
+
+@pytest.mark.parametrize("name", ["prompt", "file", "system", "json", "config"])
+def test_preset_may_not_say_what_to_answer(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "preset.toml"
+    path.write_text(f"[run]\n{name} = 'x'\n")
+    with pytest.raises(UsageError, match=rf"unknown key {name} in \[run\]"):
+        _parse("--config", str(path))
