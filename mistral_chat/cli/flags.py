@@ -238,9 +238,9 @@ def normalize(argv: Sequence[str], flags: dict[str, bool] | None = None) -> list
         if not word.startswith("-") or word == "-":
             done.append(word)
             continue
-        name, equals, value = word.lstrip("-").partition("=")
+        name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not word.startswith("--") or name not in flags:
+        if not word.startswith("--") or name not in flags or word.startswith("---"):
             raise UsageError(_unknown(word.partition("=")[0], name, flags))
         if not flags[name]:
             if equals:
@@ -283,6 +283,7 @@ def parse(words: Sequence[str]) -> Options:
     """
     given = vars(_parser("mistral-chat", positional=True).parse_args(list(words)))
     models = given.pop("model", [])
+    given = {name: _put_back_dashes(value) for name, value in given.items()}
     if len(models) > 1:
         raise UsageError(
             f"found {len(models)} words ({' '.join(map(repr, models))}); expected one MODEL: "
@@ -310,6 +311,13 @@ def parse(words: Sequence[str]) -> Options:
         files=tuple(values.get("file", ())),
         **{name: values[name] for name in names if name in values},
     )
+
+
+def _put_back_dashes(value: Any) -> Any:
+    """Undo what argparse before 3.13 does to a value of `--`: it leaves an empty list."""
+    if isinstance(value, list):
+        return [_put_back_dashes(entry) for entry in value] or "--"
+    return value
 
 
 def _from_preset(preset: Preset, path: Path | None) -> dict[str, Any]:

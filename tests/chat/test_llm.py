@@ -24,7 +24,6 @@ from mistral_chat.errors import (
     ContextLengthError,
     MistralChatError,
     PromptError,
-    RankLostError,
     TokenizerError,
     UsageError,
 )
@@ -233,28 +232,55 @@ def test_llm_with_ranks_fails_as_llm_alone_does(broken_folder: Path, what: str) 
     else:
         (broken_folder / "tokenizer.model.v3").write_bytes(b"")
         error, named = TokenizerError, "tokenizer.model.v3"
-    # in a process of its own, which must end by itself and leave none behind
-    script = (
-        "import sys\n"
-        "from mistral_chat import LLM\n"
+    done = run_script(
         "try:\n"
         f"    LLM({str(broken_folder)!r}, nproc_per_node=2, device='cpu')\n"
         "except Exception as error:\n"
         "    print(type(error).__name__, error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=command_env(),
-        cwd=ROOT,
-        check=False,
-    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(error.__name__)
     assert named in done.stdout
-    assert RankLostError.__name__ not in done.stdout
+
+
+def run_script(body: str) -> "subprocess.CompletedProcess[str]":
+    """A program with an LLM of its own, which must end by itself and leave no rank behind."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"from mistral_chat import LLM\n{body}"],
+        capture_output=True,  # returns once every process that holds the pipes has ended
+        text=True,
+        timeout=60,
+        env=command_env(PYTHONWARNINGS="ignore"),
+        cwd=ROOT,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_llm_may_be_closed_more_than_once(tiny_folder: Path, n_ranks: int) -> None:
+    with LLM(tiny_folder, nproc_per_node=n_ranks, device="cpu") as llm:
+        llm.close()
+    llm.close()
+
+
+def test_llm_that_is_never_closed_ends_with_its_program(tiny_folder: Path) -> None:
+    done = run_script(f"llm = LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\nprint(1)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+def test_second_llm_with_ranks_is_refused_and_the_first_goes_on(tiny_folder: Path) -> None:
+    done = run_script(
+        f"first = LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\n"
+        "try:\n"
+        f"    LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__)\n"
+        "import time; time.sleep(2)  # a rank of the second that ends takes its time\n"
+        "print(len(first.generate('Hello')[0].token_ids) > 0)\n"
+        "first.close()\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "UsageError\nTrue\n"
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:

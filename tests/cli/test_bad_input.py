@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT, TINY, Run, command_env, random_weights, write_params
+from tests.conftest import ROOT, TINY, Finished, Run, command_env, random_weights, write_params
 
 PROMPT = ("--prompt", "Hello", "--max_tokens", "2", "--device", "cpu")
 WEIGHTS = "consolidated.safetensors"
