@@ -67,6 +67,7 @@ class Session:
 
     def __init__(self, config: EngineConfig, nproc_per_node: int | None) -> None:
         self._workers: list[subprocess.Popen[bytes]] = []
+        self._closed = False
         if nproc_per_node is not None and nproc_per_node < 1:
             raise UsageError(f"nproc_per_node is {nproc_per_node}: expected at least 1")
         if launched_rank() is not None:
@@ -80,16 +81,24 @@ class Session:
             self.group = current_group()
         else:
             assert nproc_per_node is not None
+            if torch.distributed.is_initialized():
+                raise UsageError(
+                    "another LLM with several ranks is open in this process: close it first"
+                )
             self.group, self._workers = spawn_ranks(nproc_per_node, _to_json(config))
 
     def close(self) -> None:
         """End the other ranks' loop, and wait for the processes that this one started."""
+        if self._closed:
+            return
+        self._closed = True
         self.group.send(None)
         self.group.close()
         self._wait()
 
     def abandon(self) -> None:
         """End the other ranks after a failure, whatever they are doing."""
+        self._closed = True
         self.group.expect_end()
         for worker in self._workers:
             worker.terminate()
