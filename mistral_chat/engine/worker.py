@@ -103,6 +103,7 @@ class Session:
         for worker in self._workers:
             worker.terminate()
         self._wait()
+        self.group.close()  # so that another may be opened
 
     def _wait(self) -> None:
         for worker in self._workers:
