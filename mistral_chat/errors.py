@@ -6,6 +6,7 @@
     │   └── ContextLengthError  more tokens than the context holds
     ├── CheckpointError         params.json or weights: missing, broken, not supported
     ├── TokenizerError          the tokenizer's file or what it refuses
+    ├── OutputError             stdout takes nothing
     ├── DeviceError             a device or rank layout that is not there
     ├── NotEnoughMemoryError    weights or cache do not fit
     ├── RankLostError           another rank ended
@@ -21,6 +22,7 @@ __all__ = [
     "EmbeddedModelError",
     "MistralChatError",
     "NotEnoughMemoryError",
+    "OutputError",
     "PromptError",
     "RankLostError",
     "TokenizerError",
@@ -64,6 +66,10 @@ class CheckpointError(MistralChatError):
 
 class TokenizerError(MistralChatError):
     """A tokenizer file that is missing, ambiguous or broken, or a request that it refuses."""
+
+
+class OutputError(MistralChatError):
+    """Stdout is closed, or what is behind it takes no more."""
 
 
 class DeviceError(MistralChatError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mistral_chat import __version__
 from mistral_chat.cli import flags
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
-from mistral_chat.errors import MistralChatError, UsageError
+from mistral_chat.errors import MistralChatError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.engine.group import Group
@@ -59,7 +59,11 @@ def _leave(code: int) -> int:
 
 def _say_once(error: MistralChatError) -> None:
     """Every rank reads the same flags; rank 0 says what is wrong with them."""
-    if launched_rank() in (None, 0):
+    try:
+        speaks = launched_rank() in (None, 0)
+    except UsageError:  # the launcher's variables are what is wrong
+        speaks = True
+    if speaks:
         one_line = " ".join(str(error).split())
         print(f"mistral-chat: error: {one_line}", file=sys.stderr, flush=True)
 
@@ -188,6 +192,8 @@ def _lead(options: flags.Options, started: float) -> int:
     """Rank 0: read the prompt, load, answer."""
     from mistral_chat.cli import one_shot
 
+    if sys.stdout is None:
+        raise OutputError("stdout is closed: expected somewhere to write the answer to")
     prompt = one_shot.read_prompt(options)
     system = options.system
     if options.system_file is not None:

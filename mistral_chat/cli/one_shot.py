@@ -30,6 +30,10 @@ def read_prompt(options: Options) -> str | None:
     Raises:
         PromptError: nothing to answer, or a part that cannot be read as UTF-8.
     """
+    texts = (("prompt", options.prompt), ("system", options.system))
+    for name, text in (*texts, *(("stop", stop) for stop in options.sampling.stop)):
+        if text and any("\udc80" <= character <= "\udcff" for character in text):
+            raise PromptError(f"--{name} is not UTF-8 text: expected UTF-8 on the command line")
     at_terminal = is_terminal(sys.stdin)
     if at_terminal and options.prompt is None:
         if options.json:

@@ -4,6 +4,7 @@ Knows streams and formats; knows nothing of where answers come from.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from mistral_chat.chat.chat import Answer
 from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.runner import Loading
+from mistral_chat.errors import OutputError
 
 __all__ = ["answer_json", "error", "loading_bar", "note", "notice_of", "say", "stats_line"]
 
@@ -22,9 +24,19 @@ def say(text: str) -> None:
 
     Raises:
         BrokenPipeError: the reader has gone.
+        OutputError: it cannot be written, such as to a full disk.
     """
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # The interpreter flushes what is left at its end, and would complain a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(
+            f"stdout cannot be written ({error.strerror}): make room, or send it elsewhere"
+        ) from error
 
 
 def note(text: str) -> None:

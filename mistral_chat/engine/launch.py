@@ -144,7 +144,7 @@ def start_torchrun(nproc_per_node: int, argv: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The launcher's own report of a failed rank: 37 lines that repeat what rank 0 said in one.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # its loggers have levels of their own
     os.environ["OMP_NUM_THREADS"] = _threads_each(nproc_per_node)
     config = LaunchConfig(
         min_nodes=1,

@@ -222,7 +222,6 @@ def test_launch_that_cannot_be_read_is_named(run: Run, tiny_folder: Path) -> Non
     [
         (b"caf\xe9", "stdin is not UTF-8 text: byte 0xe9 at offset 3"),
         (b"", "stdin is empty"),
-        (b"\n", "stdin is empty"),
     ],
 )
 def test_bad_stdin_is_named(run: Run, tiny_folder: Path, stdin: bytes, said: str) -> None:

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 
-from mistral_chat.cli import flags, one_shot
+from mistral_chat.chat.chat import Answer, Usage
+from mistral_chat.cli import flags, one_shot, render
+from mistral_chat.cli.terminal import is_fancy
+from mistral_chat.config import SamplingParams
 from mistral_chat.errors import PromptError
 from tests.conftest import ROOT, Run, command_env
 
@@ -43,6 +47,48 @@ def test_prompt_alone_is_left_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one_shot.read_prompt(_options("--prompt", "  x \n")) == "  x \n"
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"caf\xe9", "stdin is not UTF-8 text: byte 0xe9 at offset 3"),
+        ("café".encode("utf-16"), "stdin is not UTF-8 text: byte 0xff at offset 0"),
+        (b"a\0b", "stdin holds a NUL byte at offset 1"),
+        (b"", "stdin is empty"),
+        (b"\r\n", "stdin is empty"),
+    ],
+)
+def test_stdin_that_is_no_prompt_is_named(
+    monkeypatch: pytest.MonkeyPatch, data: bytes, said: str
+) -> None:
+    _set_stdin(monkeypatch, data)
+    with pytest.raises(PromptError, match=said):
+        one_shot.read_prompt(_options())
+
+
+def test_closed_stdin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert one_shot.read_prompt(_options("--prompt", "x")) == "x"
+    with pytest.raises(PromptError, match="stdin is closed"):
+        one_shot.read_prompt(_options())
+
+
+@pytest.mark.parametrize("data", [b"caf\xe9", b"a\0b"])
+def test_file_that_is_no_text_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: bytes
+) -> None:
+    _set_stdin(monkeypatch, b"")
+    path = tmp_path / "prompt"
+    path.write_bytes(data)
+    with pytest.raises(PromptError, match=str(path)):
+        one_shot.read_prompt(_options("--file", str(path), "--prompt", "x"))
+
+
+def test_terminal_without_a_prompt_is_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert one_shot.read_prompt(_options()) is None
+    assert one_shot.read_prompt(_options("--prompt", "x")) == "x"
+
+
 @pytest.mark.parametrize("words", [["--json"], ["--file", "x"]])
 def test_terminal_without_a_prompt_is_refused_for_one_shot_flags(
     monkeypatch: pytest.MonkeyPatch, words: list[str]
@@ -60,18 +106,62 @@ def test_text_flags_arrive_as_typed(text: str) -> None:
     assert _options("--instruct", f"--system={text}").system == text
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "max-tokens"])
-def test_underscore_and_hyphen_are_the_same(name: str) -> None:
-    assert _options(f"--{name}", "5").sampling.max_tokens == 5
-    assert _options(f"--{name}=5").sampling.max_tokens == 5
+@pytest.mark.parametrize(
+    ("reason", "params", "completion_tokens", "said"),
+    [
+        ("stop", SamplingParams(), 5, None),
+        ("length", SamplingParams(max_tokens=5), 5, "stopped at --max_tokens 5"),
+        (
+            "length",
+            SamplingParams(),
+            256,
+            "stopped at --max_tokens 256, the default of plain completion",
+        ),
+        ("length", SamplingParams(), 502, "stopped: the context of 512 tokens is full"),
+        ("cancelled", SamplingParams(), 5, "interrupted"),
+    ],
+)
+def test_notice_says_why_an_answer_ended(
+    reason: Literal["stop", "length", "cancelled"],
+    params: SamplingParams,
+    completion_tokens: int,
+    said: str | None,
+) -> None:
+    answer = Answer(
+        text="x",
+        finish_reason=reason,
+        token_ids=(),
+        tool_calls=(),
+        seed=1,
+        usage=Usage(10, 0, completion_tokens),
+        first_token_s=None,
+        decode_tokens_per_s=None,
+        logprobs=None,
+        prompt_logprobs=None,
+        stopped_by_text=False,
+    )
+    assert render.notice_of(answer, params, 512) == said
 
 
-def test_flags_win_over_the_preset(tmp_path: Path) -> None:
-    path = tmp_path / "preset.toml"
-    path.write_text("[run]\ninstruct = true\n[generation]\ntemperature = 0.1\ntop_k = 3\n")
-    options = _options("--config", str(path), "--temperature", "0.9")
-    assert options.instruct
-    assert (options.sampling.temperature, options.sampling.top_k) == (0.9, 3)
+@pytest.mark.parametrize(
+    ("at_terminal", "environment", "fancy"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (False, {"TERM": "xterm"}, False),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (True, {}, False),
+    ],
+)
+def test_colour_is_for_terminals_that_have_it(
+    monkeypatch: pytest.MonkeyPatch, at_terminal: bool, environment: dict[str, str], fancy: bool
+) -> None:
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream: Any = SimpleNamespace(isatty=lambda: at_terminal)
+    assert is_fancy(stream) == fancy
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
@@ -84,37 +174,36 @@ def test_shipped_presets_are_valid(path: Path) -> None:
     assert (options.nproc_per_node or 1) <= args.n_heads
 
 
-def test_answer_and_one_newline_alone_on_stdout(run: Run, tiny_folder: Path) -> None:
-    done = run(tiny_folder, "--quiet", "--temperature", 0, "--max_tokens", 5, stdin="Hello\n")
-    again = run(tiny_folder, "--temperature", 0, "--max_tokens", 5, "--prompt", "Hello", "--json")
-    assert (done.code, done.err) == (0, "")
-    assert done.out == json.loads(again.out)["text"] + "\n"
-    assert "\x1b" not in done.out + again.err
-    assert again.err == "mistral-chat: stopped at --max_tokens 5\n"
-
-
-def test_json_holds_the_contract(run: Run, tiny_folder: Path) -> None:
-    words = ["--json", "--logprobs", 3, "--max_tokens", 6, "--seed", 11, "--stats"]
-    first, second = (run(tiny_folder, "--prompt", "Hello", *words) for _ in range(2))
-    value = json.loads(first.out)
-    assert first.out.count("\n") == 1
+def test_same_seed_gives_the_same_answer_as_json_and_as_text(run: Run, tiny_folder: Path) -> None:
+    words = ["--max_tokens", 6, "--seed", 11]
+    as_json = run(tiny_folder, "--prompt", "Hello", *words, "--json", "--logprobs", 3, "--stats")
+    value = json.loads(as_json.out)
+    assert (as_json.code, as_json.out.count("\n")) == (0, 1)
     assert set(value) == KEYS | {"logprobs"}
-    assert value["seed"] == 11
-    assert value["finish_reason"] == "length"
+    assert (value["seed"], value["finish_reason"], value["tool_calls"]) == (11, "length", [])
+    assert (value["model"], value["world_size"]) == (str(tiny_folder), 1)
     assert value["usage"] == {"prompt_tokens": 2, "cached_tokens": 0, "completion_tokens": 6}
     assert set(value["timings"]) == {"load_s", "first_token_s", "decode_tokens_per_s"}
+    assert all(seconds > 0 for seconds in value["timings"].values())
     assert len(value["logprobs"]) == 6
     assert all(len(entry["top"]) == 3 for entry in value["logprobs"])
-    assert json.loads(second.out)["text"] == value["text"]
-    assert "seed 11" in first.err
-    assert "context left 504" in first.err
+    notice, stats = as_json.err.splitlines()
+    assert notice == "mistral-chat: stopped at --max_tokens 6"
+    assert "context left 504" in stats
+    assert "seed 11" in stats
+
+    as_text = run(tiny_folder, *words, "--quiet", stdin="Hello\n")
+    assert (as_text.code, as_text.err) == (0, "")
+    assert as_text.out == value["text"] + "\n"
+    assert "\x1b" not in as_text.out + as_json.err
 
 
-def test_max_tokens_of_plain_completion_is_said_to_be_a_default(
-    run: Run, tiny_folder: Path
-) -> None:
-    done = run(tiny_folder, "--prompt", "Hello")
-    assert "stopped at --max_tokens 256, the default of plain completion" in done.err
+def test_stop_ends_before_its_text(run: Run, tiny_folder: Path) -> None:
+    words = ["--prompt", "Hello", "--max_tokens", 300, "--seed", 1, "--json"]
+    value = json.loads(run(tiny_folder, *words, "--stop", "never here", "--stop", "e").out)
+    assert value["finish_reason"] == "stop"
+    assert "e" not in value["text"]
+    assert 0 < value["usage"]["completion_tokens"] < 300
 
 
 def test_full_context_is_said(run: Run, tiny_folder: Path) -> None:
@@ -122,18 +211,10 @@ def test_full_context_is_said(run: Run, tiny_folder: Path) -> None:
     assert done.err == "mistral-chat: stopped: the context of 32 tokens is full\n"
 
 
-def test_stop_ends_before_its_text(run: Run, tiny_folder: Path) -> None:
-    common = ("--prompt", "Hello", "--temperature", 0, "--max_tokens", 12, "--json")
-    text = json.loads(run(tiny_folder, *common).out)["text"]
-    stop = text[len(text) // 2 : len(text) // 2 + 3]
-    value = json.loads(run(tiny_folder, *common, "--stop", "never here", "--stop", stop).out)
-    assert value["text"] == text[: text.index(stop)]
-    assert value["finish_reason"] == "stop"
-
-
-def test_interrupt_keeps_what_was_written(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_interrupt_keeps_what_was_written(tiny_folder: Path, n_ranks: int) -> None:
     command = [sys.executable, "-m", "mistral_chat", str(tiny_folder), "--prompt", "Hello",
-               "--max_tokens", "480"]  # fmt: skip
+               "--max_tokens", "480", "--nproc_per_node", str(n_ranks)]  # fmt: skip
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -141,10 +222,11 @@ def test_interrupt_keeps_what_was_written(tiny_folder: Path) -> None:
         stderr=subprocess.PIPE,
         env=command_env(),
         cwd=ROOT,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         begun = process.stdout.read(5)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert len(begun) == 5
@@ -170,7 +252,7 @@ def test_word_that_is_a_command_needs_a_dot_to_be_a_folder(run: Run) -> None:
     assert "inspect: no such folder" in run("./inspect", "--prompt", "x").err
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+@pytest.mark.parametrize("n_ranks", [1, 2])
 def test_embedded_model_completes_a_pipe(run: Run, embedded_folder: Path, n_ranks: int) -> None:
     done = run(embedded_folder, "--max_tokens", 5, "--temperature", 0, "--nproc_per_node", n_ranks,
                stdin="The capital of France is")  # fmt: skip
