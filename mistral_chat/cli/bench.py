@@ -8,37 +8,43 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli import flags
-from mistral_chat.config import SamplingParams
 from mistral_chat.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from mistral_chat.engine.engine import Engine
+    from mistral_chat.engine.runner import Runner
 
 __all__ = ["run"]
 
-CONTEXTS = (512, 2048, 8192, 32768)
+N_TOKENS = {"cuda": 64, "cpu": 24}
+CONTEXTS = (512, 8192, 32768)
 PROMPTS = (128, 512, 2048, 8192)
-N_TOKENS = 24
-WARM_UP = 4
-READ_BYTES = 1 << 28
+BATCHES = {"cuda": (1, 2, 4, 8), "cpu": (1, 2)}
+VERIFY = (5, 9, 17)
+VERIFY_CONTEXT = 512
 HELP = """usage: mistral-chat bench MODEL [flags]
 
-Measure decode and time to first token beside the read bandwidth of this machine.
+Measure decode, time to first token, sums over ranks, start and memory, beside what this machine
+can do at most.
 
-  --contexts N,N       contexts to decode at (512,2048,8192,32768 as far as they fit)
+  --batches N,N        sequences decoded together (1,2,4,8; on CPU 1,2)
+  --contexts N,N       contexts to decode at (512,8192,32768 as far as they fit)
   --prompts N,N        prompt lengths for the time to first token (128,512,2048,8192)
+  --shard_of N         one process: measure one rank's share of N, with nobody to sum with
   --peer transformers  measure transformers on the same weights too (one rank)
-  --json               one JSON object on stdout instead of a table
+  --plot FILE          draw the figures (.svg, .png; needs matplotlib)
+  --json               one JSON object on stdout instead of tables
   and of the main job: --nproc_per_node --device --dtype --max_seq_len --config --load_format
 """
-_OWN = {"contexts": True, "prompts": True, "peer": True, "json": False, "help": False}
+_OWN = {"batches": True, "contexts": True, "prompts": True, "shard_of": True, "peer": True,
+        "plot": True, "json": False, "help": False}  # fmt: skip
 _SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
 
 
@@ -46,9 +52,12 @@ _SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_f
 class Asked:
     """What to measure."""
 
+    batches: tuple[int, ...] | None = None
     contexts: tuple[int, ...] = CONTEXTS
     prompts: tuple[int, ...] = PROMPTS
+    shard_of: int | None = None
     peer: bool = False
+    plot: str | None = None
     as_json: bool = False
 
 
@@ -63,13 +72,19 @@ def run(words: list[str], started: float) -> int:
         return 0
     asked, rest = _read(normalized)
     options = flags.parse(rest)
+    if asked.plot:
+        from mistral_chat.cli import plot
+
+        plot.check(asked.plot)
     if launched_rank() is None:
         from mistral_chat.cli.main import ranks_to_start
         from mistral_chat.engine.launch import start_torchrun
 
-        n_ranks = ranks_to_start(options)
+        n_ranks = 1 if asked.shard_of else ranks_to_start(options)
         if n_ranks > 1:
             return start_torchrun(n_ranks, ["bench", *words])
+    elif asked.shard_of:
+        raise UsageError("--shard_of measures one process: expected no torchrun")
     return _measure(options, asked, started)
 
 
@@ -82,10 +97,16 @@ def _read(words: Sequence[str]) -> tuple[Asked, list[str]]:
             rest.append(word)
         elif name == "json":
             values["as_json"] = True
+        elif name == "plot":
+            values["plot"] = value
         elif name == "peer":
             if value != "transformers":
                 raise UsageError(f"--peer is {value!r}: expected transformers")
             values["peer"] = True
+        elif name == "shard_of":
+            if not value.isdigit() or int(value) < 2:
+                raise UsageError(f"--shard_of is {value!r}: expected a whole number of at least 2")
+            values["shard_of"] = int(value)
         else:
             try:
                 values[name] = tuple(int(n) for n in value.split(","))
@@ -100,156 +121,213 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     imported = time.monotonic()
     import torch
 
-    from mistral_chat.engine.engine import Engine
+    from mistral_chat.engine import measure
+    from mistral_chat.engine.group import Group, Place
     from mistral_chat.engine.launch import current_group
     from mistral_chat.engine.runner import choose_device, load_runner
 
     torch_imported = time.monotonic()
-    group = current_group()
+    group = Group(Place(), shards=asked.shard_of) if asked.shard_of else current_group()
     joined = time.monotonic()
     device = choose_device(options.engine.device, group.place.local_rank)
-    ceiling = group.minimum(int(read_bandwidth(device)))
+    ceiling = group.minimum(int(measure.read_bandwidth(device)))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     loading = time.monotonic()
     runner = load_runner(options.engine, group)
     loaded = time.monotonic()
-    if not group.is_leader:
-        runner.follow()
-        group.close()
-        return 0
-    engine = Engine(runner)
-    plan = runner.plan
-    assert plan is not None
     result: dict[str, Any] = {
         "device": _device_name(device),
         "model": str(options.engine.model or "dummy weights"),
+        "commit": _commit(),
+        "command": " ".join(["mistral-chat", *sys.argv[1:]]),
         "world_size": group.world_size,
+        "shard_of": asked.shard_of,
         "dtype": str(runner.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "path": runner.path,
         "read_gb_per_s": ceiling / 1e9,
-        "start": {
-            "python_s": imported - started,
-            "import_s": torch_imported - imported,
-            "process_group_s": joined - torch_imported,
-            "load_s": loaded - loading,
-        },
-        "memory": {
-            "weights_bytes": plan.weights,
-            "kv_bytes_per_token": plan.kv_per_token,
-            "workspace_bytes": plan.workspace,
-            "max_seq_len": plan.max_seq_len,
-        },
-        "decode": [
-            _decode(engine, n, ceiling) for n in asked.contexts if n + N_TOKENS < engine.max_seq_len
-        ],
-        "first_token": [_first_token(engine, n) for n in asked.prompts if n < engine.max_seq_len],
+        "product_tflop_per_s": group.minimum(int(measure.product_flops(runner))) / 1e12,
+        "sum_us": {path: s * 1e6 for path, s in measure.sum_s(group, runner).items()},
+        "start": _start(runner, started, imported, torch_imported, joined, loading, loaded),
+        "memory": _memory(runner),
+        "decode": [],
     }
-    if asked.peer:
-        result["peer"] = _peer(options, asked, engine)
-    group.send(None)
+    for n_slots, max_seq_len, work in _phases(asked, runner, ceiling, result):
+        # Every rank makes the cache; its keys are random, so that long contexts need no run.
+        runner.resize(n_slots, max_seq_len)
+        runner.cache.k.normal_()
+        runner.cache.v.normal_()
+        if group.is_leader:
+            work()
+            group.send(None)
+        else:
+            runner.follow()
+    if group.is_leader and asked.peer:
+        result["peer"] = _peer(options, asked, runner)
     group.close()
-    print(json.dumps(result) if asked.as_json else _table(result))
+    if not group.is_leader:
+        return 0
+    if asked.plot:
+        from mistral_chat.cli import plot
+
+        plot.draw(result, asked.plot)
+    print(json.dumps(result) if asked.as_json else _tables(result))
     return 0
 
 
-def read_bandwidth(device: "torch.device") -> float:
-    """Bytes a second that this rank reads from its memory: the median of summing 256 MB."""
-    import torch
-
-    data = torch.ones(READ_BYTES // 4, device=device)
-    seconds = _median_s(lambda: data.sum(), device)
-    return READ_BYTES / seconds
+Phase = tuple[int, int, Callable[[], None]]
 
 
-def _median_s(work: Callable[[], object], device: "torch.device", times: int = 9) -> float:
-    import torch
+def _phases(
+    asked: Asked, runner: "Runner", ceiling: float, result: dict[str, Any]
+) -> Iterator[Phase]:
+    """Slots, positions of each, and what rank 0 then measures; the same on every rank."""
+    from mistral_chat.engine import measure
+    from mistral_chat.engine.engine import Engine
 
-    taken = []
-    for _ in range(times + 2):
-        begin = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[2:])  # the first two warm up
-
-
-def _prompt(engine: "Engine", length: int) -> list[int]:
-    """Ids that differ from call to call in length only, well inside the vocabulary."""
-    size = engine.runner.model.args.vocab_size
-    return [(7919 * i + 104729 * length) % size for i in range(length)]
-
-
-def _decode(engine: "Engine", context: int, ceiling: float) -> dict[str, Any]:
-    """Milliseconds a token at a context, and the share of the ceiling that its bytes need."""
-    from mistral_chat.engine.engine import Request, Token
-
-    n_tokens = N_TOKENS + WARM_UP
-    params = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True)
-    request = Request(ids=_prompt(engine, context - N_TOKENS), params=params)
-    at = [time.perf_counter() for e in engine.generate(request) if isinstance(e, Token)]
-    steps = [b - a for a, b in zip(at[WARM_UP:], at[WARM_UP + 1 :], strict=False)]
-    step_s = statistics.median(steps)
-    plan = engine.runner.plan
+    plan = runner.plan
     assert plan is not None
-    args = engine.runner.model.args
-    weights = plan.weights
-    if not args.tied_embeddings:  # a step reads one row of the embedding, and all of the output
-        shard = engine.runner.model.shard
-        weights -= len(shard.vocab) * args.dim * engine.runner.model.dtype.itemsize
-    n_bytes = weights + context * plan.kv_per_token
-    return {
-        "context": context,
-        "ms_per_token": step_s * 1e3,
-        "tokens_per_s": 1 / step_s,
-        "bytes_per_step": n_bytes,
-        "share_of_read_ceiling": n_bytes / step_s / ceiling,
-    }
+    device_type = runner.model.device.type
+    n_tokens = N_TOKENS[device_type]
+    room = plan.max_seq_len
+    for batch in asked.batches or BATCHES[device_type]:
+        contexts = [c for c in asked.contexts if batch * (c + n_tokens) <= room]
+        if not contexts:
+            continue
+
+        def decode(batch: int = batch, contexts: Sequence[int] = contexts) -> None:
+            engine = Engine(runner)
+            for context in contexts:
+                seconds = measure.decode_s(engine, batch, context, n_tokens)
+                n_bytes = measure.bytes_per_step(runner, batch, context)
+                result["decode"].append(
+                    {
+                        "batch": batch,
+                        "context": context,
+                        "ms_per_token": seconds * 1e3,
+                        "tokens_per_s": batch / seconds,
+                        "bytes_per_step": n_bytes,
+                        "share_of_read_ceiling": n_bytes / seconds / ceiling,
+                    }
+                )
+
+        yield batch, max(contexts) + n_tokens, decode
+
+    prompts = [n for n in asked.prompts if n < room]
+
+    def one_sequence() -> None:
+        engine = Engine(runner)
+        result["first_token"] = [_first_token(engine, n, result) for n in prompts]
+        if VERIFY_CONTEXT + max(VERIFY) < runner.max_seq_len:
+            result["verify"] = _verify(runner)
+
+    yield 1, min(room, max([*prompts, VERIFY_CONTEXT]) + max(VERIFY) + 1), one_sequence
 
 
-def _first_token(engine: "Engine", length: int) -> dict[str, Any]:
-    """Seconds from a fresh prompt to its first token: the median of three."""
-    from mistral_chat.engine.engine import Request
+def _first_token(engine: "Engine", length: int, result: dict[str, Any]) -> dict[str, Any]:
+    from mistral_chat.engine import measure
 
-    params = SamplingParams(max_tokens=1, temperature=0)
-    taken = []
-    for turn in range(4):
-        ids = [turn, *_prompt(engine, length)[1:]]  # shares no prefix with the one before
-        begin = time.perf_counter()
-        for _ in engine.generate(Request(ids=ids, params=params)):
-            pass
-        taken.append(time.perf_counter() - begin)
-    seconds = statistics.median(taken[1:])
-    args = engine.runner.model.args
-    matrices = args.n_params - args.vocab_size * args.dim * (1 if args.tied_embeddings else 2)
+    seconds = measure.first_token_s(engine, length)
+    tflop_per_s = measure.prefill_flops(engine.runner, length) / seconds / 1e12
     return {
         "prompt": length,
         "first_token_s": seconds,
-        "tflop_per_s": 2 * matrices * length / seconds / 1e12 / engine.runner.group.world_size,
+        "tflop_per_s": tflop_per_s,
+        "share_of_product_ceiling": tflop_per_s / result["product_tflop_per_s"],
     }
 
 
-def _peer(options: flags.Options, asked: Asked, engine: "Engine") -> dict[str, Any]:
+def _verify(runner: "Runner") -> list[dict[str, Any]]:
+    from mistral_chat.engine import measure
+
+    one = measure.verify_s(runner, 1, VERIFY_CONTEXT)
+    rows = []
+    for n in VERIFY:
+        seconds = measure.verify_s(runner, n, VERIFY_CONTEXT)
+        rows.append({"tokens": n, "ms": seconds * 1e3, "of_one_token": seconds / one})
+    return rows
+
+
+def _start(runner: "Runner", *moments: float) -> dict[str, float]:
+    """Seconds from the process's start on; what was measured in between is left out."""
+    import psutil
+
+    started, imported, torch_imported, joined, loading, loaded = moments
+    before = time.time() - psutil.Process().create_time() - (time.monotonic() - started)
+    decoder = runner.decoder
+    kernels_s = decoder.kernels_s if decoder else 0.0
+    capture_s = decoder.capture_s if decoder else 0.0
+    return {
+        "python_s": before + imported - started,
+        "import_s": torch_imported - imported,
+        "process_group_s": joined - torch_imported,
+        "load_s": loaded - loading - kernels_s - capture_s,
+        "kernels_s": kernels_s,
+        "capture_s": capture_s,
+    }
+
+
+def _memory(runner: "Runner") -> dict[str, int]:
+    """Bytes of this rank by purpose: what was planned, and what is there."""
+    import torch
+
+    plan = runner.plan
+    assert plan is not None
+    cache = runner.cache
+    memory = {
+        "weights_bytes": sum(p.numel() * p.element_size() for p in runner.model.parameters()),
+        "kv_bytes": 2 * cache.k.numel() * cache.k.element_size(),
+        "kv_bytes_per_token": plan.kv_per_token,
+        "planned_workspace_bytes": plan.workspace,
+        "max_seq_len": plan.max_seq_len,
+    }
+    if runner.model.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(runner.model.device)
+        memory["used_bytes"] = total - free
+        memory["graphs_and_workspace_bytes"] = (
+            total - free - memory["weights_bytes"] - memory["kv_bytes"]
+        )
+    return memory
+
+
+def _commit() -> str | None:
+    """The checkout that runs, if it is one."""
+    import subprocess
+    from pathlib import Path
+
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or None
+
+
+def _peer(options: flags.Options, asked: Asked, runner: "Runner") -> dict[str, Any]:
     """Milliseconds a token of transformers, same weights, type, threads and contexts."""
     import torch
 
     from mistral_chat.cli.peer import as_transformers
+    from mistral_chat.engine.measure import WARM_UP, prompt
 
-    if engine.runner.group.world_size > 1 or options.engine.model is None:
+    if runner.group.world_size > 1 or options.engine.model is None:
         raise UsageError("--peer transformers compares one rank on a model folder")
     import transformers
 
-    model = as_transformers(options.engine.model, engine.runner.model)
+    model = as_transformers(options.engine.model, runner.model)
+    n_tokens = N_TOKENS[runner.model.device.type]
     decode = []
     for context in asked.contexts:
-        if context + N_TOKENS >= engine.max_seq_len:
+        assert runner.plan is not None
+        if context + n_tokens > runner.plan.max_seq_len:
             continue
-        ids = torch.tensor([_prompt(engine, context - N_TOKENS)], device=model.device)
+        ids = torch.tensor([prompt(runner, context - n_tokens // 2)], device=model.device)
         at = []
         with torch.inference_mode():
             out = model(ids, use_cache=True, logits_to_keep=1)
-            for _ in range(N_TOKENS + WARM_UP):
+            for _ in range(n_tokens + WARM_UP):
                 token = out.logits[:, -1:].argmax(-1)
                 int(token)
                 at.append(time.perf_counter())
@@ -267,48 +345,83 @@ def _device_name(device: "torch.device") -> str:
     return f"CPU ({platform.processor() or platform.machine()})"
 
 
-def _table(result: dict[str, Any]) -> str:
+def _tables(result: dict[str, Any]) -> str:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=sys.stdout, highlight=False)
-    peers = {d["context"]: d for d in result.get("peer", {}).get("decode", [])}
-    peer_name = result.get("peer", {}).get("name")
-    table = Table(title="decode, one sequence")
-    for name in ("context", "ms a token", "tokens/s", "GB a step and rank", "of the read ceiling"):
-        table.add_column(name, justify="right")
-    if peer_name:
-        table.add_column(f"{peer_name}, ms", justify="right")
+
+    def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+        made = Table(title=title)
+        for name in names:
+            made.add_column(name, justify="right")
+        for row in rows:
+            made.add_row(*row)
+        return made
+
+    peer = result.get("peer", {"decode": [], "name": None})
+    peers = {row["context"]: row["ms_per_token"] for row in peer["decode"]}
+    decode = []
     for row in result["decode"]:
         cells = [
+            str(row["batch"]),
             f"{row['context']:,}",
             f"{row['ms_per_token']:.2f}",
             f"{row['tokens_per_s']:.1f}",
             f"{row['bytes_per_step'] / 1e9:.3f}",
             f"{row['share_of_read_ceiling']:.0%}",
         ]
-        if peer_name:
-            cells.append(f"{peers[row['context']]['ms_per_token']:.2f}")
-        table.add_row(*cells)
-    first = Table(title="time to first token")
-    for name in ("prompt", "s", "TFLOP/s a rank"):
-        first.add_column(name, justify="right")
-    for row in result["first_token"]:
-        first.add_row(
-            f"{row['prompt']:,}", f"{row['first_token_s']:.3f}", f"{row['tflop_per_s']:.3f}"
-        )
-    start = ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in result["start"].items())
+        if peers:
+            known = row["batch"] == 1 and row["context"] in peers
+            cells.append(f"{peers[row['context']]:.2f}" if known else "")
+        decode.append(cells)
+    names = ["sequences", "context", "ms a step", "tokens/s", "GB a step and rank",
+             "of the read ceiling"]  # fmt: skip
+    if peers:
+        names.append(f"{peer['name']}, ms")
+    first = [
+        (f"{row['prompt']:,}", f"{row['first_token_s'] * 1e3:.1f}", f"{row['tflop_per_s']:.3g}",
+         f"{row['share_of_product_ceiling']:.0%}")
+        for row in result["first_token"]
+    ]  # fmt: skip
+    verify = [
+        (str(row["tokens"]), f"{row['ms']:.2f}", f"{row['of_one_token']:.3f}")
+        for row in result.get("verify", [])
+    ]
+    sums = [(path, f"{us:.1f}") for path, us in result["sum_us"].items()]
+    start = result["start"]
+    parts = ", ".join(
+        f"{k.removesuffix('_s').replace('_', ' ')} {v:.2f} s" for k, v in start.items()
+    )
     memory = result["memory"]
+    share = f", one rank's share of {result['shard_of']}" if result["shard_of"] else ""
     with console.capture() as capture:
         console.print(
-            f"{result['device']}, {result['world_size']} rank(s), {result['dtype']}, "
-            f"{result['threads']} thread(s) a rank, torch {result['torch']}\n"
-            f"read ceiling {result['read_gb_per_s']:.1f} GB/s a rank; start: {start}\n"
-            f"a rank holds {memory['weights_bytes'] / 1e9:.2f} GB of weights and "
-            f"{memory['kv_bytes_per_token']:,} bytes of KV a token, context "
-            f"{memory['max_seq_len']:,}",
+            f"{result['device']}, {result['world_size']} rank(s){share}, {result['dtype']}, "
+            f"{result['threads']} thread(s) a rank, torch {result['torch']}, commit "
+            f"{result['commit']}\n"
+            f"decode: {result['path']}\n"
+            f"ceilings of a rank: reads {result['read_gb_per_s']:.1f} GB/s, products "
+            f"{result['product_tflop_per_s']:.3g} TFLOP/s\n"
+            f"start: {sum(start.values()):.2f} s ({parts})\n"
+            f"a rank holds {memory['weights_bytes'] / 1e9:.2f} GB of weights, "
+            f"{memory['kv_bytes'] / 1e9:.2f} GB of KV ({memory['kv_bytes_per_token']:,} bytes a "
+            f"token) for a context of {memory['max_seq_len']:,}"
+            + (
+                f", and {memory['graphs_and_workspace_bytes'] / 1e9:.2f} GB besides"
+                if "used_bytes" in memory
+                else ""
+            ),
             soft_wrap=True,
         )
-        console.print(table)
-        console.print(first)
+        console.print(table("decode", names, decode))
+        console.print(
+            table("time to first token",
+                  ["prompt", "ms", "TFLOP/s a rank", "of the product ceiling"], first)
+        )  # fmt: skip
+        if verify:
+            title = f"step that scores several tokens, context {VERIFY_CONTEXT}"
+            console.print(table(title, ["tokens", "ms", "of one token"], verify))
+        if sums:
+            console.print(table("sum of one row over ranks, residual, norm", ["path", "us"], sums))
     return capture.get().rstrip("\n")

@@ -4,7 +4,7 @@ Keeps what each cache slot holds, so that a prompt that shares a prefix with it 
 where they part. Knows nothing of text, templates or files.
 """
 
-import secrets
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from mistral_chat.config import SamplingParams
+from mistral_chat.engine.decoder import Choosing, Pending
 from mistral_chat.engine.runner import Runner
-from mistral_chat.engine.sampling import choose, log_probability
+from mistral_chat.engine.sampling import Draws, allowed_words, choose, log_probability
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import ContextLengthError, PromptError
+from mistral_chat.model.few_rows import MOST_ROWS
+
+# Decode steps are asked for this much time ahead: enough for rank 0 to tell the others, little
+# enough that a stop or Ctrl-C costs few steps.
+AHEAD_S = 0.01
+MOST_AT_ONCE = 8
 
 __all__ = ["Engine", "Prefill", "Request", "Token"]
 
@@ -94,11 +101,19 @@ class _Sequence:
         self.n_left = min(params.max_tokens or room, room)
         self.logprobs: list[float] = []
         self.banned: Tensor | None = None
-        self.generator: torch.Generator | None = None
+        self.draws = Draws(params.seed)
 
     @property
     def prefilling(self) -> bool:
         return self.done < self.n_prompt
+
+    def take(self, chosen: int) -> Literal["stop", "length"] | None:
+        """Note the chosen token; says why it is the last one, if it is."""
+        self.tokens.append(chosen)
+        self.n_left -= 1
+        if chosen in self.request.stop_ids and not self.request.params.ignore_eos:
+            return "stop"
+        return "length" if self.n_left == 0 else None
 
     def next_tokens(self, most: int) -> tuple[int, ...]:
         return tuple(self.tokens[self.done : self.done + most])
@@ -114,11 +129,17 @@ class Engine:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self._held: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]
+        self._allowed_words: dict[tuple[int, ...], Tensor] = {}
+        self._step_s = AHEAD_S  # of late
 
     @property
     def max_seq_len(self) -> int:
         """Tokens of one sequence, prompt and answer together."""
         return self.runner.max_seq_len
+
+    def pretend(self, slot: int, ids: list[int]) -> None:
+        """Take it that a slot holds these ids: for measuring a long context without running it."""
+        self._held[slot] = list(ids)
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Go on from one prompt.
@@ -160,7 +181,8 @@ class Engine:
                         running.append(self._admit(*entry, free))
                 if not running:
                     return
-                for sequence, event in self._step(running):
+                ahead = self._decodes_ahead(running)
+                for sequence, event in (self._decode_ahead if ahead else self._step)(running[:]):
                     if isinstance(event, Token) and event.finish_reason:
                         running.remove(sequence)
                         free.append(sequence.slot)
@@ -198,9 +220,6 @@ class Engine:
         device = self.runner.model.device
         if request.banned_ids:
             sequence.banned = torch.tensor(request.banned_ids, device=device)
-        seed = request.params.seed
-        sequence.generator = torch.Generator(device)
-        sequence.generator.manual_seed(secrets.randbits(63) if seed is None else seed)
         return sequence
 
     def _step(self, running: list[_Sequence]) -> list[tuple[_Sequence, Event]]:
@@ -246,18 +265,70 @@ class Engine:
             )
         if sequence.done == len(sequence.tokens):
             assert rows is not None
-            assert sequence.generator is not None
-            params = sequence.request.params
-            choice = choose(rows[-1], params, sequence.banned, sequence.generator)
-            sequence.tokens.append(choice.id)
-            sequence.n_left -= 1
-            reason: Literal["stop", "length"] | None = None
-            if choice.id in sequence.request.stop_ids and not params.ignore_eos:
-                reason = "stop"
-            elif sequence.n_left == 0:
-                reason = "length"
+            uniform = sequence.draws.next()
+            choice = choose(rows[-1], sequence.request.params, sequence.banned, uniform)
+            reason = sequence.take(choice.id)
             events.append(Token(choice.id, reason, choice.logprob, choice.top))
         return events
+
+    def _decodes_ahead(self, running: list[_Sequence]) -> bool:
+        """Whether the device can choose the next tokens of all sequences by itself."""
+        return (
+            self.runner.decoder is not None
+            and len(running) <= MOST_ROWS
+            and not any(s.prefilling or s.request.params.logprobs is not None for s in running)
+        )
+
+    def _decode_ahead(self, running: list[_Sequence]) -> Iterator[tuple[_Sequence, Token]]:
+        """Decode with steps under way before their tokens are read, until a sequence ends.
+
+        A sequence that ends leaves a few surplus steps, whose tokens nobody takes and whose keys
+        and values lie past its end.
+        """
+        left = min(sequence.n_left for sequence in running)
+        chunks = tuple(Chunk(s.slot, s.done, tuple(s.tokens[s.done :])) for s in running)
+        choosing = [Choosing(s.request.params, self._allowed(s.request)) for s in running]
+        for chunk in chunks:
+            assert len(chunk.tokens) == 1
+            del self._held[chunk.slot][chunk.start :]
+        pending: deque[Pending] = deque()
+        going = list(running)
+        n_asked = 0
+        read_at = time.perf_counter()
+        while True:
+            at_once = min(MOST_AT_ONCE, max(1, int(AHEAD_S / self._step_s)))
+            while (
+                n_asked < left
+                and len(pending) < 2 * at_once
+                and len(going) == len(running)
+                and not any(s.request.cancelled for s in going)
+            ):
+                n = min(at_once, left - n_asked)
+                uniforms = [[s.draws.next() for s in running] for _ in range(n)]
+                step = Step(() if n_asked else chunks, n_tokens=n)
+                pending += self.runner.decode(step, choosing, uniforms)
+                n_asked += n
+            if not pending or not going:
+                return
+            ids = pending.popleft().wait()
+            now = time.perf_counter()
+            self._step_s += 0.2 * (now - read_at - self._step_s)
+            read_at = now
+            events = []
+            for sequence, chosen in zip(running, ids, strict=True):
+                if sequence in going and not sequence.request.cancelled:
+                    self._held[sequence.slot].append(sequence.tokens[sequence.done])
+                    sequence.done += 1
+                    events.append((sequence, Token(chosen, sequence.take(chosen))))
+            going = [s for s, event in events if not event.finish_reason]
+            yield from events
+
+    def _allowed(self, request: Request) -> Tensor:
+        if request.banned_ids not in self._allowed_words:
+            self._allowed_words[request.banned_ids] = allowed_words(
+                self.runner.model.args.vocab_size, request.banned_ids
+            )
+        return self._allowed_words[request.banned_ids]
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

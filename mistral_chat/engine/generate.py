@@ -11,7 +11,7 @@ import torch
 from mistral_chat.config import EngineConfig, SamplingParams
 from mistral_chat.engine.launch import current_group
 from mistral_chat.engine.runner import Runner, load_model
-from mistral_chat.engine.sampling import choose, log_probability
+from mistral_chat.engine.sampling import Draws, choose, log_probability
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.model import transformer as model_layer
 from mistral_chat.model.args import TransformerArgs
@@ -172,12 +172,11 @@ def _decode(
 ) -> list[list[int]]:
     """Choose up to `max_tokens` tokens for every prompt, in step; extends `logprobs`."""
     params = SamplingParams(temperature=temperature, top_p=TOP_P, logprobs=0)
-    generator = torch.Generator(runner.model.device)
-    generator.manual_seed(int(torch.randint(2**62, ())))
+    draws = Draws(int(torch.randint(2**62, ())))
     tokens: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     for n_chosen in range(max_tokens):
-        choices = [choose(row, params, None, generator) for row in last]
+        choices = [choose(row, params, None, draws.next()) for row in last]
         finished = [f or c.id == eos_id for f, c in zip(finished, choices, strict=True)]
         if all(finished):
             break

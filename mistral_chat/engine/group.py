@@ -24,7 +24,7 @@ from mistral_chat.engine.lifeline import Lifeline, OnLost
 from mistral_chat.engine.node_memory import NodeMemory
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import MistralChatError, RankLostError
-from mistral_chat.kernels import reference
+from mistral_chat.kernels import ops
 
 __all__ = ["Group", "PeerFailedError", "Place"]
 
@@ -66,15 +66,19 @@ class Group:
         place: of this process. With more than one rank, this constructor meets the others and
             returns on all of them.
         store: where they meet; None is what the launcher set up.
+        shards: parts that a model is divided into; None is one for each rank. More than that
+            leaves this process with the part of its rank and nobody to sum with: for measuring.
     """
 
-    def __init__(self, place: Place, store: Store | None = None) -> None:
+    def __init__(self, place: Place, store: Store | None = None, shards: int | None = None) -> None:
         self.place = place
         self.rank = place.rank
         self.world_size = place.world_size
+        self.shards = shards or place.world_size
         self._lifeline: Lifeline | None = None
         self._sums: dict[str, dist.ProcessGroup | None] = {}
         self._node_memory: NodeMemory | None = None
+        self._shared_memory: list[Any] = []  # kept mapped
         if place.world_size > 1:
             self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
 
@@ -128,7 +132,7 @@ class Group:
         self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """`reference.add_norm` of the sum of `partial` over ranks."""
-        return reference.add_norm(self.all_reduce(partial), residual, weight, eps)
+        return ops.add_norm(self.all_reduce(partial), residual, weight, eps)
 
     def gather_columns(self, part: Tensor, sizes: Sequence[int]) -> Tensor | None:
         """Put the ranks' columns side by side on rank 0.
@@ -153,6 +157,43 @@ class Group:
         if parts is None:
             return None
         return torch.cat([p[:, :size] for p, size in zip(parts, sizes, strict=True)], dim=1)
+
+    def hand_over(self, tokens: Tensor) -> None:
+        """Give rank 0's tensor to all, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tokens, src=0, group=self._sums[tokens.device.type])
+
+    def why_no_peer_access(self) -> str | None:
+        """Why the GPUs cannot write each other's memory; None when they can. The same on all ranks.
+
+        Every rank must call it.
+        """
+        if self.place.local_world_size != self.world_size:
+            return "ranks on several nodes"
+        here = self.place.local_rank
+        others = [gpu for gpu in range(self.world_size) if gpu != here]
+        all_can = all(torch.cuda.can_device_access_peer(here, gpu) for gpu in others)
+        return None if self.minimum(int(all_can)) else "GPUs without peer access"
+
+    def share_memory(self, n_bytes: int, device: torch.device) -> Tensor:
+        """Make zeroed GPU memory that all ranks of this node can write.
+
+        Every rank must call it; it stays until the process ends.
+
+        Returns:
+            (world_size,) int64 on the device: where each rank's begins in this address space.
+        """
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
+        world = dist.group.WORLD
+        assert world is not None
+        handle = symmetric_memory.rendezvous(memory, world)
+        memory.zero_()
+        torch.cuda.synchronize(device)
+        self.minimum(0)  # nobody writes before all have cleared theirs
+        self._shared_memory.append((memory, handle))
+        return torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
 
     # What rank 0 tells, and what ranks agree on.
 

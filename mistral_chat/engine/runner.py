@@ -4,7 +4,7 @@ The same on every rank; rank 0's answers carry logits. Knows nothing of sequence
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from mistral_chat.config import EngineConfig
+from mistral_chat.engine.decoder import Choosing, Decoder, Pending
+from mistral_chat.engine.exchange import Exchange, open_exchange
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import CheckpointError, DeviceError, UsageError
+from mistral_chat.kernels import ops
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, read_args
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.checkpoint import (
@@ -25,6 +28,7 @@ from mistral_chat.model.checkpoint import (
     load_weights,
     read_headers,
 )
+from mistral_chat.model.few_rows import supports
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
 
@@ -114,7 +118,35 @@ class Runner:
         self.chunk_size = chunk_size
         self.plan = plan
         self.cache = KVCache(model.shard, max_batch_size, max_seq_len, model.dtype, model.device)
+        self.decoder: Decoder | None = None
+        self.exchange: Exchange | None = None
         self._vocab_sizes = [len(model.shard.vocab_of(r)) for r in range(group.world_size)]
+
+    def open_decoder(self) -> None:
+        """Run steps of few tokens by `Decoder` from now on; all ranks together."""
+        self.exchange = self.exchange or open_exchange(self.group, self.model)
+        self.decoder = Decoder(self.model, self.cache, self.exchange, self.group.is_leader)
+        self.decoder.warm_up()
+
+    def resize(self, max_batch_size: int, max_seq_len: int) -> None:
+        """Another cache in place of this one, which is forgotten; all ranks together."""
+        model = self.model
+        had_decoder, self.decoder = self.decoder is not None, None
+        dtype, device = self.cache.k.dtype, self.cache.k.device
+        del self.cache
+        self.max_seq_len = max_seq_len
+        self.cache = KVCache(model.shard, max_batch_size, max_seq_len, dtype, device)
+        if had_decoder:
+            self.open_decoder()
+
+    @property
+    def path(self) -> str:
+        """How decode steps run here, for people."""
+        if self.decoder is None:
+            return f"reference ({why_no_decoder(self.model)})"
+        exchange = self.exchange
+        graphs = "CUDA graphs" if self.model.device.type == "cuda" else "one by one"
+        return graphs + (f", sums through {exchange.path}" if exchange else "")
 
     def run(self, step: Step) -> Tensor | None:
         """Rank 0: run a step on all ranks.
@@ -125,8 +157,32 @@ class Runner:
         self.group.send(step)
         return self.forward(step)
 
+    def decode(
+        self, step: Step, choosing: Sequence[Choosing], uniforms: Sequence[Sequence[float]]
+    ) -> list[Pending]:
+        """Rank 0: have the device choose `step.n_tokens` tokens for each sequence.
+
+        Args:
+            step: its chunks, or none to go on with those of the step before.
+            choosing: for each chunk, how.
+            uniforms: for each token and sequence a random number in [0, 1).
+
+        Returns:
+            for each of the tokens where it will arrive.
+        """
+        assert self.decoder is not None
+        self.group.send(step)
+        if step.chunks:
+            self.decoder.begin(step.chunks, choosing)
+        return self.decoder.advance(step.n_tokens, uniforms)
+
     def forward(self, step: Step) -> Tensor | None:
-        """Run a step on this rank; logits arrive on rank 0 alone."""
+        """Run a step on this rank; logits arrive on rank 0 alone.
+
+        They may lie where the next step's will.
+        """
+        if self.decoder is not None and self.decoder.fits(step):
+            return self.decoder.score(step.chunks)
         ids = [token for chunk in step.chunks for token in chunk.tokens]
         tokens = torch.tensor(ids, device=self.model.device)
         spans = [chunk.span for chunk in step.chunks]
@@ -136,7 +192,13 @@ class Runner:
     def follow(self) -> None:
         """Other ranks: run what rank 0 says until it ends the loop."""
         while (step := self.group.receive()) is not None:
-            self.forward(step)
+            if step.n_tokens:
+                assert self.decoder is not None
+                if step.chunks:
+                    self.decoder.begin(step.chunks)
+                self.decoder.advance(step.n_tokens)
+            else:
+                self.forward(step)
 
 
 def _shape(config: EngineConfig) -> TransformerArgs:
@@ -173,7 +235,7 @@ def load_model(
         if config.load_format == "hf":
             raise UsageError("--load_format hf: reading Hugging Face's layout is not built yet")
         args = replace(_shape(config), max_batch_size=config.max_batch_size)
-        shard = Shard(args, group.world_size, group.rank)
+        shard = Shard(args, group.shards, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)
         table = placements(shard)
@@ -212,10 +274,10 @@ def load_runner(
     """`load_model`, with its cache."""
 
     def make(args: TransformerArgs) -> Transformer:
-        return Transformer(args, Shard(args, group.world_size, group.rank), group)
+        return Transformer(args, Shard(args, group.shards, group.rank), group)
 
     model, plan = load_model(config, group, make, on_loading)
-    return Runner(
+    runner = Runner(
         model,
         group,
         max_batch_size=config.max_batch_size,
@@ -223,6 +285,17 @@ def load_runner(
         chunk_size=_chunk_size(config, model.device),
         plan=plan,
     )
+    if why_no_decoder(model) is None:
+        runner.open_decoder()
+    return runner
+
+
+def why_no_decoder(model: Transformer) -> str | None:
+    """Why steps of few tokens run as all others do; None where they have a path of their own."""
+    why = ops.why_no_kernels(model.device)
+    if why is None and not supports(model):
+        why = f"no kernels for heads of {model.args.head_dim}"
+    return why
 
 
 @contextmanager

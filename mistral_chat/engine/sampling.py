@@ -3,14 +3,18 @@
 Shapes: V = vocabulary.
 """
 
+import random
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mistral_chat.config import SamplingParams
 
-__all__ = ["Choice", "choose", "log_probability", "probabilities"]
+__all__ = ["Choice", "Draws", "allowed_words", "choose", "log_probability", "probabilities"]
 
 LEAST_TEMPERATURE = 1e-5  # below it every draw is the most likely token
 
@@ -59,23 +63,50 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     return probs / probs.sum()
 
 
-def choose(
-    logits: Tensor, params: SamplingParams, banned: Tensor | None, generator: torch.Generator
-) -> Choice:
+class Draws:
+    """Random numbers of one answer, one for each of its tokens: however a token is chosen, on the
+    host or on the device, alone or in a batch, it takes the same number.
+
+    Args:
+        seed: where they come from; None draws one.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self._random = random.Random(secrets.randbits(63) if seed is None else seed)
+
+    def next(self) -> float:
+        """The next token's, in [0, 1), exact in float32."""
+        return self._random.getrandbits(24) / (1 << 24)
+
+
+def allowed_words(vocab_size: int, banned_ids: Sequence[int]) -> Tensor:
+    """Bit mask of the ids that may be chosen.
+
+    Returns:
+        (ceil(vocab_size / 32),) int32, bit i % 32 of word i // 32 for id i.
+    """
+    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+    bits[:vocab_size] = 1
+    bits[list(banned_ids)] = 0
+    return torch.from_numpy(np.packbits(bits, bitorder="little").view("<i4").copy())
+
+
+def choose(logits: Tensor, params: SamplingParams, banned: Tensor | None, uniform: float) -> Choice:
     """Choose one token.
 
     Args:
         logits: (V,) float32.
         params: how.
         banned: ids never to choose, (n,); None bans nothing.
-        generator: source of randomness, on the device of `logits`; not used when greedy.
+        uniform: random number in [0, 1): the token is the first, by id, at which the sum of
+            probabilities passes it; not used when greedy.
     """
     allowed = logits if banned is None else logits.index_fill(0, banned, -torch.inf)
     if params.temperature == 0:
         chosen = int(allowed.argmax())
     else:
-        weights = probabilities(allowed, params)
-        chosen = int(torch.multinomial(weights, 1, generator=generator))
+        sums = probabilities(allowed, params).cumsum(0)
+        chosen = int((sums > uniform * sums[-1]).to(torch.uint8).argmax())
     if params.logprobs is None:
         return Choice(chosen, None, ())
     logprobs = torch.log_softmax(logits, dim=-1)

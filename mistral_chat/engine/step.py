@@ -34,19 +34,23 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass over new tokens of one or more sequences.
+    """One forward pass over new tokens of one or more sequences, or several decodes in a row.
 
     Args:
-        chunks: at most one a slot.
+        chunks: at most one a slot. With `n_tokens` one token each; none goes on with the tokens
+            that the decodes before this step chose.
         logits: which positions rank 0 wants scored: none, the last of each chunk, all.
+        n_tokens: 0 for logits; else so many decodes, each on the token that rank 0's device chose
+            before, with no host in between.
     """
 
     chunks: tuple[Chunk, ...]
     logits: WhichLogits = "last"
+    n_tokens: int = 0
 
     def pack(self) -> list[int]:
-        """As integers: which logits, number of chunks, then slot, start, length, ids of each."""
-        packed = [_WHICH.index(self.logits), len(self.chunks)]
+        """As integers: which logits, decodes, chunks, then slot, start, length, ids of each."""
+        packed = [_WHICH.index(self.logits), self.n_tokens, len(self.chunks)]
         for chunk in self.chunks:
             packed += [chunk.slot, chunk.start, len(chunk.tokens), *chunk.tokens]
         return packed
@@ -54,12 +58,12 @@ class Step:
     @classmethod
     def unpack(cls, packed: list[int]) -> "Step":
         """The step that `pack` made these integers from."""
-        which, n_chunks = packed[:2]
+        which, n_tokens, n_chunks = packed[:3]
         chunks = []
-        at = 2
+        at = 3
         for _ in range(n_chunks):
             slot, start, length = packed[at : at + 3]
             at += 3
             chunks.append(Chunk(slot, start, tuple(packed[at : at + length])))
             at += length
-        return cls(tuple(chunks), _WHICH[which])
+        return cls(tuple(chunks), _WHICH[which], n_tokens)

@@ -19,7 +19,9 @@ __all__ = [
     "linear",
     "logits",
     "rms_norm",
+    "rope_frequencies",
     "rope_rotations",
+    "rope_store",
     "silu_mul",
 ]
 
@@ -67,6 +69,12 @@ def embed_rows(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
     return rows.masked_fill_(~inside.unsqueeze(-1), 0)
 
 
+def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Radians that each pair of a head turns per position: (D / 2,) float32."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    return theta ** (exponents / -head_dim)
+
+
 def rope_rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     """Rotations of the rotary embedding at given positions.
 
@@ -80,8 +88,7 @@ def rope_rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     Returns:
         (T, D / 2) complex64 of absolute value 1.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = theta ** (exponents / -head_dim)  # (D / 2,)
+    frequencies = rope_frequencies(head_dim, theta, positions.device)
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies  # (T, D / 2)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -99,6 +106,30 @@ def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (T, heads, D / 2)
     turned = torch.view_as_real(pairs * rotations.unsqueeze(1))
     return turned.flatten(-2).type_as(x)
+
+
+def rope_store(
+    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Tensor
+) -> Tensor:
+    """Turn queries and keys of one sequence's new tokens; store the keys and the values.
+
+    Args:
+        qkv: (T, H + 2 K, D).
+        keys: (K, S, D), the sequence's place in the cache; T positions from `start` are written.
+        values: the same.
+        start: position of the first new token.
+        n_heads: H.
+        rotations: (T, D / 2) complex64 of the new positions.
+
+    Returns:
+        the turned queries, (T, H, D).
+    """
+    n_kv = len(keys)
+    turned = apply_rope(qkv[:, : n_heads + n_kv], rotations)
+    end = start + len(qkv)
+    keys[:, start:end].copy_(turned[:, n_heads:].transpose(0, 1))
+    values[:, start:end].copy_(qkv[:, n_heads + n_kv :].transpose(0, 1))
+    return turned[:, :n_heads]
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -39,25 +39,6 @@ class KVCache:
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
 
-    def update(
-        self, layer: int, slot: int, start: int, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values and return all up to them.
-
-        Args:
-            layer: which block.
-            slot: which sequence.
-            start: position of the first new token.
-            k: (T, n_local_kv_heads, head_dim).
-            v: the same.
-
-        Returns:
-            keys and values (n_local_kv_heads, start + T, head_dim), views of the cache.
-        """
-        end = start + k.shape[0]
-        assert end <= self.max_seq_len, (end, self.max_seq_len)
-        keys = self.k[layer, slot, :, :end]
-        values = self.v[layer, slot, :, :end]
-        keys[:, start:].copy_(k.transpose(0, 1))
-        values[:, start:].copy_(v.transpose(0, 1))
-        return keys, values
+    def of(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence: (n_local_kv_heads, max_seq_len, head_dim) each."""
+        return self.k[layer, slot], self.v[layer, slot]

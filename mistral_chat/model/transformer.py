@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mistral_chat.kernels import reference
+from mistral_chat.kernels import ops, reference
 from mistral_chat.model.args import DEFAULT_ROPE_THETA, TransformerArgs
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.sharding import Placement, Shard, placements
@@ -45,7 +45,7 @@ class Alone:
         self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """`reference.add_norm`."""
-        return reference.add_norm(partial, residual, weight, eps)
+        return ops.add_norm(partial, residual, weight, eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +89,20 @@ class Attention(nn.Module):
         """(T, dim) -> (T, dim), a partial result that ranks must sum."""
         n_q, n_kv = self.n_local_heads, self.n_local_kv_heads
         qkv = reference.linear(x, self.wqkv).view(-1, n_q + 2 * n_kv, self.head_dim)
-        turned = reference.apply_rope(qkv[:, : n_q + n_kv], rotations)
-        q, k = turned.split((n_q, n_kv), dim=1)  # (T, n_q, head_dim), (T, n_kv, head_dim)
-        v = qkv[:, n_q + n_kv :]
         out = []
         first = 0
         for span in spans:
             new = slice(first, first + span.length)
-            keys, values = cache.update(self.layer, span.slot, span.start, k[new], v[new])
+            first += span.length
+            keys, values = cache.of(self.layer, span.slot)
+            q = ops.rope_store(qkv[new], keys, values, span.start, n_q, rotations[new])
+            end = span.start + span.length
             out.append(
                 reference.attention(
-                    q[new], keys, values, span.start, self.window, self.queries_by_kv_head
+                    q, keys[:, :end], values[:, :end], span.start, self.window,
+                    self.queries_by_kv_head,
                 )
-            )
-            first += span.length
+            )  # fmt: skip
         heads = out[0] if len(out) == 1 else torch.cat(out)  # (T, n_q, head_dim)
         return reference.linear(heads.reshape(len(x), -1), self.wo)
 
@@ -118,7 +118,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, dim) -> (T, dim), a partial result that ranks must sum."""
-        return reference.linear(reference.silu_mul(reference.linear(x, self.w13)), self.w2)
+        return reference.linear(ops.silu_mul(reference.linear(x, self.w13)), self.w2)
 
 
 class TransformerBlock(nn.Module):
@@ -178,6 +178,16 @@ class Transformer(nn.Module):
         self.norm = _empty(args.dim)
         # No second name for a tied matrix: moving a module to a device would part the two.
         self.output = None if args.tied_embeddings else _empty(n_vocab, args.dim)
+
+    @property
+    def blocks(self) -> list[TransformerBlock]:
+        """The layers, first to last."""
+        return [block for block in self.layers if isinstance(block, TransformerBlock)]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """What scores this rank's part of the vocabulary: (local vocabulary, dim)."""
+        return self.tok_embeddings if self.output is None else self.output
 
     @property
     def dtype(self) -> torch.dtype:
@@ -250,7 +260,7 @@ class Transformer(nn.Module):
         else:
             part = reference.embed_rows(tokens, self.tok_embeddings, self.shard.vocab.start)
             residual = self.collective.all_reduce(part)
-        blocks = [block for block in self.layers if isinstance(block, TransformerBlock)]
+        blocks = self.blocks
         norms = [block.attention_norm for block in blocks] + [self.norm]
         normed = reference.rms_norm(residual, norms[0], args.norm_eps)
         for layer, next_norm in zip(blocks, norms[1:], strict=True):
@@ -262,5 +272,4 @@ class Transformer(nn.Module):
         if logits == "last" and len(tokens) > len(spans):
             ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
             normed = normed[ends.to(self.device)]
-        output = self.tok_embeddings if self.output is None else self.output
-        return reference.logits(normed, output)
+        return reference.logits(normed, self.output_weight)

@@ -1,0 +1,111 @@
+"""What ranks exchange in a step of few rows: sums, logits, chosen tokens.
+
+Through memory that the GPUs of one node write into each other's, else through the process group
+(NCCL; on CPU gloo or node memory). Either can be captured in a CUDA graph.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mistral_chat.engine.group import Group
+from mistral_chat.kernels import ops
+from mistral_chat.model.few_rows import RowCollective
+from mistral_chat.model.transformer import Transformer
+
+__all__ = ["Exchange", "GroupExchange", "open_exchange"]
+
+
+class Exchange(RowCollective, Protocol):
+    """A `RowCollective` that also brings logits to rank 0 and its tokens to all."""
+
+    path: str
+
+    def gather_columns(self, part: Tensor) -> Tensor | None:
+        """(R, width) of each rank -> (R, sum of widths) on rank 0, None elsewhere."""
+
+    def hand_over(self, tokens: Tensor) -> None:
+        """Give rank 0's tokens, (N,) int64, to all, in place."""
+
+
+class GroupExchange:
+    """Through the process group.
+
+    Args:
+        group: the ranks.
+        widths: columns of logits of each rank.
+        path: how to call it, and why it is taken.
+    """
+
+    def __init__(self, group: Group, widths: tuple[int, ...], path: str) -> None:
+        self.path = path
+        self._group = group
+        self._widths = widths
+
+    def reduce_add_norm(
+        self, partial: Tensor, residual: Tensor | None, gain: Tensor | None, eps: float
+    ) -> tuple[Tensor | None, Tensor]:
+        """Sum, add, norm."""
+        total = self._group.all_reduce(partial)
+        if residual is None:
+            residual, total = total, torch.zeros_like(total)
+        if gain is None:
+            return None, residual + total
+        return ops.add_norm(total, residual, gain, eps)
+
+    def gather_columns(self, part: Tensor) -> Tensor | None:
+        """`Group.gather_columns`."""
+        return self._group.gather_columns(part, self._widths)
+
+    def hand_over(self, tokens: Tensor) -> None:
+        """`Group.hand_over`."""
+        self._group.hand_over(tokens)
+
+
+class PeerExchange:
+    """Through peer memory, with kernels of our own.
+
+    Args:
+        group: the ranks, all on this node.
+        dim: of the model.
+        widths: columns of logits of each rank.
+        device: this rank's GPU.
+    """
+
+    path = "peer memory"
+
+    def __init__(
+        self, group: Group, dim: int, widths: tuple[int, ...], device: torch.device
+    ) -> None:
+        from mistral_chat.kernels import peer
+
+        self._kernels = peer
+        addresses = group.share_memory(peer.bytes_needed(dim, widths), device)
+        self._memory = peer.PeerMemory(rank=group.rank, addresses=addresses, widths=widths, dim=dim)
+
+    def reduce_add_norm(
+        self, partial: Tensor, residual: Tensor | None, gain: Tensor | None, eps: float
+    ) -> tuple[Tensor | None, Tensor]:
+        """Sum, add, norm in one kernel."""
+        return self._kernels.reduce_add_norm(self._memory, partial, residual, gain, eps)
+
+    def gather_columns(self, part: Tensor) -> Tensor | None:
+        """Ranks write to rank 0."""
+        return self._kernels.gather_columns(self._memory, part)
+
+    def hand_over(self, tokens: Tensor) -> None:
+        """Rank 0 writes to all."""
+        self._kernels.hand_over(self._memory, tokens)
+
+
+def open_exchange(group: Group, model: Transformer) -> Exchange | None:
+    """Meet the other ranks; None on a single one."""
+    if group.world_size == 1:
+        return None
+    widths = tuple(len(model.shard.vocab_of(rank)) for rank in range(group.world_size))
+    why_not = ops.why_no_kernels(model.device) or group.why_no_peer_access()
+    if why_not is None:
+        return PeerExchange(group, model.args.dim, widths, model.device)
+    backend = "NCCL" if model.device.type == "cuda" else "the CPU group"
+    return GroupExchange(group, widths, f"{backend} ({why_not})")

@@ -1,0 +1,190 @@
+"""What a machine can do at most, and how long its steps take. Medians after warm-up.
+
+Ceilings are taken by every rank at once, as a step uses them. Knows nothing of flags or tables.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mistral_chat.config import SamplingParams
+from mistral_chat.engine.engine import Engine, Request, Token
+from mistral_chat.engine.group import Group
+from mistral_chat.engine.runner import Runner
+from mistral_chat.engine.step import Chunk, Step
+from mistral_chat.kernels import ops
+
+__all__ = [
+    "bytes_per_step",
+    "decode_s",
+    "first_token_s",
+    "prefill_flops",
+    "product_flops",
+    "prompt",
+    "read_bandwidth",
+    "sum_s",
+    "verify_s",
+]
+
+REPEATS = 7
+WARM_UP = 4
+PRODUCT_ROWS = 2048
+SUMS = 64  # in one graph
+
+
+def median_s(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
+    """Seconds that some work takes."""
+    taken = []
+    for _ in range(repeats + 2):
+        _finish(device)
+        begin = time.perf_counter()
+        work()
+        _finish(device)
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[2:])  # the first two warm up
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second that this rank reads from its memory.
+
+    On a GPU a kernel that only reads, over 2 GB; on CPU torch's sum over 256 MB.
+    """
+    if ops.has_kernels(device):
+        from mistral_chat.kernels.bandwidth import BLOCK, read_all
+
+        data = torch.randint(1 << 30, (1 << 29,), dtype=torch.int32, device=device)
+        out = torch.empty(-(-len(data) // BLOCK), dtype=torch.int32, device=device)
+        return 4 * len(data) / median_s(lambda: read_all(data, out), device)
+    values = torch.rand(1 << 26, device=device)
+    return 4 * len(values) / median_s(lambda: values.sum(), device)
+
+
+def product_flops(runner: Runner) -> float:
+    """Floating-point operations a second of the feed-forward's first product, 2,048 rows."""
+    weight = runner.model.blocks[0].feed_forward.w13
+    n_rows = PRODUCT_ROWS if weight.device.type == "cuda" else 256
+    x = torch.randn(n_rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    return 2 * n_rows * weight.numel() / median_s(lambda: x @ weight.t(), weight.device)
+
+
+def sum_s(group: Group, runner: Runner) -> dict[str, float]:
+    """Seconds of one row's sum over ranks with residual and norm, by every path there is.
+
+    Every rank must call it. On GPUs many are captured in one graph, as a decode step has them.
+    """
+    if group.world_size == 1:
+        return {}
+    model = runner.model
+    rows = torch.randn(1, model.args.dim, device=model.device).to(model.dtype)
+    gain, eps = model.norm, model.args.norm_eps
+    paths: dict[str, Callable[[Tensor], object]] = {}
+    exchange = runner.exchange
+    if exchange is not None:
+        paths[exchange.path] = lambda x: exchange.reduce_add_norm(x, rows, None, eps)
+    name = "NCCL" if model.device.type == "cuda" else "CPU group"
+    paths[name] = lambda x: group.reduce_add_norm(x, rows, gain, eps)
+    found = {}
+    for path, work in paths.items():
+        if model.device.type == "cuda":
+            found[path] = _in_graph_s(lambda run=work: run(rows.clone()), model.device)  # type: ignore[misc]
+        else:
+            found[path] = median_s(lambda run=work: run(rows.clone()), model.device, 30)  # type: ignore[misc]
+        group.minimum(0)
+    return found
+
+
+def _in_graph_s(work: Callable[[], object], device: torch.device) -> float:
+    for _ in range(2):
+        work()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(SUMS):
+            work()
+    return median_s(graph.replay, device) / SUMS
+
+
+def prompt(runner: Runner, length: int, seed: int = 0) -> list[int]:
+    """Ids inside the vocabulary; other seeds differ from the first id on."""
+    size = runner.model.args.vocab_size
+    return [(7919 * i + 104729 * length + 31 * seed + seed) % size for i in range(length)]
+
+
+def bytes_per_step(runner: Runner, batch: int, context: int) -> int:
+    """Bytes that one decode step of one rank must read: weights, and keys and values."""
+    model = runner.model
+    args, shard = model.args, model.shard
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not args.tied_embeddings:  # a step reads one row of the embedding, and all of the output
+        weights -= len(shard.vocab) * args.dim * model.dtype.itemsize
+    cache = runner.cache
+    row = 2 * cache.k.shape[0] * cache.k.shape[2] * cache.k.shape[4] * cache.k.element_size()
+    return weights + batch * context * row
+
+
+def decode_s(engine: Engine, batch: int, context: int, n_tokens: int) -> float:
+    """Seconds of a decode step, as a reader of tokens sees them; the median of three answers.
+
+    Args:
+        engine: with as many slots as `batch`.
+        batch: sequences decoded together.
+        context: positions that each has in the middle of it.
+        n_tokens: how many to decode.
+    """
+    taken = []
+    for turn in range(3):
+        requests = []
+        for slot in range(batch):
+            ids = prompt(engine.runner, context - n_tokens // 2, turn * batch + slot)
+            engine.pretend(slot, ids)
+            params = SamplingParams(max_tokens=n_tokens + WARM_UP, temperature=0, ignore_eos=True)
+            requests.append(Request(ids=ids, params=params))
+        at = [
+            time.perf_counter()
+            for index, event in engine.generate_many(requests)
+            if index == 0 and isinstance(event, Token)
+        ]
+        taken.append((at[-1] - at[WARM_UP - 1]) / n_tokens)
+    return statistics.median(taken)
+
+
+def verify_s(runner: Runner, n_tokens: int, context: int, repeats: int = 20) -> float:
+    """Seconds of a step that runs and scores a few tokens of one sequence."""
+    tokens = tuple(prompt(runner, n_tokens))
+    step = Step((Chunk(0, context, tokens),), "all")
+    for _ in range(2):
+        runner.run(step)
+
+    def several() -> None:
+        for _ in range(repeats):
+            runner.run(step)
+
+    return median_s(several, runner.model.device, 3) / repeats
+
+
+def first_token_s(engine: Engine, length: int) -> float:
+    """Seconds from a fresh prompt to its first token: the median of three."""
+    params = SamplingParams(max_tokens=1, temperature=0)
+    taken = []
+    for turn in range(4):
+        ids = prompt(engine.runner, length, seed=turn + 1)
+        begin = time.perf_counter()
+        for _ in engine.generate(Request(ids=ids, params=params)):
+            pass
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken[1:])
+
+
+def prefill_flops(runner: Runner, length: int) -> int:
+    """Floating-point operations of this rank's products for a prompt (attention not counted)."""
+    model = runner.model
+    rows = sum(w.numel() for w in model.blocks[0].parameters() if w.dim() == 2)
+    return 2 * length * rows * len(model.blocks)

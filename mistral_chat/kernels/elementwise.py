@@ -1,0 +1,215 @@
+"""What stands between the products: embedding, norm, rotary embedding, SwiGLU.
+
+References: `reference.embed_rows`, `.add_norm`, `.rope_store`, `.silu_mul` and
+`fused_reference.rotations`.
+
+Shapes: T = new tokens, H = local query heads, K = local KV heads, D = head_dim.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mistral_chat.kernels.tuning import early_launch
+
+__all__ = ["add_norm", "embed", "rope_store", "rotations", "silu_mul"]
+
+
+@triton.jit
+def _embed(
+    tokens_ptr, weight_ptr, out_ptr, first_id, n_ids, dim,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    local = tl.load(tokens_ptr + row) - first_id
+    inside = (local >= 0) & (local < n_ids)
+    values = tl.load(weight_ptr + local * dim + cols, mask=inside & (cols < dim), other=0.0)
+    tl.store(out_ptr + row * dim + cols, values, mask=cols < dim)
+
+
+def embed(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
+    """`reference.embed_rows`: (T,) int64 ids and (n_ids, dim) -> (T, dim)."""
+    n_ids, dim = weight.shape
+    out = torch.empty(len(tokens), dim, dtype=weight.dtype, device=weight.device)
+    block = min(1024, triton.next_power_of_2(dim))
+    early = early_launch(weight.device)
+    _embed[(len(tokens), triton.cdiv(dim, block))](
+        tokens, weight, out, first_id, n_ids, dim, BLOCK=block, PDL=bool(early), **early
+    )
+    return out
+
+
+@triton.jit
+def _rotations(
+    starts_ptr, frequencies_ptr, out_ptr,
+    LENGTH: tl.constexpr, HALF: tl.constexpr, HALF_DIM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0)
+    position = tl.load(starts_ptr + row // LENGTH) + row % LENGTH
+    pair = tl.arange(0, HALF)
+    frequency = tl.load(frequencies_ptr + pair, mask=pair < HALF_DIM, other=0.0)
+    angle = position.to(tl.float32) * frequency
+    at = out_ptr + row * 2 * HALF_DIM + pair
+    tl.store(at, tl.cos(angle), mask=pair < HALF_DIM)
+    tl.store(at + HALF_DIM, tl.sin(angle), mask=pair < HALF_DIM)
+
+
+def rotations(starts: Tensor, length: int, frequencies: Tensor) -> Tensor:
+    """Cosines and sines of the rotary embedding.
+
+    Args:
+        starts: (n_spans,) int32, position of each span's first token.
+        length: tokens of a span.
+        frequencies: (D / 2,) float32, `reference.rope_frequencies`.
+
+    Returns:
+        (n_spans * length, 2, D / 2) float32: cosines, then sines, of `reference.rope_rotations`.
+    """
+    n_rows = len(starts) * length
+    half = len(frequencies)
+    out = torch.empty(n_rows, 2, half, dtype=torch.float32, device=starts.device)
+    early = early_launch(starts.device)
+    _rotations[(n_rows,)](
+        starts, frequencies, out,
+        LENGTH=length, HALF=triton.next_power_of_2(half), HALF_DIM=half,
+        PDL=bool(early), num_warps=1, **early,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _add_norm(
+    partial_ptr, residual_ptr, gain_ptr, normed_ptr, sum_ptr, dim, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK)
+    mask = cols < dim
+    gain = tl.load(gain_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = tl.program_id(0).to(tl.int64) * dim + cols
+    x = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(partial_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / dim + eps)
+    tl.store(normed_ptr + at, (x * scale * gain).to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+def add_norm(
+    partial: Tensor | None, residual: Tensor, gain: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`reference.add_norm`; with no partial, only the norm.
+
+    Args:
+        partial: (T, dim) to add first, or None.
+        residual: (T, dim).
+        gain: (dim,).
+        eps: of the norm.
+
+    Returns:
+        the normed stream and the new residual, both (T, dim).
+    """
+    n_rows, dim = residual.shape
+    normed = torch.empty_like(residual)
+    total = residual if partial is None else torch.empty_like(residual)
+    block = triton.next_power_of_2(dim)
+    early = early_launch(residual.device)
+    _add_norm[(n_rows,)](
+        partial, residual, gain, normed, total, dim, eps,
+        ADD=partial is not None, BLOCK=block, PDL=bool(early),
+        num_warps=min(16, max(1, block // 512)), **early,
+    )  # fmt: skip
+    return normed, total
+
+
+@triton.jit
+def _silu_mul(both_ptr, out_ptr, n_hidden, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < n_hidden
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = both_ptr + row * 2 * n_hidden + cols
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + n_hidden, mask=mask, other=0.0).to(tl.float32)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * n_hidden + cols, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def silu_mul(both: Tensor) -> Tensor:
+    """`reference.silu_mul`: (T, 2 * hidden) -> (T, hidden)."""
+    n_rows, n_hidden = both.shape[0], both.shape[1] // 2
+    out = torch.empty(n_rows, n_hidden, dtype=both.dtype, device=both.device)
+    early = early_launch(both.device)
+    _silu_mul[(n_rows, triton.cdiv(n_hidden, 2048))](
+        both, out, n_hidden, BLOCK=2048, PDL=bool(early), num_warps=8, **early
+    )
+    return out
+
+
+@triton.jit
+def _rope_store(
+    qkv_ptr, keys_ptr, values_ptr, rotations_ptr, start, key_stride,
+    N_Q: tl.constexpr, N_KV: tl.constexpr, HALF: tl.constexpr, HALF_DIM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    pair = tl.arange(0, HALF)
+    mask = pair < HALF_DIM
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = qkv_ptr + (token.to(tl.int64) * (N_Q + 2 * N_KV) + head) * 2 * HALF_DIM + 2 * pair
+    even = tl.load(at, mask=mask, other=0.0)
+    odd = tl.load(at + 1, mask=mask, other=0.0)
+    if head < N_Q + N_KV:
+        turn = rotations_ptr + token * 2 * HALF_DIM + 2 * pair
+        cos = tl.load(turn, mask=mask, other=0.0)
+        sin = tl.load(turn + 1, mask=mask, other=0.0)
+        a = even.to(tl.float32)
+        b = odd.to(tl.float32)
+        even = (a * cos - b * sin).to(even.dtype)
+        odd = (a * sin + b * cos).to(odd.dtype)
+    to = at
+    if head >= N_Q:
+        cache_ptr = keys_ptr
+        kv_head = head - N_Q
+        if head >= N_Q + N_KV:
+            cache_ptr = values_ptr
+            kv_head -= N_KV
+        position = (start + token).to(tl.int64)
+        to = cache_ptr + kv_head * key_stride + position * 2 * HALF_DIM + 2 * pair
+    tl.store(to, even, mask=mask)
+    tl.store(to + 1, odd, mask=mask)
+
+
+def rope_store(
+    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Tensor
+) -> None:
+    """`reference.rope_store`, with the queries turned in place."""
+    n_new, n_all, head_dim = qkv.shape
+    assert qkv.is_contiguous()
+    assert keys.stride() == values.stride()
+    assert keys.stride(1) == head_dim
+    half = head_dim // 2
+    early = early_launch(qkv.device)
+    _rope_store[(n_new, n_all)](
+        qkv, keys, values, torch.view_as_real(rotations), start, keys.stride(0),
+        N_Q=n_heads, N_KV=(n_all - n_heads) // 2, HALF=triton.next_power_of_2(half),
+        HALF_DIM=half, PDL=bool(early), num_warps=1, **early,
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+"""Operations of the whole forward pass, each by the fastest implementation for its device.
+
+GPUs that Triton knows take the kernels; CPU and other GPUs the reference, which says what each
+operation is. Which one runs depends on the device alone.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mistral_chat.kernels import reference
+from mistral_chat.kernels.sampling_reference import sample_reference
+
+__all__ = ["add_norm", "has_kernels", "rope_store", "sample", "silu_mul", "why_no_kernels"]
+
+
+@lru_cache
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why a device runs the reference; None when it has kernels."""
+    if device.type != "cuda":
+        return f"{device.type} runs the reference"
+    if torch.version.hip is not None:
+        return "kernels are written for NVIDIA GPUs"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than sm_80"
+    return None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether a device runs Triton's kernels."""
+    return why_no_kernels(device) is None
+
+
+def add_norm(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`reference.add_norm`."""
+    if has_kernels(partial.device):
+        from mistral_chat.kernels import elementwise
+
+        return elementwise.add_norm(partial, residual, weight, eps)
+    return reference.add_norm(partial, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`reference.silu_mul`."""
+    if has_kernels(gate_up.device):
+        from mistral_chat.kernels import elementwise
+
+        return elementwise.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
+
+
+def rope_store(
+    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Tensor
+) -> Tensor:
+    """`reference.rope_store`; may overwrite `qkv`."""
+    if has_kernels(qkv.device):
+        from mistral_chat.kernels import elementwise
+
+        elementwise.rope_store(qkv, keys, values, start, n_heads, rotations)
+        return qkv[:, :n_heads]
+    return reference.rope_store(qkv, keys, values, start, n_heads, rotations)
+
+
+def sample(logits: Tensor, allowed: Tensor, params: Tensor, uniforms: Tensor, out: Tensor) -> None:
+    """`sample_reference` into `out`."""
+    if has_kernels(logits.device):
+        from mistral_chat.kernels import sampling
+
+        sampling.sample(logits, allowed, params, uniforms, out)
+    else:
+        out.copy_(sample_reference(logits, allowed, params, uniforms))

@@ -1,0 +1,123 @@
+"""Shipped kernel configurations: what was fastest on an H200, and a rule for other shapes.
+
+No search at run time. Plain integers; the figures behind them stand in BENCHMARKS.md.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+__all__ = ["FewRows", "OneRow", "early_launch", "few_rows_config", "one_row_config", "splits"]
+
+
+@dataclass(frozen=True, slots=True)
+class OneRow:
+    """How a matrix-vector product is divided.
+
+    Args:
+        rows: matrix rows of a program.
+        cols: columns that it takes at a time; a power of two.
+        warps: of 32 threads.
+    """
+
+    rows: int
+    cols: int
+    warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """How a product of few rows is divided.
+
+    Args:
+        rows: matrix rows of a program.
+        cols: columns of a pipeline stage.
+        stages: of the pipeline.
+        warps: of 32 threads.
+    """
+
+    rows: int
+    cols: int
+    stages: int
+    warps: int
+
+
+# (n_out, n_in) -> fastest of some 25 divisions on an H200: Large-2407's shards of 2 and of 8 ranks
+# and Mistral-7B-v0.3's whole matrices; qkv, wo, w1 with w3, w2, output.
+_ONE_ROW = {
+    (7168, 12288): OneRow(4, 2048, 8),
+    (12288, 6144): OneRow(1, 2048, 4),
+    (14336, 12288): OneRow(2, 2048, 8),
+    (12288, 14336): OneRow(2, 2048, 4),
+    (16384, 12288): OneRow(4, 2048, 8),
+    (1792, 12288): OneRow(4, 2048, 8),
+    (12288, 1536): OneRow(4, 1024, 4),
+    (3584, 12288): OneRow(2, 2048, 8),
+    (12288, 3584): OneRow(2, 1024, 2),
+    (4096, 12288): OneRow(4, 2048, 8),
+    (6144, 4096): OneRow(4, 1024, 2),
+    (4096, 4096): OneRow(4, 1024, 2),
+    (14336, 4096): OneRow(2, 4096, 4),
+    (4096, 14336): OneRow(2, 2048, 4),
+    (32768, 4096): OneRow(4, 4096, 4),
+}
+# The same for 8 rows. None: cuBLAS is faster.
+_FEW_ROWS = {
+    (7168, 12288): FewRows(64, 256, 3, 4),
+    (12288, 6144): FewRows(64, 64, 6, 4),
+    (14336, 12288): FewRows(128, 128, 3, 4),
+    (12288, 14336): FewRows(64, 64, 6, 4),
+    (16384, 12288): FewRows(64, 128, 4, 4),
+    (1792, 12288): None,
+    (12288, 1536): FewRows(64, 128, 3, 4),
+    (3584, 12288): FewRows(32, 256, 4, 4),
+    (12288, 3584): FewRows(64, 128, 3, 4),
+    (4096, 12288): FewRows(32, 256, 6, 4),
+    (6144, 4096): FewRows(64, 128, 6, 4),
+    (4096, 4096): FewRows(64, 128, 6, 4),
+    (14336, 4096): FewRows(64, 128, 4, 4),
+    (4096, 14336): FewRows(32, 256, 6, 4),
+    (32768, 4096): FewRows(128, 128, 3, 4),
+}
+LEAST_PROGRAMS = 96  # below this cuBLAS, which divides the columns too, keeps more of the chip busy
+
+
+def one_row_config(n_out: int, n_in: int, gated: bool, dtype: torch.dtype) -> OneRow:
+    """For one row of `n_in` with `n_out` results; a rule where nothing was measured."""
+    if dtype.itemsize == 2 and (n_out, n_in) in _ONE_ROW:
+        return _ONE_ROW[n_out, n_in]
+    cols = min(2048 if n_in > 4096 else 1024, 1 << (n_in - 1).bit_length())
+    rows = 2 if gated or dtype.itemsize > 2 else 4
+    return OneRow(rows, cols, max(1, rows * cols // 1024))
+
+
+def few_rows_config(n_out: int, n_in: int, gated: bool, dtype: torch.dtype) -> FewRows | None:
+    """For a few rows of `n_in` with `n_out` results each; None leaves them to cuBLAS."""
+    if dtype == torch.float32:
+        return FewRows(32, 32, 2, 4) if gated else None
+    if (n_out, n_in) in _FEW_ROWS:
+        return _FEW_ROWS[n_out, n_in]
+    if n_out // 64 >= LEAST_PROGRAMS:
+        return FewRows(64, 128, 4, 4)
+    return FewRows(32, 128, 4, 4) if n_out // 32 >= LEAST_PROGRAMS or gated else None
+
+
+def splits(n_programs: int, n_processors: int) -> int:
+    """Parts of the context that one group of heads is divided into: a power of two.
+
+    About one program for each multiprocessor, as far as 128 parts.
+    """
+    least = max(1, n_processors // n_programs)
+    return min(128, 1 << (least.bit_length() - 1))
+
+
+@lru_cache
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Launch options with which a kernel starts before the one before it has ended, if it can.
+
+    Programmatic dependent launch came with sm_90.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"launch_pdl": True}
+    return {}
