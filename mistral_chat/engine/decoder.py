@@ -87,6 +87,8 @@ class Decoder:
     def __init__(
         self, model: Transformer, cache: KVCache, exchange: Exchange | None, is_leader: bool
     ) -> None:
+        # A share that is measured alone scores its own part of the vocabulary.
+        self.vocab_size = model.args.vocab_size if exchange else len(model.shard.vocab)
         device = model.device
         self._exchange = exchange
         self._is_leader = is_leader
@@ -94,7 +96,7 @@ class Decoder:
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._has_graphs = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
-        n_words = -(-model.args.vocab_size // 32)
+        n_words = -(-self.vocab_size // 32)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -325,8 +325,9 @@ class Engine:
 
     def _allowed(self, request: Request) -> Tensor:
         if request.banned_ids not in self._allowed_words:
+            assert self.runner.decoder is not None
             self._allowed_words[request.banned_ids] = allowed_words(
-                self.runner.model.args.vocab_size, request.banned_ids
+                self.runner.decoder.vocab_size, request.banned_ids
             )
         return self._allowed_words[request.banned_ids]
 

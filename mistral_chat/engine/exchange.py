@@ -4,7 +4,7 @@ Through memory that the GPUs of one node write into each other's, else through t
 (NCCL; on CPU gloo or node memory). Either can be captured in a CUDA graph.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,14 +44,12 @@ class GroupExchange:
         self._widths = widths
 
     def reduce_add_norm(
-        self, partial: Tensor, residual: Tensor | None, gain: Tensor | None, eps: float
-    ) -> tuple[Tensor | None, Tensor]:
+        self, partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
+    ) -> tuple[Any, Tensor]:
         """Sum, add, norm."""
         total = self._group.all_reduce(partial)
         if residual is None:
-            residual, total = total, torch.zeros_like(total)
-        if gain is None:
-            return None, residual + total
+            residual = torch.zeros_like(total)
         return ops.add_norm(total, residual, gain, eps)
 
     def gather_columns(self, part: Tensor) -> Tensor | None:
@@ -85,8 +83,8 @@ class PeerExchange:
         self._memory = peer.PeerMemory(rank=group.rank, addresses=addresses, widths=widths, dim=dim)
 
     def reduce_add_norm(
-        self, partial: Tensor, residual: Tensor | None, gain: Tensor | None, eps: float
-    ) -> tuple[Tensor | None, Tensor]:
+        self, partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
+    ) -> tuple[Any, Tensor]:
         """Sum, add, norm in one kernel."""
         return self._kernels.reduce_add_norm(self._memory, partial, residual, gain, eps)
 

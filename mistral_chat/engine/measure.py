@@ -88,7 +88,7 @@ def sum_s(group: Group, runner: Runner) -> dict[str, float]:
     paths: dict[str, Callable[[Tensor], object]] = {}
     exchange = runner.exchange
     if exchange is not None:
-        paths[exchange.path] = lambda x: exchange.reduce_add_norm(x, rows, None, eps)
+        paths[exchange.path] = lambda x: exchange.reduce_add_norm(x, rows, gain, eps)
     name = "NCCL" if model.device.type == "cuda" else "CPU group"
     paths[name] = lambda x: group.reduce_add_norm(x, rows, gain, eps)
     found = {}

@@ -41,9 +41,7 @@ def _part(
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     first_head = tl.load(heads_ptr + kv_head)
     n_group = tl.load(heads_ptr + kv_head + 1) - first_head
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    # Places change between steps only, and so do keys and values before them.
     start = tl.load(starts_ptr + span)
     length = tl.load(lengths_ptr + span)
     slot = tl.load(slots_ptr + span)
@@ -54,6 +52,9 @@ def _part(
     per_part = tl.cdiv(n_tiles, SPLITS) * BLOCK_S
     low = begin + part * per_part
     high = tl.minimum(end, low + per_part)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     rows = tile * M + tl.arange(0, M)  # token * GROUP + head of the group
     out_rows = (((span * N_KV + kv_head) * SPLITS + part) * M_ALL + rows).to(tl.int64)
     if (length == 0) | (low >= high):

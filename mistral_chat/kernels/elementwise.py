@@ -3,8 +3,10 @@
 References: `reference.embed_rows`, `.add_norm`, `.rope_store`, `.silu_mul` and
 `fused_reference.rotations`.
 
-Shapes: T = new tokens, H = local query heads, K = local KV heads, D = head_dim.
+Shapes: T = new tokens, S = slices of a row, H = local query heads, K = local KV heads, D = head_dim.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,7 +16,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mistral_chat.kernels.tuning import early_launch
 
-__all__ = ["add_norm", "embed", "rope_store", "rotations", "silu_mul"]
+__all__ = [
+    "SLICE",
+    "Scaled",
+    "add_norm",
+    "add_scale",
+    "embed",
+    "n_slices",
+    "rope_store",
+    "rotations",
+    "silu_mul",
+]
 
 
 @triton.jit
@@ -133,6 +145,73 @@ def add_norm(
         num_warps=min(16, max(1, block // 512)), **early,
     )  # fmt: skip
     return normed, total
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Rows on their way through an RMS norm: times its gain, not yet divided by their size.
+
+    Several programs share a row this way without waiting for each other; the product that takes
+    the rows divides its few results.
+
+    Args:
+        rows: (T, dim), x * gain.
+        squares: (T, S) float32, sums of x * x over slices of the row; 0 where there is none.
+        eps: of the norm.
+    """
+
+    rows: Tensor
+    squares: Tensor
+    eps: float
+
+
+SLICE = 1024  # columns of a program
+
+
+def n_slices(dim: int) -> int:
+    """S for rows of a width: a power of two."""
+    return int(triton.next_power_of_2(triton.cdiv(dim, SLICE)))
+
+
+@triton.jit
+def _add_scale(
+    partial_ptr, residual_ptr, gain_ptr, scaled_ptr, sum_ptr, squares_ptr, dim,
+    ADD: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    cols = part * SLICE + tl.arange(0, SLICE)
+    mask = cols < dim
+    gain = tl.load(gain_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = row * dim + cols
+    x = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(partial_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    tl.store(scaled_ptr + at, (x * gain).to(scaled_ptr.dtype.element_ty), mask=mask)
+    tl.store(squares_ptr + row * SLICES + part, tl.sum(x * x, 0))
+
+
+def add_scale(
+    partial: Tensor | None, residual: Tensor, gain: Tensor, eps: float
+) -> tuple[Scaled, Tensor]:
+    """`add_norm`, the division by the rows' size left to the product that follows."""
+    n_rows, dim = residual.shape
+    scaled = torch.empty_like(residual)
+    total = residual if partial is None else torch.empty_like(residual)
+    slices = n_slices(dim)
+    squares = torch.empty(n_rows, slices, dtype=torch.float32, device=residual.device)
+    early = early_launch(residual.device)
+    _add_scale[(n_rows, slices)](
+        partial, residual, gain, scaled, total, squares, dim,
+        ADD=partial is not None, SLICE=SLICE, SLICES=slices, PDL=bool(early), num_warps=4, **early,
+    )  # fmt: skip
+    return Scaled(scaled, squares, eps), total
 
 
 @triton.jit

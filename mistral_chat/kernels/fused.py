@@ -1,66 +1,42 @@
-"""The decode path's operations on a GPU. Same functions and arguments as `fused_reference`.
+"""The decode path's operations on a GPU. Same functions and arguments as `fused_reference`."""
 
-One row's norm is part of the product after it and its residual sum of the one before; several
-rows take a kernel of their own for them.
-"""
-
+import torch
 from torch import Tensor
 
+from mistral_chat.kernels import elementwise
 from mistral_chat.kernels.attention import attend
-from mistral_chat.kernels.elementwise import add_norm, embed, rotations
+from mistral_chat.kernels.elementwise import Scaled, embed, rotations
 from mistral_chat.kernels.linear import product
 
-__all__ = [
-    "add_norm",
-    "attend",
-    "embed",
-    "gated",
-    "linear",
-    "linear_add",
-    "logits",
-    "norm",
-    "norm_gated",
-    "norm_linear",
-    "norm_logits",
-    "rotations",
-]
+__all__ = ["add_norm", "attend", "embed", "gated", "linear", "logits", "norm", "rotations"]
+
+Rows = Tensor | Scaled
 
 
-def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def norm(x: Tensor, gain: Tensor, eps: float) -> Rows:
     """RMS norm of each row."""
-    return add_norm(None, x, gain, eps)[0]
+    if x.dtype == torch.float16:  # whose range x * gain could leave
+        return elementwise.add_norm(None, x, gain, eps)[0]
+    return elementwise.add_scale(None, x, gain, eps)[0]
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def add_norm(partial: Tensor, residual: Tensor, gain: Tensor, eps: float) -> tuple[Rows, Tensor]:
+    """The norm of the sum, and the sum."""
+    if residual.dtype == torch.float16:
+        return elementwise.add_norm(partial, residual, gain, eps)
+    return elementwise.add_scale(partial, residual, gain, eps)
+
+
+def linear(x: Rows, weight: Tensor) -> Tensor:
     """`x @ weight.T`."""
     return product(x, weight)
 
 
-def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` as float32."""
-    return product(x, weight, float32=True)
-
-
-def gated(x: Tensor, weight: Tensor) -> Tensor:
+def gated(x: Rows, weight: Tensor) -> Tensor:
     """SiLU of the product with the first half of the rows times that with the second."""
     return product(x, weight, gated=True)
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """The product plus the residual: one row."""
-    return product(x, weight, residual=residual)
-
-
-def norm_linear(x: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """The product with the normed row: one row."""
-    return product(x, weight, gain=gain, eps=eps)
-
-
-def norm_gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """`gated` of the normed row: one row."""
-    return product(x, weight, gain=gain, eps=eps, gated=True)
-
-
-def norm_logits(x: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """`logits` of the normed row: one row."""
-    return product(x, weight, gain=gain, eps=eps, float32=True)
+def logits(x: Rows, weight: Tensor) -> Tensor:
+    """`x @ weight.T` as float32."""
+    return product(x, weight, float32=True)

@@ -17,12 +17,8 @@ __all__ = [
     "embed",
     "gated",
     "linear",
-    "linear_add",
     "logits",
     "norm",
-    "norm_gated",
-    "norm_linear",
-    "norm_logits",
     "rotations",
 ]
 
@@ -45,26 +41,6 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
     return reference.silu_mul(reference.linear(x, weight))
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """The product plus the residual."""
-    return reference.linear(x, weight) + residual
-
-
-def norm_linear(x: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """The product with the normed rows."""
-    return reference.linear(reference.rms_norm(x, gain, eps), weight)
-
-
-def norm_gated(x: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """`gated` of the normed rows."""
-    return gated(reference.rms_norm(x, gain, eps), weight)
-
-
-def norm_logits(x: Tensor, gain: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """`reference.logits` of the normed rows."""
-    return reference.logits(reference.rms_norm(x, gain, eps), weight)
-
-
 def attend(
     qkv: Tensor,
     keys: Tensor,
@@ -75,7 +51,7 @@ def attend(
     lengths: Tensor,
     first_heads: Tensor,
     kv_heads: Tensor,
-    group: int,
+    group: int,  # noqa: ARG001, the kernel's
     window: int | None,
 ) -> Tensor:
     """Turn, store and attend, span by span; arguments and result as `attention.attend`."""

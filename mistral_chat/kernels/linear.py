@@ -2,9 +2,9 @@
 
 One row goes through a program per few matrix rows that multiplies and sums in float32; up to
 MOST_ROWS go through the tensor cores, the matrix rows taking the place that a large batch has
-elsewhere. References: `fused_reference.norm_linear`, `.gated`, `.linear`, `.linear_add`, `.logits`.
+elsewhere. References: `fused_reference.linear`, `.gated`, `.logits`.
 
-Shapes: T = rows of x, n_in, n_out = columns and rows of the matrix.
+Shapes: T = rows of x, n_in, n_out = columns and rows of the matrix, S = slices of a row.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mistral_chat.kernels import reference
-from mistral_chat.kernels.elementwise import silu_mul
+from mistral_chat.kernels.elementwise import Scaled, silu_mul
 from mistral_chat.kernels.tuning import (
     FewRows,
     OneRow,
@@ -30,17 +30,18 @@ MOST_ROWS = 32
 
 @triton.jit
 def _one_row(
-    x_ptr, gain_ptr, w_ptr, residual_ptr, out_ptr, n_out, eps,
-    n_in: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, squares_ptr, w_ptr, out_ptr, n_out, eps,
+    n_in: tl.constexpr, SLICES: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Out = (x * gain) @ w.T * rsqrt(mean(x * x) + eps), with what the switches leave of it."""
+    """Out = x @ w.T, scaled by what is left of the norm; gated gives silu(first half) * second."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     row_mask = rows < n_out
     at = rows.to(tl.int64)[:, None] * n_in + cols[None, :]
     mask = row_mask[:, None] & (cols < n_in)[None, :]
-    # The first weights are on their way before the kernel that makes x has ended.
+    # The first weights are on their way before the kernel that makes x has ended. (Sending for the
+    # rest of the row, to the L2, makes the whole step 15 % slower.)
     w = tl.load(w_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
     up = w
     up_at = at
@@ -52,7 +53,6 @@ def _one_row(
         gdc_wait()
     acc = tl.zeros((ROWS, COLS), tl.float32)
     acc_up = tl.zeros((ROWS, COLS), tl.float32)
-    squares = tl.zeros((COLS,), tl.float32)
     for first in tl.static_range(0, n_in, COLS):
         in_row = first + cols < n_in
         if first > 0:
@@ -63,32 +63,29 @@ def _one_row(
                     w_ptr + up_at + first, mask=mask, other=0.0, eviction_policy="evict_first"
                 )
         x = tl.load(x_ptr + first + cols, mask=in_row, other=0.0).to(tl.float32)
-        if NORM:
-            squares += x * x
-            x *= tl.load(gain_ptr + first + cols, mask=in_row, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[None, :]
         if GATED:
             acc_up += up.to(tl.float32) * x[None, :]
+    total = tl.sum(acc, 1)
     scale = 1.0
-    if NORM:
-        scale = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / n_in + eps)
-    total = tl.sum(acc, 1) * scale
+    if SLICES > 0:
+        scale = 1.0 / tl.sqrt_rn(
+            tl.sum(tl.load(squares_ptr + tl.arange(0, SLICES)), 0) / n_in + eps
+        )
+        total *= scale
     if GATED:
         total = total / (1.0 + tl.exp(-total)) * (tl.sum(acc_up, 1) * scale)
-    if ADD:
-        # As the reference rounds: the product first, then the sum.
-        total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
-        total += tl.load(residual_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows, total.to(out_ptr.dtype.element_ty), mask=row_mask)
 
 
 @triton.jit
 def _few_rows(
-    x_ptr, w_ptr, out_ptr, n_rows, n_out, n_in,
-    GATED: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    STAGES: tl.constexpr, IEEE: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, squares_ptr, w_ptr, out_ptr, n_rows, n_out, n_in, eps,
+    SLICES: tl.constexpr, GATED: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Out = x @ w.T, or silu of its first half times its second."""
+    """`_one_row` for up to T rows of x."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     tokens = tl.arange(0, T)
@@ -99,29 +96,33 @@ def _few_rows(
     x_at = x_ptr + tokens[None, :] * n_in + cols[:, None]
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     acc = tl.zeros((ROWS, T), tl.float32)
     acc_up = tl.zeros((ROWS, T), tl.float32)
     for first in tl.range(0, n_in, COLS, num_stages=STAGES):
         if EVEN:
-            w = tl.load(w_at + first, mask=row_mask[:, None], other=0.0,
-                        eviction_policy="evict_first")  # fmt: skip
-            x = tl.load(x_at + first, mask=token_mask[None, :], other=0.0)
+            w_mask = row_mask[:, None]
+            x_mask = token_mask[None, :]
         else:
             in_row = first + cols < n_in
-            w = tl.load(w_at + first, mask=row_mask[:, None] & in_row[None, :], other=0.0,
-                        eviction_policy="evict_first")  # fmt: skip
-            x = tl.load(x_at + first, mask=in_row[:, None] & token_mask[None, :], other=0.0)
+            w_mask = row_mask[:, None] & in_row[None, :]
+            x_mask = in_row[:, None] & token_mask[None, :]
+        w = tl.load(w_at + first, mask=w_mask, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_at + first, mask=x_mask, other=0.0)
         acc = tl.dot(w, x, acc, input_precision=precision)
         if GATED:
-            if EVEN:
-                up = tl.load(up_at + first, mask=row_mask[:, None], other=0.0,
-                             eviction_policy="evict_first")  # fmt: skip
-            else:
-                up = tl.load(up_at + first, mask=row_mask[:, None] & in_row[None, :], other=0.0,
-                             eviction_policy="evict_first")  # fmt: skip
+            up = tl.load(up_at + first, mask=w_mask, other=0.0, eviction_policy="evict_first")
             acc_up = tl.dot(up, x, acc_up, input_precision=precision)
+    if PDL:
+        # Not before: the next kernel's programs would crowd on the processors that this one leaves
+        # free (134 us in place of 84 for Large-2407's w2).
+        gdc_launch_dependents()
+    if SLICES > 0:
+        at = tokens[:, None] * SLICES + tl.arange(0, SLICES)[None, :]
+        squares = tl.load(squares_ptr + at, mask=token_mask[:, None], other=0.0)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / n_in + eps)
+        acc *= scale[None, :]
+        acc_up *= scale[None, :]
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     tl.store(
@@ -132,58 +133,55 @@ def _few_rows(
 
 
 def product(
-    x: Tensor,
+    x: Tensor | Scaled,
     weight: Tensor,
     *,
-    gain: Tensor | None = None,
-    eps: float = 0.0,
     gated: bool = False,
-    residual: Tensor | None = None,
     float32: bool = False,
     config: OneRow | FewRows | None = None,
 ) -> Tensor:
-    """`x @ weight.T`, with what comes before and after it.
+    """`x @ weight.T`.
 
     Args:
         x: (T, n_in), contiguous; T up to MOST_ROWS.
         weight: (n_out, n_in), or (2 * n_out, n_in) when gated.
-        gain: (n_in,): x is RMS-normed with it first. One row only.
-        eps: of that norm.
         gated: give silu of the product with the first half of the rows times that with the second.
-        residual: (T, n_out), added to the result. One row only.
         float32: the result's type, instead of x's.
         config: how the work is divided; None takes the shipped one.
 
     Returns:
         (T, n_out).
     """
-    n_rows, n_in = x.shape
+    rows, squares, eps = (x.rows, x.squares, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
+    n_rows, n_in = rows.shape
     n_out = len(weight) // 2 if gated else len(weight)
-    dtype = torch.float32 if float32 else x.dtype
-    early = early_launch(x.device)
+    n_slices = 0 if squares is None else squares.shape[1]
+    dtype = torch.float32 if float32 else rows.dtype
+    early = early_launch(rows.device)
     if n_rows == 1:
-        out = torch.empty(n_rows, n_out, dtype=dtype, device=x.device)
+        out = torch.empty(n_rows, n_out, dtype=dtype, device=rows.device)
         one = config or one_row_config(n_out, n_in, gated, weight.dtype)
         assert isinstance(one, OneRow)
         _one_row[(triton.cdiv(n_out, one.rows),)](
-            x, gain, weight, residual, out, n_out, eps,
-            n_in=n_in, NORM=gain is not None, GATED=gated, ADD=residual is not None,
+            rows, squares, weight, out, n_out, eps,
+            n_in=n_in, SLICES=n_slices, GATED=gated,
             ROWS=one.rows, COLS=one.cols, PDL=bool(early), num_warps=one.warps, **early,
         )  # fmt: skip
         return out
     assert n_rows <= MOST_ROWS
-    assert gain is None
-    assert residual is None
     few = config or few_rows_config(n_out, n_in, gated, weight.dtype)
     if few is None:
-        both = reference.logits(x, weight) if float32 else reference.linear(x, weight)
+        if squares is not None:
+            scale = torch.rsqrt(squares.sum(1, keepdim=True) / n_in + eps)
+            rows = (rows * scale).to(rows.dtype)
+        both = reference.logits(rows, weight) if float32 else reference.linear(rows, weight)
         return silu_mul(both) if gated else both
     assert isinstance(few, FewRows)
-    out = torch.empty(n_rows, n_out, dtype=dtype, device=x.device)
+    out = torch.empty(n_rows, n_out, dtype=dtype, device=rows.device)
     _few_rows[(triton.cdiv(n_out, few.rows),)](
-        x, weight, out, n_rows, n_out, n_in,
-        GATED=gated, T=16 if n_rows <= 16 else 32, ROWS=few.rows, COLS=few.cols,
-        STAGES=few.stages, IEEE=weight.dtype == torch.float32, EVEN=n_in % few.cols == 0,
-        PDL=bool(early), num_warps=few.warps, **early,
+        rows, squares, weight, out, n_rows, n_out, n_in, eps,
+        SLICES=n_slices, GATED=gated, T=16 if n_rows <= 16 else 32, ROWS=few.rows,
+        COLS=few.cols, STAGES=few.stages, IEEE=weight.dtype == torch.float32,
+        EVEN=n_in % few.cols == 0, PDL=bool(early), num_warps=few.warps, **early,
     )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mistral_chat.kernels.elementwise import SLICE, Scaled, add_norm, n_slices
 from mistral_chat.kernels.tuning import early_launch
 
 __all__ = [
@@ -31,10 +32,9 @@ __all__ = [
     "reduce_add_norm",
 ]
 
-SLICE_WORDS = 512  # words of one program of a sum, when several share a row
 GATHER_BLOCK = 1024
 MOST_ROWS = 32
-N_SUM_COUNTS = 512
+N_SUM_COUNTS = 1024
 N_GATHER_COUNTS = 8192
 
 
@@ -135,43 +135,60 @@ def _to_word(data, number):
 
 
 @triton.jit
-def _low_half(data, DTYPE: tl.constexpr):
+def _low(data, DTYPE: tl.constexpr):
+    """The first number of a word's data: all of it for 4-byte types."""
+    if DTYPE.primitive_bitwidth == 32:
+        return data.to(DTYPE, bitcast=True).to(tl.float32)
     return data.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _high_half(data, DTYPE: tl.constexpr):
+def _high(data, DTYPE: tl.constexpr):
+    """The second number of a word's data: none for 4-byte types."""
+    if DTYPE.primitive_bitwidth == 32:
+        return tl.zeros_like(data).to(tl.float32)
     return (data >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
+def _as_data(low, high, DTYPE: tl.constexpr):
+    """One or two numbers, rounded to their type, as a word's data."""
+    if DTYPE.primitive_bitwidth == 32:
+        return low.to(tl.int32, bitcast=True)
+    first = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return first | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
 def _reduce(
-    partial_ptr, residual_ptr, gain_ptr, normed_ptr, sum_ptr, addresses_ptr, counts_ptr,
-    words_a_row, sum_words, eps,
-    RANK: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, N_COUNTS: tl.constexpr, SPREAD: tl.constexpr,
-    PDL: tl.constexpr,
+    partial_ptr, residual_ptr, gain_ptr, scaled_ptr, sum_ptr, squares_ptr,
+    addresses_ptr, counts_ptr, words_a_row, sum_words,
+    RANK: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    ADD: tl.constexpr, SCALE: tl.constexpr, SLICES: tl.constexpr,
+    N_COUNTS: tl.constexpr, SPREAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sum one block of words of one row over all ranks, add the residual, and perhaps norm."""
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    within = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Sum one slice of one row over all ranks, add the residual, and scale for the norm."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    program = tl.program_id(0) * tl.num_programs(1) + part
+    within = part * BLOCK + tl.arange(0, BLOCK)
     mask = within < words_a_row
-    at = tl.program_id(0).to(tl.int64) * words_a_row + within
-    width: tl.constexpr = 2 if PAIRS else 1
-    dtype: tl.constexpr = sum_ptr.dtype.element_ty
+    at = row * words_a_row + within
+    if SCALE:
+        gain = tl.load(gain_ptr + within, mask=mask, other=0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     number = tl.load(counts_ptr + program) + 1
     half = (number & 1).to(tl.int64) * WORLD * sum_words
-    own = tl.load(partial_ptr.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+    own = tl.load(partial_ptr + at, mask=mask, other=0)
     word = _to_word(own, number)
     for step in tl.static_range(1, WORLD):
         peer: tl.constexpr = (RANK + step) % WORLD
         to = tl.load(addresses_ptr + peer).to(tl.pointer_type(tl.int64))
         tl.store(to + half + RANK * sum_words + at, word, mask=mask)
     if ADD:
-        before = tl.load(residual_ptr.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+        before = tl.load(residual_ptr + at, mask=mask, other=0)
     low = tl.zeros((BLOCK,), tl.float32)
     high = tl.zeros((BLOCK,), tl.float32)
     here = tl.load(addresses_ptr + RANK).to(tl.pointer_type(tl.int64)) + half
@@ -180,38 +197,30 @@ def _reduce(
             data = own
         else:
             data = _await_words(here + source * sum_words + at, mask, number)
-        if PAIRS:
-            low += _low_half(data, dtype)
-            high += _high_half(data, dtype)
-        else:
-            low += data.to(tl.float32, bitcast=True)
-    # Rounded as a reduced tensor of this type would be, then added: as the reference does.
-    low = low.to(dtype).to(tl.float32)
-    high = high.to(dtype).to(tl.float32)
+        low += _low(data, DTYPE)
+        high += _high(data, DTYPE)
+    total = _as_data(low, high, DTYPE)
     if ADD:
-        if PAIRS:
-            low += _low_half(before, dtype)
-            high += _high_half(before, dtype)
-        else:
-            low += before.to(tl.float32, bitcast=True)
-    low_out = low.to(dtype)
-    high_out = high.to(dtype)
-    to = sum_ptr + width * at
-    tl.store(to, low_out, mask=mask)
-    if PAIRS:
-        tl.store(to + 1, high_out, mask=mask)
-    if NORM:
-        low = low_out.to(tl.float32)
-        high = high_out.to(tl.float32)
-        squares = tl.sum(tl.where(mask, low * low + high * high, 0.0), 0)
-        scale = 1.0 / tl.sqrt_rn(squares / (width * words_a_row) + eps)
-        gain = tl.load(gain_ptr + width * within, mask=mask, other=0.0).to(tl.float32)
-        tl.store(normed_ptr + width * at, (low * scale * gain).to(dtype), mask=mask)
-        if PAIRS:
-            gain = tl.load(gain_ptr + width * within + 1, mask=mask, other=0.0).to(tl.float32)
-            tl.store(normed_ptr + width * at + 1, (high * scale * gain).to(dtype), mask=mask)
+        # Rounded as a reduced tensor of this type would be, then added: as the reference does.
+        low = _low(total, DTYPE) + _low(before, DTYPE)
+        high = _high(total, DTYPE) + _high(before, DTYPE)
+        total = _as_data(low, high, DTYPE)
+    tl.store(sum_ptr + at, total, mask=mask)
+    if SCALE:
+        low = _low(total, DTYPE)
+        high = _high(total, DTYPE)
+        tl.store(squares_ptr + row * SLICES + part, tl.sum(low * low + high * high, 0))
+        scaled = _as_data(low * _low(gain, DTYPE), high * _high(gain, DTYPE), DTYPE)
+        tl.store(scaled_ptr + at, scaled, mask=mask)
     n_programs = tl.num_programs(0) * tl.num_programs(1)
     _count(counts_ptr, program, n_programs, number, N_COUNTS, SPREAD)
+
+
+_TRITON_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 def reduce_add_norm(
@@ -220,37 +229,48 @@ def reduce_add_norm(
     residual: Tensor | None,
     gain: Tensor | None,
     eps: float,
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | Scaled | None, Tensor]:
     """Sum over ranks, add the residual, norm.
 
     Args:
         memory: of this node's ranks.
-        partial: (T, dim), this rank's part of the sum.
+        partial: (T, dim), this rank's part of the sum; dim is even.
         residual: (T, dim) to add, the same on all ranks; None adds nothing.
-        gain: (dim,) of the norm; None leaves it to the next product.
+        gain: (dim,) of the norm; None norms nothing.
         eps: of the norm.
 
     Returns:
-        the normed stream, None without a gain, and the sum, both (T, dim).
+        the normed rows, None without a gain, and the sum, (T, dim).
     """
     n_rows, dim = partial.shape
-    pairs = partial.dtype.itemsize == 2
-    words = dim // 2 if pairs else dim
-    assert n_rows * words <= memory.sum_words
+    words = dim * partial.element_size() // 4
+    assert n_rows <= MOST_ROWS
+    assert dim == memory.dim
     total = torch.empty_like(partial)
-    normed = None if gain is None else torch.empty_like(partial)
-    block = SLICE_WORDS if gain is None else triton.next_power_of_2(words)
-    grid = (n_rows, triton.cdiv(words, block))
+    # float16 has no room for x * gain: it is normed by a kernel of its own.
+    scale = gain is not None and partial.dtype != torch.float16
+    scaled = torch.empty_like(partial) if scale else None
+    block = SLICE * partial.element_size() // 4
+    slices = n_slices(dim)
+    squares = torch.empty(n_rows, slices, dtype=torch.float32, device=partial.device)
     early = early_launch(partial.device)
-    _reduce[grid](
-        partial, residual, gain, normed, total, memory.addresses, memory.sum_counts,
-        words, memory.sum_words, eps,
-        RANK=memory.rank, WORLD=memory.world_size, BLOCK=block, PAIRS=pairs,
-        ADD=residual is not None, NORM=gain is not None,
-        N_COUNTS=N_SUM_COUNTS, SPREAD=_spread(N_SUM_COUNTS, grid[0] * grid[1]),
-        PDL=bool(early), num_warps=min(16, max(1, block // 128)), **early,
+
+    def words_of(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.view(torch.int32)
+
+    _reduce[(n_rows, slices)](
+        words_of(partial), words_of(residual), words_of(gain), words_of(scaled), words_of(total),
+        squares, memory.addresses, memory.sum_counts, words, memory.sum_words,
+        RANK=memory.rank, WORLD=memory.world_size, BLOCK=block,
+        DTYPE=_TRITON_TYPES[partial.dtype], ADD=residual is not None, SCALE=scale, SLICES=slices,
+        N_COUNTS=N_SUM_COUNTS, SPREAD=_spread(N_SUM_COUNTS, n_rows * slices),
+        PDL=bool(early), num_warps=4, **early,
     )  # fmt: skip
-    return normed, total
+    if gain is None:
+        return None, total
+    if scaled is None:
+        return add_norm(None, total, gain, eps)[0], total
+    return Scaled(scaled, squares, eps), total
 
 
 @triton.jit

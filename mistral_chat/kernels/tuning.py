@@ -46,21 +46,21 @@ class FewRows:
 # (n_out, n_in) -> fastest of some 25 divisions on an H200: Large-2407's shards of 2 and of 8 ranks
 # and Mistral-7B-v0.3's whole matrices; qkv, wo, w1 with w3, w2, output.
 _ONE_ROW = {
-    (7168, 12288): OneRow(4, 2048, 8),
+    (7168, 12288): OneRow(4, 4096, 8),
     (12288, 6144): OneRow(1, 2048, 4),
     (14336, 12288): OneRow(2, 2048, 8),
     (12288, 14336): OneRow(2, 2048, 4),
-    (16384, 12288): OneRow(4, 2048, 8),
+    (16384, 12288): OneRow(4, 2048, 4),
     (1792, 12288): OneRow(4, 2048, 8),
     (12288, 1536): OneRow(4, 1024, 4),
     (3584, 12288): OneRow(2, 2048, 8),
     (12288, 3584): OneRow(2, 1024, 2),
     (4096, 12288): OneRow(4, 2048, 8),
-    (6144, 4096): OneRow(4, 1024, 2),
+    (6144, 4096): OneRow(2, 2048, 4),
     (4096, 4096): OneRow(4, 1024, 2),
-    (14336, 4096): OneRow(2, 4096, 4),
+    (14336, 4096): OneRow(1, 4096, 8),
     (4096, 14336): OneRow(2, 2048, 4),
-    (32768, 4096): OneRow(4, 4096, 4),
+    (32768, 4096): OneRow(1, 4096, 8),
 }
 # The same for 8 rows. None: cuBLAS is faster.
 _FEW_ROWS = {

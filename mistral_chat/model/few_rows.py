@@ -7,7 +7,7 @@ Shapes: N = spans (one sequence each), T = tokens of a span, R = N * T rows.
 """
 
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,18 +26,18 @@ class RowCollective(Protocol):
     """How partial results of few rows become whole ones; can be captured in a graph."""
 
     def reduce_add_norm(
-        self, partial: Tensor, residual: Tensor | None, gain: Tensor | None, eps: float
-    ) -> tuple[Tensor | None, Tensor]:
-        """Sum over ranks, add the residual if there is one, and norm if there is a gain.
+        self, partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
+    ) -> tuple[Any, Tensor]:
+        """Sum over ranks, add the residual if there is one, and norm.
 
         Args:
             partial: (R, dim), may be overwritten.
             residual: (R, dim) or None.
-            gain: (dim,) or None.
+            gain: (dim,) of the norm.
             eps: of the norm.
 
         Returns:
-            the normed rows, or None where the next product shall norm them; and the sum.
+            the normed rows, in whatever form the next product takes them, and the sum.
         """
 
 
@@ -93,53 +93,32 @@ class FewRows:
         eps = model.args.norm_eps
         per_span = len(tokens) // len(slots)
         residual = run.embed(tokens, model.tok_embeddings, model.shard.vocab.start)
-        normed: Tensor | None = None
         if self.collective and not self._whole_vocab:
-            normed, residual = self.collective.reduce_add_norm(
-                residual, None, self._gain(0, tokens), eps
-            )
-        elif len(tokens) > 1:
+            normed, residual = self.collective.reduce_add_norm(residual, None, self._gains[0], eps)
+        else:
             normed = run.norm(residual, self._gains[0], eps)
         rotations = run.rotations(starts, per_span, self._frequencies)
         for n, block in enumerate(model.blocks):
             attention, feed_forward = block.attention, block.feed_forward
-            if normed is None:
-                qkv = run.norm_linear(residual, self._gains[n], eps, attention.wqkv)
-            else:
-                qkv = run.linear(normed, attention.wqkv)
+            qkv = run.linear(normed, attention.wqkv)
             heads = run.attend(
                 qkv.view(len(tokens), -1, attention.head_dim),
                 self.cache.k[n], self.cache.v[n], rotations, slots, starts, lengths,
                 self._first_heads, self._kv_heads, self._group, attention.window,
             )  # fmt: skip
-            normed, residual = self._add(heads, attention.wo, residual, block.ffn_norm)
-            if normed is None:
-                hidden = run.norm_gated(residual, block.ffn_norm, eps, feed_forward.w13)
-            else:
-                hidden = run.gated(normed, feed_forward.w13)
-            normed, residual = self._add(hidden, feed_forward.w2, residual, self._gains[n + 1])
-        if normed is None:
-            scores: Tensor = run.norm_logits(residual, self._gains[-1], eps, model.output_weight)
-        else:
-            scores = run.logits(normed, model.output_weight)
+            partial = run.linear(heads, attention.wo)
+            normed, residual = self._add_norm(partial, residual, block.ffn_norm)
+            partial = run.linear(run.gated(normed, feed_forward.w13), feed_forward.w2)
+            normed, residual = self._add_norm(partial, residual, self._gains[n + 1])
+        scores: Tensor = run.logits(normed, model.output_weight)
         return scores
 
-    def _gain(self, n: int, rows: Tensor) -> Tensor | None:
-        """One row is normed by the product that follows."""
-        return None if len(rows) == 1 else self._gains[n]
-
-    def _add(
-        self, x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        """The product summed over ranks, plus the residual; normed where there are more rows."""
+    def _add_norm(self, partial: Tensor, residual: Tensor, gain: Tensor) -> tuple[Any, Tensor]:
+        """The sum over ranks plus the residual, as the next product takes it, and as it is."""
         eps = self.model.args.norm_eps
-        one = len(x) == 1
         if self.collective:
-            partial = self._ops.linear(x, weight)
-            return self.collective.reduce_add_norm(partial, residual, None if one else gain, eps)
-        if one:
-            return None, self._ops.linear_add(x, weight, residual)
-        normed, total = self._ops.add_norm(self._ops.linear(x, weight), residual, gain, eps)
+            return self.collective.reduce_add_norm(partial, residual, gain, eps)
+        normed, total = self._ops.add_norm(partial, residual, gain, eps)
         return normed, total
 
 
