@@ -114,7 +114,9 @@ def report(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
     if notice:
         render.note(_dim(f"mistral-chat: {notice}"))
     if options.stats:
-        render.note(_dim(f"mistral-chat: {render.stats_line(answer, max_seq_len, load_s)}"))
+        path = chat.engine.runner.path
+        line = render.stats_line(answer, max_seq_len, load_s, path)
+        render.note(_dim(f"mistral-chat: {line}"))
 
 
 def _dim(line: str) -> str:

@@ -72,8 +72,8 @@ def notice_of(answer: Answer, params: SamplingParams, max_seq_len: int) -> str |
     return None
 
 
-def stats_line(answer: Answer, max_seq_len: int, load_s: float) -> str:
-    """Figures of one answer."""
+def stats_line(answer: Answer, max_seq_len: int, load_s: float, path: str) -> str:
+    """Figures of one answer, and by what path its steps ran."""
     usage = answer.usage
     parts = [f"{usage.completion_tokens} tokens"]
     if answer.decode_tokens_per_s is not None:
@@ -83,6 +83,7 @@ def stats_line(answer: Answer, max_seq_len: int, load_s: float) -> str:
     parts.append(f"prompt {usage.prompt_tokens:,} ({usage.cached_tokens:,} cached)")
     left = max_seq_len - usage.prompt_tokens - usage.completion_tokens
     parts += [f"context left {left:,}", f"loaded in {load_s:.1f} s", f"seed {answer.seed}"]
+    parts.append(f"decode by {path}")
     return ", ".join(parts)
 
 

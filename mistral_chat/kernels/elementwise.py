@@ -3,7 +3,8 @@
 References: `reference.embed_rows`, `.add_norm`, `.rope_store`, `.silu_mul` and
 `fused_reference.rotations`.
 
-Shapes: T = new tokens, S = slices of a row, H = local query heads, K = local KV heads, D = head_dim.
+Shapes: T = new tokens, S = slices of a row, H = local query heads, K = local KV heads,
+D = head_dim.
 """
 
 from dataclasses import dataclass

@@ -49,7 +49,6 @@ def _one_row(
         up_at = at + n_out.to(tl.int64) * n_in
         up = tl.load(w_ptr + up_at, mask=mask, other=0.0, eviction_policy="evict_first")
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     acc = tl.zeros((ROWS, COLS), tl.float32)
     acc_up = tl.zeros((ROWS, COLS), tl.float32)
@@ -66,6 +65,9 @@ def _one_row(
         acc += w.to(tl.float32) * x[None, :]
         if GATED:
             acc_up += up.to(tl.float32) * x[None, :]
+    if PDL:
+        # Not before: the next kernel's programs would take the places of this one's.
+        gdc_launch_dependents()
     total = tl.sum(acc, 1)
     scale = 1.0
     if SLICES > 0:

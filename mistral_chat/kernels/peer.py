@@ -139,7 +139,8 @@ def _low(data, DTYPE: tl.constexpr):
     """The first number of a word's data: all of it for 4-byte types."""
     if DTYPE.primitive_bitwidth == 32:
         return data.to(DTYPE, bitcast=True).to(tl.float32)
-    return data.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    else:
+        return data.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -147,7 +148,8 @@ def _high(data, DTYPE: tl.constexpr):
     """The second number of a word's data: none for 4-byte types."""
     if DTYPE.primitive_bitwidth == 32:
         return tl.zeros_like(data).to(tl.float32)
-    return (data >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    else:
+        return (data >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -155,8 +157,9 @@ def _as_data(low, high, DTYPE: tl.constexpr):
     """One or two numbers, rounded to their type, as a word's data."""
     if DTYPE.primitive_bitwidth == 32:
         return low.to(tl.int32, bitcast=True)
-    first = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return first | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        first = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return first | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
