@@ -241,6 +241,8 @@ def _lead(options: flags.Options, started: float) -> int:
         group.expect_end()
         raise
     load_s = time.monotonic() - started
+    if runner.notice and not options.quiet:
+        render.note(f"mistral-chat: {runner.notice}")
     chat = Chat(Engine(runner), tokenizer, instruct=options.instruct, system=system, tools=tools)
     code = 0
     try:

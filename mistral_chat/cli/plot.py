@@ -23,7 +23,7 @@ def check(path: str) -> None:
     try:
         import matplotlib  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
     except ImportError as error:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from error
+        raise UsageError("--plot needs matplotlib: pip install 'mistral-chat[plot]'") from error
 
 
 def draw(result: dict[str, Any], path: str) -> None:

@@ -65,22 +65,19 @@ class PeerExchange:
     """Through peer memory, with kernels of our own.
 
     Args:
-        group: the ranks, all on this node.
+        rank: this one.
         dim: of the model.
         widths: columns of logits of each rank.
-        device: this rank's GPU.
+        addresses: (W,) int64, where each rank's `peer.bytes_needed` begin.
     """
 
     path = "peer memory"
 
-    def __init__(
-        self, group: Group, dim: int, widths: tuple[int, ...], device: torch.device
-    ) -> None:
+    def __init__(self, rank: int, dim: int, widths: tuple[int, ...], addresses: Tensor) -> None:
         from mistral_chat.kernels import peer
 
         self._kernels = peer
-        addresses = group.share_memory(peer.bytes_needed(dim, widths), device)
-        self._memory = peer.PeerMemory(rank=group.rank, addresses=addresses, widths=widths, dim=dim)
+        self._memory = peer.PeerMemory(rank=rank, addresses=addresses, widths=widths, dim=dim)
 
     def reduce_add_norm(
         self, partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
@@ -98,12 +95,22 @@ class PeerExchange:
 
 
 def open_exchange(group: Group, model: Transformer) -> Exchange | None:
-    """Meet the other ranks; None on a single one."""
+    """Meet the other ranks, all together; None on a single one.
+
+    GPUs of one node that can write each other's memory do; else the process group carries it,
+    and `path` says why.
+    """
     if group.world_size == 1:
         return None
     widths = tuple(len(model.shard.vocab_of(rank)) for rank in range(group.world_size))
     why_not = ops.why_no_kernels(model.device) or group.why_no_peer_access()
     if why_not is None:
-        return PeerExchange(group, model.args.dim, widths, model.device)
+        from mistral_chat.kernels import peer
+
+        dim = model.args.dim
+        addresses = group.share_memory(peer.bytes_needed(dim, widths), model.device)
+        if isinstance(addresses, Tensor):
+            return PeerExchange(group.rank, dim, widths, addresses)
+        why_not = addresses
     backend = "NCCL" if model.device.type == "cuda" else "the CPU group"
     return GroupExchange(group, widths, f"{backend} ({why_not})")

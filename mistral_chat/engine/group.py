@@ -175,25 +175,33 @@ class Group:
         all_can = all(torch.cuda.can_device_access_peer(here, gpu) for gpu in others)
         return None if self.minimum(int(all_can)) else "GPUs without peer access"
 
-    def share_memory(self, n_bytes: int, device: torch.device) -> Tensor:
+    def share_memory(self, n_bytes: int, device: torch.device) -> Tensor | str:
         """Make zeroed GPU memory that all ranks of this node can write.
 
         Every rank must call it; it stays until the process ends.
 
         Returns:
-            (world_size,) int64 on the device: where each rank's begins in this address space.
+            (world_size,) int64 on the device: where each rank's begins in this address space; or
+            why there is none, on all ranks, as in a container that forbids handing it on.
         """
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
         world = dist.group.WORLD
         assert world is not None
-        handle = symmetric_memory.rendezvous(memory, world)
-        memory.zero_()
-        torch.cuda.synchronize(device)
-        self.minimum(0)  # nobody writes before all have cleared theirs
-        self._shared_memory.append((memory, handle))
-        return torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+        found: Tensor | str
+        try:
+            memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
+            handle = symmetric_memory.rendezvous(memory, world)
+            memory.zero_()
+            torch.cuda.synchronize(device)
+            self._shared_memory.append((memory, handle))  # stays mapped
+            found = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+        except RuntimeError as error:
+            found = str(error).splitlines()[0]
+        # Nobody writes before all have cleared theirs, nor where one cannot.
+        if self.minimum(int(isinstance(found, Tensor))):
+            return found
+        return found if isinstance(found, str) else "another rank cannot share its memory"
 
     # What rank 0 tells, and what ranks agree on.
 

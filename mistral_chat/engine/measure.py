@@ -47,6 +47,16 @@ def median_s(work: Callable[[], object], device: torch.device, repeats: int = RE
     return statistics.median(taken[2:])  # the first two warm up
 
 
+def _several(work: Callable[[], object], n: int) -> Callable[[], None]:
+    """Work done several times in a row, so that starting and waiting weigh little."""
+
+    def run() -> None:
+        for _ in range(n):
+            work()
+
+    return run
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -62,7 +72,7 @@ def read_bandwidth(device: torch.device) -> float:
 
         data = torch.randint(1 << 30, (1 << 29,), dtype=torch.int32, device=device)
         out = torch.empty(-(-len(data) // BLOCK), dtype=torch.int32, device=device)
-        return 4 * len(data) / median_s(lambda: read_all(data, out), device)
+        return 10 * 4 * len(data) / median_s(_several(lambda: read_all(data, out), 10), device)
     values = torch.rand(1 << 26, device=device)
     return 4 * len(values) / median_s(lambda: values.sum(), device)
 
@@ -72,7 +82,8 @@ def product_flops(runner: Runner) -> float:
     weight = runner.model.blocks[0].feed_forward.w13
     n_rows = PRODUCT_ROWS if weight.device.type == "cuda" else 256
     x = torch.randn(n_rows, weight.shape[1], device=weight.device).to(weight.dtype)
-    return 2 * n_rows * weight.numel() / median_s(lambda: x @ weight.t(), weight.device)
+    work = _several(lambda: x @ weight.t(), 10)
+    return 10 * 2 * n_rows * weight.numel() / median_s(work, weight.device)
 
 
 def sum_s(group: Group, runner: Runner) -> dict[str, float]:
@@ -160,14 +171,7 @@ def verify_s(runner: Runner, n_tokens: int, context: int, repeats: int = 20) -> 
     """Seconds of a step that runs and scores a few tokens of one sequence."""
     tokens = tuple(prompt(runner, n_tokens))
     step = Step((Chunk(0, context, tokens),), "all")
-    for _ in range(2):
-        runner.run(step)
-
-    def several() -> None:
-        for _ in range(repeats):
-            runner.run(step)
-
-    return median_s(several, runner.model.device, 3) / repeats
+    return median_s(_several(lambda: runner.run(step), repeats), runner.model.device, 3) / repeats
 
 
 def first_token_s(engine: Engine, length: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine.decoder import Choosing, Decoder, Pending
-from mistral_chat.engine.exchange import Exchange, open_exchange
+from mistral_chat.engine.exchange import Exchange, PeerExchange, open_exchange
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
 from mistral_chat.engine.step import Step
@@ -147,6 +147,15 @@ class Runner:
         exchange = self.exchange
         graphs = "CUDA graphs" if self.model.device.type == "cuda" else "one by one"
         return graphs + (f", sums through {exchange.path}" if exchange else "")
+
+    @property
+    def notice(self) -> str | None:
+        """What people should know of a slower path than this machine's GPUs are for."""
+        if self.model.device.type == "cuda" and (self.decoder is None or (
+            self.exchange is not None and self.exchange.path != PeerExchange.path
+        )):  # fmt: skip
+            return f"decode takes a slower path here: {self.path}"
+        return None
 
     def run(self, step: Step) -> Tensor | None:
         """Rank 0: run a step on all ranks.

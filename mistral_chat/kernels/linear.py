@@ -21,6 +21,7 @@ from mistral_chat.kernels.tuning import (
     early_launch,
     few_rows_config,
     one_row_config,
+    shared_memory,
 )
 
 __all__ = ["MOST_ROWS", "product"]
@@ -180,10 +181,13 @@ def product(
         return silu_mul(both) if gated else both
     assert isinstance(few, FewRows)
     out = torch.empty(n_rows, n_out, dtype=dtype, device=rows.device)
+    width = 16 if n_rows <= 16 else 32
+    stage_bytes = (few.rows * (2 if gated else 1) + width) * few.cols * weight.element_size()
+    stages = max(1, min(few.stages, shared_memory(rows.device) // stage_bytes))
     _few_rows[(triton.cdiv(n_out, few.rows),)](
         rows, squares, weight, out, n_rows, n_out, n_in, eps,
-        SLICES=n_slices, GATED=gated, T=16 if n_rows <= 16 else 32, ROWS=few.rows,
-        COLS=few.cols, STAGES=few.stages, IEEE=weight.dtype == torch.float32,
+        SLICES=n_slices, GATED=gated, T=width, ROWS=few.rows,
+        COLS=few.cols, STAGES=stages, IEEE=weight.dtype == torch.float32,
         EVEN=n_in % few.cols == 0, PDL=bool(early), num_warps=few.warps, **early,
     )  # fmt: skip
     return out

@@ -8,7 +8,15 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["FewRows", "OneRow", "early_launch", "few_rows_config", "one_row_config", "splits"]
+__all__ = [
+    "FewRows",
+    "OneRow",
+    "early_launch",
+    "few_rows_config",
+    "one_row_config",
+    "shared_memory",
+    "splits",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +52,8 @@ class FewRows:
 
 
 # (n_out, n_in) -> fastest of 15 divisions inside a whole decode step on an H200: Large-2407's
-# shards of 2 and of 8 ranks and Mistral-7B-v0.3's whole matrices; w1 with w3, qkv, w2, wo, output. A
-# product alone, repeated, ranks them otherwise: what counts is how it follows the one before.
+# shards of 2 and of 8 ranks and Mistral-7B-v0.3's whole matrices; w1 with w3, qkv, w2, wo, output.
+# A product alone, repeated, ranks them otherwise: what counts is how it follows the one before.
 _ONE_ROW = {
     (14336, 12288): OneRow(1, 2048, 2),
     (7168, 12288): OneRow(2, 2048, 2),
@@ -111,6 +119,15 @@ def splits(n_programs: int, n_processors: int) -> int:
     """
     least = max(1, n_processors // n_programs)
     return min(128, 1 << (least.bit_length() - 1))
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take."""
+    if device.type != "cuda":
+        return 1 << 20  # Triton's interpreter has no limit
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined, unused-ignore]
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from mistral_chat.engine.group import Group
 from mistral_chat.engine.launch import place
 from mistral_chat.engine.sampling import allowed_words
 from mistral_chat.engine.step import Chunk
+from mistral_chat.kernels import peer
 from mistral_chat.kernels.elementwise import Scaled
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache
@@ -34,6 +35,12 @@ N_STEPS = int(os.environ.get("STEPS", "50"))
 def draw(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
     return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def open_peers(group: Group, widths: tuple[int, ...], device: torch.device) -> PeerExchange:
+    addresses = group.share_memory(peer.bytes_needed(DIM, widths), device)
+    assert isinstance(addresses, torch.Tensor), addresses
+    return PeerExchange(group.rank, DIM, widths, addresses)
 
 
 def check_sums(exchange: PeerExchange, group: Group) -> None:
@@ -94,7 +101,7 @@ def check_decoder(group: Group) -> None:
     whole.init_weights(3)
     mine.init_weights(3)
     widths = tuple(len(mine.shard.vocab_of(r)) for r in range(group.world_size))
-    exchange = PeerExchange(group, DIM, widths, device)
+    exchange = open_peers(group, widths, device)
     cache = KVCache(mine.shard, 2, 256, torch.float32, device)
     decoder = Decoder(mine, cache, exchange, group.is_leader)
     decoder.warm_up()
@@ -128,7 +135,7 @@ def main() -> None:
     torch.cuda.set_device(place().local_rank % torch.cuda.device_count())
     widths = [1000 + 8 * r for r in range(group.world_size)]
     device = torch.device("cuda", torch.cuda.current_device())
-    exchange = PeerExchange(group, DIM, tuple(widths), device)
+    exchange = open_peers(group, tuple(widths), device)
     check_sums(exchange, group)
     check_long_run(exchange, group)
     check_gather(exchange, group, widths)

@@ -1,0 +1,92 @@
+"""bench measures what it says, on a small model on CPU. No figure is judged."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+SMALL = ("--contexts", "32,100000", "--prompts", "8,16", "--batches", "1,2", "--device", "cpu")
+
+
+def measured(run: Run, folder: Path, *words: object) -> dict[str, object]:
+    done = run("bench", folder, *SMALL, "--json", *words)
+    assert done.code == 0, done.err
+    result: dict[str, object] = json.loads(done.out)
+    return result
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_bench_reports_every_figure(run: Run, tiny_folder: Path, n_ranks: int) -> None:
+    result = measured(run, tiny_folder, "--nproc_per_node", n_ranks)
+    assert result["world_size"] == n_ranks
+    decode = result["decode"]
+    assert isinstance(decode, list)
+    assert [(row["batch"], row["context"]) for row in decode] == [(1, 32), (2, 32)]
+    for row in decode:
+        assert row["ms_per_token"] > 0
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_token"])
+        seconds = row["ms_per_token"] / 1e3
+        share = row["bytes_per_step"] / seconds / (1e9 * result["read_gb_per_s"])  # type: ignore[operator]
+        assert row["share_of_read_ceiling"] == pytest.approx(share)
+    first = result["first_token"]
+    assert isinstance(first, list)
+    assert [row["prompt"] for row in first] == [8, 16]
+    sums = result["sum_us"]
+    assert isinstance(sums, dict)
+    assert (len(sums) > 0) == (n_ranks > 1)
+    start = result["start"]
+    assert isinstance(start, dict)
+    assert set(start) == {"python_s", "import_s", "process_group_s", "load_s", "kernels_s",
+                          "capture_s"}  # fmt: skip
+    assert min(start.values()) >= 0
+
+
+def test_bench_counts_the_bytes_of_a_step(run: Run, tiny_folder: Path) -> None:
+    result = measured(run, tiny_folder)
+    memory, decode = result["memory"], result["decode"]
+    assert isinstance(memory, dict)
+    assert isinstance(decode, list)
+    vocab, dim, n_layers, n_kv_heads, head_dim = 32768, 64, 2, 2, 16
+    embedding = vocab * dim * 4
+    kv = 2 * n_layers * n_kv_heads * head_dim * 4
+    assert memory["kv_bytes_per_token"] == kv
+    for row in decode:
+        expected = memory["weights_bytes"] - embedding + row["batch"] * row["context"] * kv
+        assert row["bytes_per_step"] == expected
+
+
+def test_bench_measures_one_share_alone(run: Run, tiny_folder: Path) -> None:
+    whole, share = measured(run, tiny_folder), measured(run, tiny_folder, "--shard_of", 2)
+    assert (share["world_size"], share["shard_of"]) == (1, 2)
+    assert share["memory"]["weights_bytes"] < 0.6 * whole["memory"]["weights_bytes"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_bench_draws_its_figures(run: Run, tiny_folder: Path, tmp_path: Path, suffix: str) -> None:
+    picture = tmp_path / f"figures{suffix}"
+    done = run("bench", tiny_folder, *SMALL, "--plot", picture)
+    assert done.code == 0, done.err
+    assert "time to first token" in done.out
+    assert picture.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--plot", "figures.txt"), "--plot"),
+        (("--plot", "no/such/folder.svg"), "no such folder"),
+        (("--shard_of", "1"), "--shard_of"),
+        (("--batches", "0"), "--batches"),
+        (("--contexts", "long"), "--contexts"),
+        (("--peer", "vllm"), "--peer"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure(
+    run: Run, tiny_folder: Path, words: tuple[str, ...], said: str
+) -> None:
+    done = run("bench", tiny_folder, "--device", "cpu", *words)
+    assert done.code == 2
+    assert said in done.err
+    assert done.out == ""
