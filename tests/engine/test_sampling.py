@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 from mistral_chat.config import SamplingParams
-from mistral_chat.engine.sampling import choose, log_probability, probabilities
+from mistral_chat.engine.sampling import (
+    Draws,
+    allowed_words,
+    choose,
+    log_probability,
+    probabilities,
+)
+from mistral_chat.kernels.sampling_reference import sample_reference, unpack_allowed
 
 VOCAB = 40
+ALMOST_ONE = 1 - 2**-24  # the largest number that is drawn
 
 
 def draw_logits(seed: int = 0, n: int = VOCAB) -> Tensor:
     return 2 * torch.randn(n, generator=torch.Generator().manual_seed(seed))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def kept(probs: Tensor) -> set[int]:
@@ -121,14 +125,15 @@ def test_probabilities_at_a_tiny_temperature_are_greedy(temperature: float) -> N
     assert float(got.max()) == 1
 
 
+@pytest.mark.parametrize("uniform", [0.0, 0.5, ALMOST_ONE])
 @pytest.mark.parametrize("seed", range(5))
-def test_choose_at_temperature_zero_is_the_most_likely(seed: int) -> None:
+def test_choose_at_temperature_zero_is_the_most_likely(seed: int, uniform: float) -> None:
     logits = draw_logits(seed)
     params = SamplingParams(temperature=0)
-    assert choose(logits, params, None, generator()).id == int(logits.argmax())
+    assert choose(logits, params, None, uniform).id == int(logits.argmax())
     banned = logits.topk(3).indices
     wanted = int(logits.topk(4).indices[3])
-    assert choose(logits, params, banned, generator()).id == wanted
+    assert choose(logits, params, banned, uniform).id == wanted
 
 
 # 99.99th percentile of chi-square by degrees of freedom; the seed is fixed, so it cannot flicker
@@ -146,10 +151,10 @@ CHI_SQUARE = {3: 21.1, 4: 23.5, 9: 33.7, 39: 82.1}
 def test_choose_draws_each_token_as_often_as_it_is_likely(
     params: SamplingParams, freedom: int
 ) -> None:
-    logits, source, n = draw_logits(), generator(11), 20_000
+    logits, draws, n = draw_logits(), Draws(11), 20_000
     wanted = probabilities(logits, params)
     assert len(kept(wanted)) == freedom + 1
-    counts = Counter(choose(logits, params, None, source).id for _ in range(n))
+    counts = Counter(choose(logits, params, None, draws.next()).id for _ in range(n))
     assert set(counts) <= kept(wanted)
     expected = {i: n * float(wanted[i]) for i in kept(wanted)}
     assert min(expected.values()) > 5  # or the statistic has another distribution
@@ -158,18 +163,55 @@ def test_choose_draws_each_token_as_often_as_it_is_likely(
 
 
 def test_choose_never_takes_a_banned_id_however_hot() -> None:
-    logits, source = draw_logits(), generator()
+    logits, draws = draw_logits(), Draws(0)
     banned = logits.topk(20).indices  # the most likely half
     params = SamplingParams(temperature=5)
-    chosen = {choose(logits, params, banned, source).id for _ in range(3000)}
+    chosen = {choose(logits, params, banned, draws.next()).id for _ in range(3000)}
     assert chosen == set(range(VOCAB)) - set(banned.tolist())
+
+
+FILTERED = [
+    SamplingParams(temperature=1),
+    SamplingParams(temperature=3, min_p=0.02),
+    SamplingParams(temperature=0.8, top_k=9),
+    SamplingParams(temperature=1.5, top_k=20, top_p=0.9, min_p=0.01),
+]
+
+
+@pytest.mark.parametrize("params", FILTERED)
+def test_choose_takes_the_token_whose_share_the_number_is_in(params: SamplingParams) -> None:
+    logits = draw_logits()
+    probs = probabilities(logits, params).double()
+    ids = sorted(kept(probs))
+    for i in ids:  # the middle of a share is far from where float32 sums may put its ends
+        uniform = float(probs[:i].sum() + probs[i] / 2)
+        assert choose(logits, params, None, uniform).id == i
+    assert choose(logits, params, None, 0.0).id == ids[0]
+    assert choose(logits, params, None, ALMOST_ONE).id == ids[-1]
+
+
+@pytest.mark.parametrize("params", [*FILTERED, SamplingParams(temperature=0)])
+@pytest.mark.parametrize("n_banned", [0, 1, 20])
+def test_choose_takes_what_a_device_takes_with_the_same_number(
+    params: SamplingParams, n_banned: int
+) -> None:
+    banned = draw_logits().topk(n_banned).indices
+    settings = torch.tensor([[params.temperature, params.top_p, params.min_p, params.top_k]])
+    words = allowed_words(VOCAB, banned.tolist()).unsqueeze(0)
+    draws = Draws(n_banned)
+    for seed in range(200):
+        logits, uniform = draw_logits(seed), draws.next()
+        on_device = sample_reference(logits[None], words, settings, torch.tensor([uniform]))
+        # the one sums in float32, the other in float64: a number within some 1e-7 of the end of a
+        # share could fall to its neighbour, one in 10^5; the seeds are fixed, so it cannot flicker
+        assert choose(logits, params, banned, uniform).id == int(on_device)
 
 
 def test_choose_leaves_the_logits_as_they_are() -> None:
     logits = draw_logits()
     before = logits.clone()
     for params in (SamplingParams(temperature=0), SamplingParams(top_k=2, top_p=0.5, min_p=0.1)):
-        choose(logits, params, torch.tensor([1, 2]), generator())
+        choose(logits, params, torch.tensor([1, 2]), 0.5)
         assert torch.equal(logits, before)
 
 
@@ -177,8 +219,8 @@ def test_choose_repeats_itself_with_the_same_seed() -> None:
     params = SamplingParams(temperature=2)
 
     def draw(seed: int) -> list[int]:
-        source = generator(seed)
-        return [choose(draw_logits(), params, None, source).id for _ in range(30)]
+        draws = Draws(seed)
+        return [choose(draw_logits(), params, None, draws.next()).id for _ in range(30)]
 
     assert draw(3) == draw(3)
     assert draw(3) != draw(4)
@@ -190,7 +232,7 @@ def test_choose_reports_the_models_own_log_probabilities(n_top: int, temperature
     logits = draw_logits()
     params = SamplingParams(temperature=temperature, top_k=3, logprobs=n_top)
     banned = logits.topk(1).indices
-    choice = choose(logits, params, banned, generator())
+    choice = choose(logits, params, banned, 0.5)
     full = [math.log(p) for p in softmax(logits, 1)]  # before temperature, filters and bans
     assert choice.logprob == pytest.approx(full[choice.id], abs=1e-5)  # float32 logs near -10
     assert [i for i, _ in choice.top] == by_probability(full)[:n_top]
@@ -199,7 +241,7 @@ def test_choose_reports_the_models_own_log_probabilities(n_top: int, temperature
 
 
 def test_choose_reports_nothing_unless_asked() -> None:
-    choice = choose(draw_logits(), SamplingParams(), None, generator())
+    choice = choose(draw_logits(), SamplingParams(), None, 0.5)
     assert choice.logprob is None
     assert choice.top == ()
 
@@ -211,3 +253,64 @@ def test_log_probability_scores_each_token_by_its_row() -> None:
     wanted = [math.log(softmax(row, 1)[i]) for row, i in zip(rows, tokens, strict=True)]
     assert got == pytest.approx(wanted, abs=1e-5)  # float32 logs near -10
     assert log_probability(rows[:0], torch.tensor([], dtype=torch.int64)) == []
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**63 - 1])
+def test_draws_of_a_seed_are_the_same_numbers_each_time(seed: int) -> None:
+    first, same, other = Draws(seed), Draws(seed), Draws(seed ^ 1)
+    numbers = [first.next() for _ in range(100)]
+    assert numbers == [same.next() for _ in range(100)]
+    assert numbers != [other.next() for _ in range(100)]
+    assert len(set(numbers)) == 100
+
+
+def test_draws_without_a_seed_differ() -> None:
+    first, other = Draws(None), Draws(None)
+    assert [first.next() for _ in range(10)] != [other.next() for _ in range(10)]
+
+
+def test_draws_of_one_seed_do_not_disturb_those_of_another() -> None:
+    alone, mixed, beside = Draws(1), Draws(1), Draws(2)
+    numbers = [alone.next() for _ in range(20)]
+    got = []
+    for _ in range(20):
+        beside.next()
+        got.append(mixed.next())
+    assert got == numbers
+
+
+def test_draws_lie_from_0_to_below_1_and_are_exact_in_float32() -> None:
+    draws = Draws(0)
+    numbers = [draws.next() for _ in range(20_000)]
+    assert all(0 <= x < 1 for x in numbers)
+    assert torch.tensor(numbers, dtype=torch.float32).tolist() == numbers
+    assert all(x <= ALMOST_ONE for x in numbers)
+
+
+def test_draws_are_uniform() -> None:
+    draws, n = Draws(3), 20_000
+    counts = Counter(int(draws.next() * 40) for _ in range(n))
+    assert sum((counts[i] - n / 40) ** 2 / (n / 40) for i in range(40)) < CHI_SQUARE[39]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 131, 32768])
+@pytest.mark.parametrize("n_banned", [0, 1, 7, 10_000])
+def test_allowed_words_have_a_bit_for_each_id(vocab_size: int, n_banned: int) -> None:
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1)).tolist()
+    banned = order[: min(n_banned, vocab_size)]
+    words = allowed_words(vocab_size, banned)
+    assert words.dtype == torch.int32
+    assert words.shape == (-(-vocab_size // 32),)
+    n_bits = 32 * len(words)
+    bits = [(word >> bit) & 1 for word in words.tolist() for bit in range(32)]
+    wanted = [int(i < vocab_size and i not in set(banned)) for i in range(min(n_bits, 400))]
+    assert bits[: len(wanted)] == wanted
+    assert sum(bits) == vocab_size - len(banned)  # none past the vocabulary
+    allowed = unpack_allowed(words.unsqueeze(0), vocab_size)[0]
+    assert kept(allowed) == set(order[len(banned) :])  # as the device reads them
+
+
+def test_allowed_words_take_an_id_twice_as_once_and_in_any_order() -> None:
+    once = allowed_words(100, (3, 31, 32, 99))
+    assert torch.equal(allowed_words(100, (99, 3, 32, 31, 3, 99)), once)
+    assert torch.equal(allowed_words(100, [3, 31, 32, 99]), once)

@@ -1,0 +1,158 @@
+"""Sums, gathers and hand-overs through memory that ranks write into each other's.
+
+Each rank is a process that runs the kernels in Triton's interpreter on files that all of them map;
+what they bring is in `tests/scripts/peer_memory.py`. bfloat16, whose roundings the interpreter gets
+wrong, is left to tests/scripts/peers.py, on GPUs.
+"""
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mistral_chat.kernels import peer
+from tests.conftest import ROOT, command_env
+from tests.scripts import peer_memory as ranks
+
+WORLD_SIZES = (2, 3)
+by_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
+by_type = pytest.mark.parametrize("dtype", ranks.TYPES, ids=["f32", "f16"])
+by_number = pytest.mark.parametrize("number", range(len(ranks.ROWS)))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What every rank saw, by number of ranks; each number is run once, when first asked for."""
+
+    @cache
+    def run(world_size: int) -> list[dict[str, Any]]:
+        folder: Path = tmp_path_factory.mktemp(f"{world_size}-peers")
+        n_bytes = peer.bytes_needed(ranks.DIM, ranks.WIDTHS[:world_size])
+        for rank in range(world_size):
+            (folder / f"{rank}.memory").write_bytes(bytes(n_bytes))
+        script = [sys.executable, "-m", "tests.scripts.peer_memory", str(folder)]
+        started = [
+            subprocess.Popen(
+                [*script, str(rank), str(world_size)],
+                cwd=ROOT,
+                # numpy warns of what the interpreter does
+                env=command_env(TRITON_INTERPRET="1", PYTHONWARNINGS="ignore"),
+                stderr=subprocess.PIPE,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            errors = [process.communicate(timeout=90)[1] for process in started]
+        finally:
+            for process in started:  # the others would wait for one that has failed
+                process.kill()
+                process.wait()
+        assert [process.returncode for process in started] == [0] * world_size, errors
+        return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+    return run
+
+
+@by_world_size
+@by_number
+@by_type
+def test_sum_is_the_one_in_rank_order_on_every_rank(
+    together: Any, dtype: torch.dtype, number: int, world_size: int
+) -> None:
+    wanted = ranks.reference_sum(number, world_size, dtype, add=True)
+    for seen in together(world_size):
+        assert torch.equal(seen[str(dtype)]["sums"][number], wanted)  # to the bit, or ranks drift
+
+
+@by_world_size
+@by_number
+@by_type
+def test_norm_of_the_sum_is_taken_by_the_next_product(
+    together: Any, dtype: torch.dtype, number: int, world_size: int
+) -> None:
+    wanted = ranks.reference_product(number, world_size, dtype)
+    rounding = 2**-24 if dtype == torch.float32 else 2**-11
+    for seen in together(world_size):
+        got = seen[str(dtype)]["products"][number]
+        # as in test_fused: rows of size 1 that are rounded, summed up like a walk at random
+        torch.testing.assert_close(got, wanted, rtol=5 * rounding, atol=16 * rounding + 8e-6)
+
+
+@by_world_size
+@by_type
+def test_sum_without_residual_and_norm_is_the_sum(
+    together: Any, dtype: torch.dtype, world_size: int
+) -> None:
+    wanted = ranks.reference_sum(1, world_size, dtype, add=False)
+    for seen in together(world_size):
+        assert torch.equal(seen[str(dtype)]["plain"], wanted)
+
+
+@by_world_size
+@by_number
+def test_gather_puts_uneven_columns_side_by_side_on_the_leader(
+    together: Any, number: int, world_size: int
+) -> None:
+    leader, *others = (seen["whole"][number] for seen in together(world_size))
+    wanted = torch.cat([ranks.columns(number, rank) for rank in range(world_size)], 1)
+    assert torch.equal(leader, wanted)
+    assert others == [None] * (world_size - 1)
+
+
+@by_world_size
+@by_number
+def test_hand_over_gives_the_leaders_tokens_to_all(
+    together: Any, number: int, world_size: int
+) -> None:
+    for seen in together(world_size):
+        assert seen["tokens"][number] == ranks.tokens(number)
+
+
+def words_of(numbers: torch.Tensor, exchange: int) -> torch.Tensor:
+    """32 bits of data each, below the exchange's number."""
+    return (numbers.flatten().view(torch.int32).long() & 0xFFFFFFFF) | (exchange << 32)
+
+
+# The interpreter alone runs a rank on memory of this process.
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+@by_type
+def test_rank_that_is_one_exchange_ahead_overwrites_nothing(dtype: torch.dtype) -> None:
+    """Rank 1's words of the next exchange may come before rank 0 has read those of this one."""
+    dim, widths, n_words = 1100, (4, 4), peer.bytes_needed(1100, (4, 4)) // 8
+    memories = [torch.zeros(n_words, dtype=torch.int64) for _ in widths]
+    addresses = torch.tensor([memory.data_ptr() for memory in memories])
+    memory = peer.PeerMemory(rank=0, addresses=addresses, widths=widths, dim=dim)
+    ours = [ranks.draw(3, dim, seed=n, dtype=dtype) for n in range(4)]
+    theirs = [ranks.draw(3, dim, seed=10 + n, dtype=dtype) for n in range(4)]
+
+    def place(exchange: int, source: int) -> slice:
+        begin = ((exchange % 2) * len(widths) + source) * memory.sum_words
+        return slice(begin, begin + 3 * dim * dtype.itemsize // 4)
+
+    memories[0][place(1, 1)] = words_of(theirs[0], 1)
+    for n in range(3):
+        exchange = n + 1
+        memories[0][place(exchange + 1, 1)] = words_of(theirs[n + 1], exchange + 1)
+        total = peer.reduce_add_norm(memory, ours[n], None, None, 1e-5)[1]
+        assert torch.equal(total, (ours[n].float() + theirs[n].float()).to(dtype))
+        assert torch.equal(memories[1][place(exchange, 0)], words_of(ours[n], exchange))
+
+
+@pytest.mark.parametrize("widths", [(5,), (16384, 16384), (10, 7, 300), (4096,) * 8])
+@pytest.mark.parametrize("dim", [2, 576, 12288])
+def test_bytes_needed_hold_all_places(dim: int, widths: tuple[int, ...]) -> None:
+    memory = peer.PeerMemory(
+        rank=0, addresses=torch.zeros(len(widths), dtype=torch.int64), widths=widths, dim=dim
+    )
+    n_words = peer.bytes_needed(dim, widths) // 8
+    # sums twice, since halves take turns; then the gather, then tokens: one after the other
+    assert memory.gather_offset == 2 * len(widths) * memory.sum_words
+    assert memory.token_offset == memory.gather_offset + len(widths) * memory.gather_words
+    assert memory.token_offset + peer.MOST_ROWS == n_words
+    assert memory.sum_words >= peer.MOST_ROWS * dim
+    assert memory.gather_words >= peer.MOST_ROWS * max(widths)
