@@ -6,7 +6,9 @@
     │   └── ContextLengthError  more tokens than the context holds
     ├── CheckpointError         params.json or weights: missing, broken, not supported
     ├── TokenizerError          the tokenizer's file or what it refuses
+    ├── DownloadError           a repository that cannot be fetched, or holds no model
     ├── OutputError             stdout takes nothing
+    ├── SessionError            a kept chat that cannot be found, read or written
     ├── DeviceError             a device or rank layout that is not there
     ├── NotEnoughMemoryError    weights or cache do not fit
     ├── RankLostError           another rank ended
@@ -19,12 +21,14 @@ __all__ = [
     "CheckpointError",
     "ContextLengthError",
     "DeviceError",
+    "DownloadError",
     "EmbeddedModelError",
     "MistralChatError",
     "NotEnoughMemoryError",
     "OutputError",
     "PromptError",
     "RankLostError",
+    "SessionError",
     "TokenizerError",
     "UsageError",
 ]
@@ -68,8 +72,16 @@ class TokenizerError(MistralChatError):
     """A tokenizer file that is missing, ambiguous or broken, or a request that it refuses."""
 
 
+class DownloadError(MistralChatError):
+    """A repository that cannot be fetched, or holds no model that can be run."""
+
+
 class OutputError(MistralChatError):
     """Stdout is closed, or what is behind it takes no more."""
+
+
+class SessionError(MistralChatError):
+    """A kept chat that is not there, cannot be read, or can no longer be written."""
 
 
 class DeviceError(MistralChatError):

@@ -40,7 +40,8 @@ def find_tokenizer(folder: Path) -> Path:
     names = versioned or names
     if not names:
         raise TokenizerError(
-            f"{folder}: the tokenizer is missing; expected tekken.json or tokenizer.model.vN"
+            f"{folder}: the tokenizer is missing; expected tekken.json or tokenizer.model.vN "
+            f"(Hugging Face's tokenizer.json is never read)"
         )
     if len(names) > 1:
         raise TokenizerError(
@@ -103,9 +104,19 @@ class Tokenizer:
         """The tokenizer of a model folder.
 
         Raises:
-            TokenizerError: none, more than one, or one that cannot be read.
+            TokenizerError: none, more than one, one that cannot be read, or whose template its
+                name does not tell.
         """
-        return cls(find_tokenizer(folder))
+        path = find_tokenizer(folder)
+        tokenizer = cls(path)
+        if path.name == "tokenizer.model" and tokenizer.tool_calls_id is not None:
+            # mistral-common would take it for v1, whose vocabulary has no [TOOL_CALLS].
+            raise TokenizerError(
+                f"{path}: a vocabulary of v2 or v3 under a name without version: expected "
+                f"tokenizer.model.v3 (Mistral's models since May 2024) or tokenizer.model.v2; "
+                f"rename it"
+            )
+        return tokenizer
 
     @property
     def n_words(self) -> int:

@@ -6,6 +6,7 @@ like flags, suggestions for misspelt names. Imports nothing heavy.
 
 import argparse
 import difflib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -99,12 +100,18 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
              table="generation"),
         Flag("stop", str, "end the answer before this text (repeatable)", "TEXT", repeats=True,
              table="generation"),
+        Flag("json_schema", Path, "the answer is JSON, valid against this schema", "FILE"),
+        Flag("json_object", None, "the answer is a JSON object"),
     ),
     "what to print": (
         Flag("json", None, "one JSON object on stdout instead of text"),
         Flag("logprobs", _whole, "with --json: the N most likely tokens at each place (0)", "N"),
         Flag("stats", None, "figures on stderr after each answer", table="run"),
         Flag("quiet", None, "nothing on stderr but errors", table="run"),
+    ),
+    "the chat": (
+        Flag("resume", str, "go on with an earlier chat (the last one)", "ID"),
+        Flag("no_save", None, "keep nothing of this chat on disk", table="run"),
     ),
     "where and how to run": (
         Flag("nproc_per_node", _whole,
@@ -120,7 +127,8 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
 }  # fmt: skip
 _FLAGS = {flag.name: flag for group in _GROUPS.values() for flag in group}
-_NOT_BUILT = ("json_schema", "json_object")
+SESSION_ID = r"\d{8}-\d{6}-[0-9a-f]{4}"
+LATEST_SESSION = "latest"
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 _ENGINE = ("device", "dtype", "max_seq_len", "load_format")
 
@@ -139,9 +147,13 @@ class Options:
         system: system prompt.
         system_file: or the file that holds it.
         tools: file of function schemas.
+        json_schema: file of the schema that answers are valid against.
+        json_object: answers are JSON objects.
         json: one object on stdout.
         stats: figures after each answer.
         quiet: nothing on stderr but errors.
+        resume: the kept chat to go on with: its id, or `latest`; None begins a new one.
+        save: keep the chat on disk as it goes.
     """
 
     engine: EngineConfig
@@ -153,9 +165,13 @@ class Options:
     system: str | None = None
     system_file: Path | None = None
     tools: Path | None = None
+    json_schema: Path | None = None
+    json_object: bool = False
     json: bool = False
     stats: bool = False
     quiet: bool = False
+    resume: str | None = None
+    save: bool = True
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,8 +190,9 @@ def _parser(prog: str, *, positional: bool) -> _Parser:
             else "The same on the embedded model, a chat on 2 ranks; --path prints its folder."
         ),
         epilog=(
-            "commands: mistral-chat demo talks to a small embedded model; mistral-chat bench "
-            "measures. Under torchrun: torchrun --nproc-per-node 8 --no-python mistral-chat MODEL "
+            "commands: mistral-chat demo talks to a small embedded model, download fetches a "
+            "model, inspect says what one is and whether it fits, bench measures; each has its "
+            "--help. Under torchrun: torchrun --nproc-per-node 8 --no-python mistral-chat MODEL "
             "--instruct. - and _ in flags are the same. Codes: 0 answered, 1 failed, 2 wrong "
             "usage, 130 interrupted."
         ),
@@ -187,7 +204,8 @@ def _parser(prog: str, *, positional: bool) -> _Parser:
         ),
     )
     if positional:
-        parser.add_argument("model", nargs="*", metavar="MODEL", help="a model's folder")
+        where = "a model's folder, or a downloaded repository (owner/name)"
+        parser.add_argument("model", nargs="*", metavar="MODEL", help=where)
     for title, flags in _GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -247,6 +265,10 @@ def normalize(argv: Sequence[str], flags: dict[str, bool] | None = None) -> list
                 raise UsageError(f"--{name} is a switch and takes no value; found {value!r}")
             done.append(f"--{name}")
             continue
+        if name == "resume" and not equals:  # its value may be left out
+            is_id = bool(words) and re.fullmatch(SESSION_ID, words[0]) is not None
+            done.append(f"--resume={words.pop(0) if is_id else LATEST_SESSION}")
+            continue
         if not equals:
             if not words or (
                 words[0].partition("=")[0].lstrip("-").replace("-", "_") in flags
@@ -263,8 +285,6 @@ def normalize(argv: Sequence[str], flags: dict[str, bool] | None = None) -> list
 
 
 def _unknown(word: str, name: str, flags: dict[str, bool]) -> str:
-    if name in _NOT_BUILT:
-        return f"--{name} is not built yet in this version"
     close = difflib.get_close_matches(name, flags, n=1, cutoff=0.6)
     hint = f"did you mean --{close[0]}?" if close else "see mistral-chat --help"
     return f"unknown flag {word}: {hint}"
@@ -303,11 +323,18 @@ def parse(words: Sequence[str]) -> Options:
     sampling = SamplingParams(**{name: values[name] for name in _SAMPLING if name in values})
     if values.get("logprobs"):
         sampling = replace(sampling, logprobs=values["logprobs"])
+    if models and "/" in models[0]:
+        from mistral_chat.cli.download import cached_folder, is_repository
+
+        if is_repository(models[0]):
+            engine = replace(engine, model=cached_folder(models[0]))
     names = ("nproc_per_node", "instruct", "prompt", "system", "system_file", "tools", "json",
-             "stats", "quiet")  # fmt: skip
+             "json_schema", "json_object",
+             "stats", "quiet", "resume")  # fmt: skip
     return Options(
         engine=engine,
         sampling=sampling,
+        save=not values.get("no_save", False),
         files=tuple(values.get("file", ())),
         **{name: values[name] for name in names if name in values},
     )
@@ -353,9 +380,15 @@ def _check(values: dict[str, Any]) -> None:
     if "system" in values and "system_file" in values:
         raise UsageError("--system and --system_file: expected one of them")
     if not values.get("instruct"):
-        for name in ("system", "system_file", "tools"):
+        for name in ("system", "system_file", "tools", "resume"):
             if name in values:
                 raise UsageError(f"--{name} needs --instruct: a plain completion has no template")
+    if "resume" in values and "prompt" in values:
+        raise UsageError("--resume goes on with a chat at a terminal: leave --prompt out")
+    for name in ("json_schema", "json_object"):
+        for other in ("tools", "stop", "json_schema"):
+            if name in values and other in values and name != other:
+                raise UsageError(f"--{other} and --{name}: expected one of them")
     if values.get("logprobs") is not None and not values.get("json"):
         raise UsageError("--logprobs needs --json")
     if values.get("nproc_per_node", 1) < 1:

@@ -76,11 +76,18 @@ def _command(words: list[str], started: float) -> int:
         return bench.run(words[1:], started)
     if command == "demo":
         return _demo(words[1:], started)
-    if command is not None:
-        raise UsageError(
-            f"the command {command} is not built yet in this version (a folder of that name is "
-            f"./{command})"
-        )
+    if command == "download":
+        from mistral_chat.cli import download
+
+        return download.run(words[1:])
+    if command == "inspect":
+        from mistral_chat.cli import inspect
+
+        return inspect.run(words[1:])
+    if command == "batch":
+        from mistral_chat.cli import batch
+
+        return batch.run(words[1:], started)
     normalized = flags.normalize(words)
     if not words or flags.wants_help(normalized):
         return _help(None, code=0 if words else WRONG_USAGE)
@@ -195,11 +202,18 @@ def _lead(options: flags.Options, started: float) -> int:
     if sys.stdout is None:
         raise OutputError("stdout is closed: expected somewhere to write the answer to")
     prompt = one_shot.read_prompt(options)
+    if options.resume is not None:
+        from mistral_chat.cli.sessions import Session
+
+        if prompt is not None:
+            raise UsageError("--resume goes on with a chat at a terminal: stdin is none")
+        Session.open(options.resume, "")  # a chat that is not there needs no model
     system = options.system
     if options.system_file is not None:
         system = one_shot.read_text_file(options.system_file)
 
     from mistral_chat.chat.chat import Chat
+    from mistral_chat.chat.grammar import choose_grammar, read_grammar
     from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.chat.tools import read_tools
     from mistral_chat.cli import render
@@ -212,6 +226,9 @@ def _lead(options: flags.Options, started: float) -> int:
     from mistral_chat.model.args import read_args
 
     tools = read_tools(options.tools) if options.tools else []
+    grammar = choose_grammar(None, options.json_object)
+    if options.json_schema is not None:
+        grammar = read_grammar(options.json_schema)
     group = current_group()
     terminal: QuietTerminal | None = None
 
@@ -243,7 +260,14 @@ def _lead(options: flags.Options, started: float) -> int:
     load_s = time.monotonic() - started
     if runner.notice and not options.quiet:
         render.note(f"mistral-chat: {runner.notice}")
-    chat = Chat(Engine(runner), tokenizer, instruct=options.instruct, system=system, tools=tools)
+    chat = Chat(
+        Engine(runner),
+        tokenizer,
+        instruct=options.instruct,
+        system=system,
+        tools=tools,
+        grammar=grammar,
+    )
     code = 0
     try:
         if prompt is None:

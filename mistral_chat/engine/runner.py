@@ -22,17 +22,20 @@ from mistral_chat.errors import CheckpointError, DeviceError, UsageError
 from mistral_chat.kernels import ops
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, read_args
 from mistral_chat.model.cache import KVCache
-from mistral_chat.model.checkpoint import (
-    StoredTensor,
-    check_tensors,
-    load_weights,
-    read_headers,
-)
+from mistral_chat.model.checkpoint import Headers, check_tensors, load_weights, read_headers
 from mistral_chat.model.few_rows import supports
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
 
-__all__ = ["Loading", "Runner", "choose_device", "choose_dtype", "load_model", "load_runner"]
+__all__ = [
+    "Loading",
+    "Runner",
+    "choose_device",
+    "choose_dtype",
+    "chunk_size_of",
+    "load_model",
+    "load_runner",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +215,7 @@ class Runner:
 
 def _shape(config: EngineConfig) -> TransformerArgs:
     if config.model is not None:
-        return read_args(config.model)
+        return read_args(config.model, config.load_format)
     assert config.shape is not None
     try:
         return TransformerArgs.from_dict(config.shape)
@@ -239,19 +242,16 @@ def load_model(
         DeviceError: a device or number of ranks that cannot be.
         NotEnoughMemoryError: it does not fit.
     """
-    tensors: dict[str, StoredTensor] = {}
+    headers: Headers | None = None
     with group.together():
-        if config.load_format == "hf":
-            raise UsageError("--load_format hf: reading Hugging Face's layout is not built yet")
         args = replace(_shape(config), max_batch_size=config.max_batch_size)
         shard = Shard(args, group.shards, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)
-        table = placements(shard)
         if config.load_format != "dummy":
             assert config.model is not None
-            tensors = read_headers(config.model)
-            check_tensors(config.model, tensors, table)
+            headers = read_headers(config.model, config.load_format)
+            check_tensors(config.model, headers, placements(shard, headers.layout))
         if config.max_seq_len and args.max_seq_len and config.max_seq_len > args.max_seq_len:
             raise UsageError(
                 f"--max_seq_len {config.max_seq_len}: the model knows {args.max_seq_len} positions"
@@ -263,17 +263,17 @@ def load_model(
             device=device,
             free=free_bytes(device, group.place.local_world_size),
             n_slots=config.max_batch_size,
-            chunk_size=min(_chunk_size(config, device), most),
+            chunk_size=min(chunk_size_of(config, device), most),
             max_seq_len=config.max_seq_len,
         )
     plan = replace(plan, max_seq_len=group.minimum(plan.max_seq_len))
     with group.together():
         with device, _default_dtype(dtype):
             model = make(args)
-        if config.load_format == "dummy":
+        if headers is None:
             model.init_weights(config.seed)
         else:
-            _load(model, tensors, on_loading)
+            _load(model, headers, on_loading)
     return model, plan
 
 
@@ -291,7 +291,7 @@ def load_runner(
         group,
         max_batch_size=config.max_batch_size,
         max_seq_len=plan.max_seq_len,
-        chunk_size=_chunk_size(config, model.device),
+        chunk_size=chunk_size_of(config, model.device),
         plan=plan,
     )
     if why_no_decoder(model) is None:
@@ -317,14 +317,15 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _chunk_size(config: EngineConfig, device: torch.device) -> int:
+def chunk_size_of(config: EngineConfig, device: torch.device) -> int:
+    """Most tokens of one step: as asked for, else what takes about half a second."""
     return config.chunk_size or (2048 if device.type == "cuda" else 256)
 
 
-def _load(model: Transformer, tensors: dict[str, StoredTensor], on_loading: OnLoading) -> None:
+def _load(model: Transformer, headers: Headers, on_loading: OnLoading) -> None:
     total = 0
-    for name, placement in model.placements().items():
-        tensor = tensors[name]
+    for name, placement in placements(model.shard, headers.layout).items():
+        tensor = headers.tensors[name]
         n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
         total += len(placement.rows) * n_cols * tensor.torch_dtype.itemsize
     started = time.monotonic()
@@ -335,4 +336,4 @@ def _load(model: Transformer, tensors: dict[str, StoredTensor], on_loading: OnLo
         read += n
         on_loading(Loading(read, total, time.monotonic() - started))
 
-    load_weights(model, tensors, on_bytes)
+    load_weights(model, headers, on_bytes)

@@ -1,4 +1,4 @@
-"""The shape of a model, read from Mistral's params.json.
+"""The shape of a model, read from Mistral's params.json or Hugging Face's config.json.
 
 Knows which keys exist and what they mean; knows nothing of files of weights or of ranks.
 """
@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mistral_chat.config import LoadFormat
 from mistral_chat.errors import CheckpointError
+from mistral_chat.model import hf
 
 __all__ = ["TransformerArgs", "read_args"]
 
@@ -69,7 +71,8 @@ class TransformerArgs:
                 raise CheckpointError(f"{name} is {value!r}: expected a whole number of at least 1")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or not value > 0):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (is_number and value > 0):
                 raise CheckpointError(f"{name} is {value!r}: expected a number above 0")
         if not isinstance(self.tied_embeddings, bool):
             raise CheckpointError(
@@ -95,7 +98,9 @@ class TransformerArgs:
             )
         windows = self.sliding_window
         for window in windows if isinstance(windows, list) else [windows]:
-            if window is not None and (not isinstance(window, int) or window < 1):
+            if window is not None and (
+                not isinstance(window, int) or isinstance(window, bool) or window < 1
+            ):
                 raise CheckpointError(
                     f"sliding_window holds {window!r}: expected whole numbers of at least 1 or null"
                 )
@@ -162,35 +167,64 @@ class TransformerArgs:
         return cls(**params)
 
 
-def read_args(folder: Path) -> TransformerArgs:
-    """Read `params.json` of a model folder.
+def read_args(folder: Path, load_format: LoadFormat = "auto") -> TransformerArgs:
+    """Read a model folder's shape: `params.json`, or `config.json` in Hugging Face's layout.
 
-    The context length is taken from params.json, else from a config.json beside it.
+    Where both are there they must agree on every size that both give. The context length is
+    taken from params.json, else from a config.json beside it.
+
+    Args:
+        folder: of the model.
+        load_format: which layout; auto and dummy choose as `hf.choose_layout` says.
 
     Raises:
-        CheckpointError: no folder, no params.json, not JSON, or a key or value not supported.
+        CheckpointError: no folder, no such file, not JSON, a key or value not supported, or two
+            files that disagree.
     """
+    expected = "params.json or config.json"
     if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder; expected a model folder with params.json")
+        raise CheckpointError(f"{folder}: no such folder; expected a model folder with {expected}")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; expected the folder that holds params.json")
-    path = folder / "params.json"
-    if not path.exists():
-        found = "a Hugging Face config.json" if (folder / "config.json").exists() else "none"
+        raise CheckpointError(f"{folder} is a file; expected the folder that holds {expected}")
+    found = {
+        path.name: read_json_object(path)
+        for path in (folder / "params.json", folder / "config.json")
+        if path.exists()
+    }
+    layout = hf.choose_layout(folder, load_format)
+    path = folder / ("params.json" if layout == "consolidated" else "config.json")
+    if path.name not in found:
         raise CheckpointError(
-            f"{folder}: params.json is missing (found {found}); expected a folder in Mistral's "
-            f"format: params.json, consolidated safetensors, tokenizer"
+            f"{folder}: {path.name} is missing (found {', '.join(found) or 'none'}); expected "
+            f"a folder in Mistral's format (params.json, consolidated safetensors, tokenizer) or "
+            f"Hugging Face's (config.json, model safetensors, tokenizer)"
         )
-    params = read_json_object(path)
+    args = _from_params(path, found) if layout == "consolidated" else _from_config(path, found)
+    if len(found) == 2 and (faults := hf.disagreements(found["params.json"], found["config.json"])):
+        raise CheckpointError(
+            f"{folder}: {'; '.join(faults)}; expected one shape: remove the file that is not "
+            f"this model's"
+        )
+    return args
+
+
+def _from_params(path: Path, found: dict[str, dict[str, Any]]) -> TransformerArgs:
     try:
-        args = TransformerArgs.from_dict(params)
+        args = TransformerArgs.from_dict(found["params.json"])
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if args.max_seq_len is None and (folder / "config.json").exists():
-        positions = read_json_object(folder / "config.json").get("max_position_embeddings")
-        if isinstance(positions, int) and positions >= 2:
-            args = replace(args, max_seq_len=positions)
+    positions = found.get("config.json", {}).get("max_position_embeddings")
+    if args.max_seq_len is None and isinstance(positions, int) and positions >= 2:
+        args = replace(args, max_seq_len=positions)
     return args
+
+
+def _from_config(path: Path, found: dict[str, dict[str, Any]]) -> TransformerArgs:
+    params = hf.to_params(path, found["config.json"])
+    try:
+        return TransformerArgs.from_dict(params)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {hf.in_config_words(str(error))}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Weights on disk: which files, which tensors, all faults at once, and only this rank's slices.
 
-Knows files and bytes; what goes where comes from the model's placements. Tensors are read with
+Knows files and bytes, in Mistral's layout and in Hugging Face's; what goes where, and under which
+name, comes from the model's placements. Tensors are read with
 positioned reads into small buffers, never mapped, so host memory grows by the slices alone.
 """
 
@@ -15,18 +16,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mistral_chat.config import LoadFormat
 from mistral_chat.errors import CheckpointError
+from mistral_chat.model import hf
 from mistral_chat.model.args import read_json_object
-from mistral_chat.model.sharding import Placement
+from mistral_chat.model.sharding import Placement, placements
 from mistral_chat.model.transformer import Transformer
 
-__all__ = ["StoredTensor", "check_tensors", "find_weights", "load_weights", "read_headers"]
+__all__ = [
+    "Headers",
+    "StoredTensor",
+    "check_tensors",
+    "find_weights",
+    "load_weights",
+    "read_headers",
+]
 
-SINGLE = "consolidated.safetensors"
-INDEX = "consolidated.safetensors.index.json"
 PICKLE = "consolidated.00.pth"
 BUFFER_BYTES = 32 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+MOST_FAULTS = 8  # named in one error
+
+_STEMS: dict[hf.Layout, str] = {"consolidated": "consolidated", "hf": "model"}
+_OF: dict[hf.Layout, str] = {"consolidated": "Mistral's layout", "hf": "Hugging Face's layout"}
 
 _FLOATS = {
     "F64": torch.float64,
@@ -60,21 +72,51 @@ class StoredTensor:
         return _FLOATS[self.dtype]
 
 
-def find_weights(folder: Path) -> list[Path]:
-    """The files of the folder's one set of weights in Mistral's layout.
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """What a folder's files of weights say they hold; `check_tensors` before they are used.
+
+    Args:
+        layout: whose files they are.
+        tensors: by the names that they are stored under.
+        faults: what is wrong with the files.
+        index: tensor to file name, where the folder has an index.
+        unread: names of the files of which nothing is known.
+    """
+
+    layout: hf.Layout
+    tensors: dict[str, StoredTensor]
+    faults: tuple[str, ...]
+    index: dict[str, str]
+    unread: frozenset[str]
+
+    def lacks(self, name: str) -> bool:
+        """Whether a tensor is in no file, as far as the headers tell."""
+        may_be_unread = self.index.get(name) in self.unread if self.index else bool(self.unread)
+        return name not in self.tensors and not may_be_unread
+
+
+def find_weights(folder: Path, load_format: LoadFormat = "auto") -> list[Path]:
+    """The files of the folder's one set of weights; some of them may be missing.
+
+    Args:
+        folder: of the model.
+        load_format: which layout; auto chooses as `hf.choose_layout` says.
 
     Raises:
-        CheckpointError: no set, more than one, or a shard that is not there.
+        CheckpointError: no set, or more than one.
     """
-    shards = _shards(folder)
+    layout = hf.choose_layout(folder, load_format)
+    stem = _STEMS[layout]
+    single, index = f"{stem}.safetensors", _index_path(folder, layout)
     sets: dict[str, list[Path]] = {}
-    if (folder / INDEX).exists():
-        sets[INDEX] = [folder / name for name in sorted(set(_read_index(folder).values()))]
-    elif shards:
-        sets["consolidated-*-of-*.safetensors"] = shards
-    if (folder / SINGLE).exists() and sets.get(INDEX) != [folder / SINGLE]:
-        sets[SINGLE] = [folder / SINGLE]
-    pickles = sorted(folder.glob("consolidated.*.pth"))
+    if index.exists():
+        sets[index.name] = [folder / name for name in sorted(set(_read_index(index).values()))]
+    elif shards := _shards(folder, stem):
+        sets[f"{stem}-*-of-*.safetensors"] = shards
+    if (folder / single).exists() and sets.get(index.name) != [folder / single]:
+        sets[single] = [folder / single]
+    pickles = sorted(folder.glob("consolidated.*.pth")) if layout == "consolidated" else []
     if pickles:
         if [path.name for path in pickles] != [PICKLE]:
             raise CheckpointError(
@@ -88,31 +130,33 @@ def find_weights(folder: Path) -> list[Path]:
             f"remove or move the others"
         )
     if not sets:
-        other = sorted(p.name for p in folder.glob("model*.safetensors"))
-        found = f"only {other[0]}, Hugging Face's layout" if other else "none"
+        other: hf.Layout = "hf" if layout == "consolidated" else "consolidated"
+        theirs = hf.find_files(folder, other) or sorted(folder.glob("pytorch_model*.bin"))
+        found = "none"
+        if theirs:
+            whose = _OF[other] if theirs[0].suffix != ".bin" else "which is never read"
+            found = f"only {theirs[0].name}, {whose}"
+        or_pickle = f" or {PICKLE}" if layout == "consolidated" else ""
         raise CheckpointError(
-            f"{folder}: weights are missing (found {found}); expected {SINGLE}, "
-            f"consolidated-*-of-*.safetensors or {PICKLE}"
+            f"{folder}: weights are missing (found {found}); expected {single}, "
+            f"{stem}-*-of-*.safetensors{or_pickle}"
         )
     (files,) = sets.values()
-    missing = [path.name for path in files if not path.exists()]
-    if missing:
-        raise CheckpointError(f"{folder}: {INDEX} names {', '.join(missing)}, which is missing")
     return files
 
 
-def _shards(folder: Path) -> list[Path]:
-    """`consolidated-NNNNN-of-MMMMM.safetensors` in order, all of one complete set.
+def _shards(folder: Path, stem: str) -> list[Path]:
+    """`STEM-NNNNN-of-MMMMM.safetensors` in order, all of one set, the missing ones too.
 
     An index decides instead where there is one; then only its files are read.
     """
     numbered: dict[tuple[int, int], Path] = {}
-    for path in folder.glob("consolidated-*-of-*.safetensors"):
-        match = re.fullmatch(r"consolidated-(\d+)-of-(\d+)\.safetensors", path.name)
+    for path in folder.glob(f"{stem}-*-of-*.safetensors"):
+        match = re.fullmatch(stem + r"-(\d+)-of-(\d+)\.safetensors", path.name)
         if match:
             numbered[int(match[2]), int(match[1])] = path
     totals = {total for total, _ in numbered}
-    if not totals or (folder / INDEX).exists():
+    if not totals:
         return []
     if len(totals) > 1:
         raise CheckpointError(
@@ -121,89 +165,111 @@ def _shards(folder: Path) -> list[Path]:
         )
     (total,) = totals
     first = 0 if (total, 0) in numbered else 1
-    missing = [n for n in range(first, first + total) if (total, n) not in numbered]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: shard {', '.join(map(str, missing))} of {total} is missing; "
-            f"expected {total} files consolidated-NNNNN-of-{total:05}.safetensors"
-        )
-    return [numbered[total, n] for n in range(first, first + total)]
+    return [
+        numbered.get((total, n), folder / f"{stem}-{n:05}-of-{total:05}.safetensors")
+        for n in range(first, first + total)
+    ]
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    weight_map = read_json_object(folder / INDEX).get("weight_map")
+def _index_path(folder: Path, layout: hf.Layout) -> Path:
+    return folder / f"{_STEMS[layout]}.safetensors.index.json"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX}: expected a weight_map of tensor to file names")
+        raise CheckpointError(f"{path}: expected a weight_map of tensor to file names")
     return weight_map
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of the folder's weights by name, without reading any of their data.
+def read_headers(folder: Path, load_format: LoadFormat = "auto") -> Headers:
+    """All tensors of the folder's weights, without reading any of their data.
+
+    A file that is missing, unreadable, truncated or malformed, a tensor that stands twice and an
+    index that disagrees with its files are among the result's faults.
+
+    Args:
+        folder: of the model.
+        load_format: which layout; auto chooses as `hf.choose_layout` says.
 
     Raises:
-        CheckpointError: a file that is unreadable, truncated or malformed, a tensor that stands
-            twice, or an index that disagrees with its files; all faults at once.
+        CheckpointError: no set of weights, or more than one.
     """
+    layout = hf.choose_layout(folder, load_format)
+    index_path = _index_path(folder, layout)
+    index = _read_index(index_path) if index_path.exists() else {}
     tensors: dict[str, StoredTensor] = {}
     faults: list[str] = []
-    for path in find_weights(folder):
+    unread = set()
+    for path in find_weights(folder, layout):
+        if not path.exists():
+            by_index = f"{index_path.name} names {path.name}, which"
+            faults.append(f"{by_index if index else path.name} is missing")
+            unread.add(path.name)
+            continue
         try:
-            found = _pickle_header(path) if path.suffix == ".pth" else _safetensors_header(path)
+            found, wrong = (_pickle_header if path.suffix == ".pth" else _safetensors_header)(path)
         except CheckpointError as error:
             faults.append(str(error))
+            unread.add(path.name)
             continue
+        faults += wrong
         for name in sorted(tensors.keys() & found.keys()):
             faults.append(f"{name} stands in {tensors[name].path.name} and in {path.name}")
         tensors |= found
-    if not faults and (folder / INDEX).exists():
-        index = _read_index(folder)
+    if index:
         for name, file in sorted(index.items()):
-            if name not in tensors or tensors[name].path.name != file:
-                faults.append(f"{INDEX} says that {file} holds {name}, which it does not")
+            elsewhere = name not in tensors or tensors[name].path.name != file
+            if elsewhere and file not in unread:
+                faults.append(f"{index_path.name} says that {file} holds {name}, which it does not")
         for name in sorted(tensors.keys() - index.keys()):
-            faults.append(f"{tensors[name].path.name} holds {name}, which {INDEX} leaves out")
-    _raise_faults(folder, faults)
-    return tensors
+            faults.append(f"{tensors[name].path.name} holds {name}, which {index_path.name} omits")
+    return Headers(layout, tensors, tuple(faults), index, frozenset(unread))
 
 
-def check_tensors(
-    folder: Path, tensors: dict[str, StoredTensor], table: dict[str, Placement]
-) -> None:
-    """Hold a checkpoint's tensors against the ones that the model needs.
+def check_tensors(folder: Path, headers: Headers, table: dict[str, Placement]) -> None:
+    """Refuse files that are at fault, or whose tensors are not the ones that the model needs.
+
+    Args:
+        folder: where they are, for the error.
+        headers: of its files.
+        table: what the model needs, under the layout's names.
 
     Raises:
-        CheckpointError: every tensor that is missing, unexpected, of the wrong shape or not a
-            float, by name.
+        CheckpointError: everything that is wrong with the files, and every tensor that is
+            missing, unexpected, of the wrong shape or not a float, by name.
     """
-    faults = [f"{name} is missing" for name in table if name not in tensors]
-    for name, tensor in tensors.items():
+    faults = [*headers.faults]
+    faults += [f"{name} is missing" for name in table if headers.lacks(name)]
+    shapes_from = "params.json" if headers.layout == "consolidated" else "config.json"
+    for name, tensor in headers.tensors.items():
         if name not in table:
-            faults.append(f"{name} in {tensor.path.name} is not a tensor of this model")
-        elif tensor.dtype not in _FLOATS:
+            if headers.layout != "hf" or not hf.is_unused(name):
+                faults.append(f"{name} in {tensor.path.name} is not a tensor of this model")
+            continue
+        if tensor.dtype not in _FLOATS:
             faults.append(
                 f"{name} in {tensor.path.name} has type {tensor.dtype}; "
                 f"expected one of {', '.join(_FLOATS)}"
             )
-        elif tensor.shape != table[name].shape:
+        if tensor.shape != table[name].shape:
             faults.append(
                 f"{name} in {tensor.path.name} has shape {list(tensor.shape)}; "
-                f"expected {list(table[name].shape)} from params.json"
+                f"expected {list(table[name].shape)} from {shapes_from}"
             )
-    _raise_faults(folder, faults)
+    if faults:
+        n_more = len(faults) - MOST_FAULTS
+        more = f"; and {n_more} more" if n_more > 0 else ""
+        raise CheckpointError(f"{folder}: {'; '.join(faults[:MOST_FAULTS])}{more}")
 
 
-def _raise_faults(folder: Path, faults: list[str]) -> None:
-    if not faults:
-        return
-    shown = "; ".join(faults[:20])
-    more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
-    raise CheckpointError(f"{folder}: {shown}{more}")
-
-
-def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
-    """Parse and check one safetensors header against the file's length.
+def _safetensors_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Parse one safetensors header; gives its tensors, and what the file's length belies.
 
     Format: https://huggingface.co/docs/safetensors: 8 bytes of length, JSON, data.
+
+    Raises:
+        CheckpointError: what it holds cannot be known.
     """
     try:
         size = path.stat().st_size
@@ -220,6 +286,7 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
     except ValueError as error:
         raise CheckpointError(f"{path.name}: its header is not valid JSON ({error})") from error
     tensors = {}
+    faults = []
     end = 8 + length
     try:
         for name, entry in header.items():
@@ -232,7 +299,7 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
             tensors[name] = StoredTensor(path, str(entry["dtype"]), shape, first)
             dtype = _FLOATS.get(entry["dtype"])
             if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
-                raise CheckpointError(
+                faults.append(
                     f"{path.name}: {name} has {last - first:,} bytes, which is not its shape "
                     f"{list(shape)} in {entry['dtype']}"
                 )
@@ -240,15 +307,19 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path.name}: its header is malformed ({error!r})") from error
     if size != end:
-        raise CheckpointError(
+        faults.append(
             f"{path.name} has {size:,} bytes, its header says {end:,}: "
             f"{'truncated' if size < end else 'damaged'}; fetch it again"
         )
-    return tensors
+    return tensors, faults
 
 
-def _pickle_header(path: Path) -> dict[str, StoredTensor]:
-    """Where a `torch.save` file keeps its tensors; read with weights_only, without their data."""
+def _pickle_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Where a `torch.save` file keeps its tensors; read with weights_only, without their data.
+
+    Raises:
+        CheckpointError: what it holds cannot be known.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode  # the documented way to load headers
 
     try:
@@ -263,35 +334,34 @@ def _pickle_header(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path.name}: found a {type(state).__name__}, expected a dict")
     names = {dtype: name for name, dtype in _FLOATS.items()}
     tensors = {}
+    faults = []
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path.name}: {name} is no tensor")
         start = tensor.untyped_storage()._checkpoint_offset
         if start is None or not tensor.is_contiguous():
-            raise CheckpointError(
+            faults.append(
                 f"{path.name}: {name} is not stored whole and in order; save it again as "
                 f"safetensors"
             )
-        offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
+        offset = (start or 0) + int(tensor.storage_offset()) * tensor.dtype.itemsize
         dtype = names.get(tensor.dtype, str(tensor.dtype))
         tensors[str(name)] = StoredTensor(path, dtype, tuple(tensor.shape), offset)
-    return tensors
+    return tensors, faults
 
 
-def load_weights(
-    model: Transformer, tensors: dict[str, StoredTensor], on_bytes: OnBytes = lambda n: None
-) -> None:
+def load_weights(model: Transformer, headers: Headers, on_bytes: OnBytes = lambda n: None) -> None:
     """Fill the model's parameters with this rank's slices.
 
     Args:
         model: whose parameters are filled, in their own type and on their own device.
-        tensors: checked headers.
+        headers: of the files, checked.
         on_bytes: told the number of bytes read since the last call.
 
     Raises:
         CheckpointError: a read that fails or ends early, with file and tensor.
     """
-    table = model.placements()
+    tensors, table = headers.tensors, placements(model.shard, headers.layout)
     by_place = sorted(table, key=lambda name: (tensors[name].path.name, tensors[name].offset))
     buffer = _buffer(model.device)
     opened: dict[Path, int] = {}
@@ -328,29 +398,43 @@ def _read_slice(
 ) -> None:
     """Read `placement`'s rows and columns of one tensor into `into`.
 
-    Rows that are wanted whole and in the file's type go straight to a CPU parameter's memory;
-    everything else passes through the buffer, whole rows at a time, so that a read is sequential
-    also where only some columns are kept.
+    Rows that are wanted whole, in the file's type and in its order go straight to a CPU
+    parameter's memory; everything else passes through the buffer, whole rows (or heads, where
+    their rows change places) at a time, so that a read is sequential also where only some columns
+    are kept.
     """
     dtype = tensor.torch_dtype
     n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
     cols = placement.cols or range(1)
     row_bytes = n_cols * dtype.itemsize
     offset = tensor.offset + placement.rows.start * row_bytes
-    whole_rows = len(cols) == n_cols
-    if whole_rows and into.dtype == dtype and into.device.type == "cpu":
+    as_stored = len(cols) == n_cols and not placement.half_split and into.dtype == dtype
+    if as_stored and into.device.type == "cpu":
         _read_into(fd, offset, into.view(torch.uint8).view(-1), on_bytes)
         return
-    rows_each = max(1, len(buffer) // row_bytes)
-    if row_bytes > len(buffer):
-        buffer = torch.empty(row_bytes, dtype=torch.uint8)
+    unit = placement.half_split or 1  # rows that must be read together
+    unit_bytes = unit * row_bytes
+    rows_each = unit * max(1, len(buffer) // unit_bytes)
+    if unit_bytes > len(buffer):
+        buffer = torch.empty(unit_bytes, dtype=torch.uint8)
     into = into.view(len(placement.rows), len(cols))
     for done in range(0, len(placement.rows), rows_each):
         n_rows = min(rows_each, len(placement.rows) - done)
         part = buffer[: n_rows * row_bytes]
         _read_into(fd, offset + done * row_bytes, part, on_bytes)
-        rows = part.view(dtype).view(n_rows, n_cols)
-        into[done : done + n_rows].copy_(rows[:, cols.start : cols.stop])
+        rows = part.view(dtype).view(n_rows, n_cols)[:, cols.start : cols.stop]
+        here = into[done : done + n_rows]
+        if placement.half_split:
+            here, rows = _in_halves(here, unit), rows.view(-1, 2, unit // 2, len(cols))
+        here.copy_(rows)
+
+
+def _in_halves(rows: Tensor, head_dim: int) -> Tensor:
+    """A view of whole heads whose pairs are neighbours, in the order of a file that splits them.
+
+    Row `head * head_dim + 2 * pair + element` is at `[head, element, pair]`.
+    """
+    return rows.view(-1, head_dim // 2, 2, rows.shape[1]).transpose(1, 2)
 
 
 def _read_into(fd: int, offset: int, into: Tensor, on_bytes: OnBytes) -> None:

@@ -5,10 +5,11 @@ range of query heads and loads whatever KV heads those need; everything else is 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mistral_chat.errors import DeviceError
+from mistral_chat.model import hf
 from mistral_chat.model.args import TransformerArgs
 
 __all__ = ["Placement", "Shard", "placements", "split"]
@@ -122,6 +123,9 @@ class Placement:
         cols: columns that this rank reads; None for a vector.
         target: the parameter's name in our model.
         target_row: first row of the target.
+        half_split: size of a head whose rows the checkpoint keeps as the first and then the second
+            elements of RoPE's pairs, where ours has them pair by pair; 0 for rows in our order.
+            `rows` are whole heads then.
     """
 
     kind: Kind
@@ -130,6 +134,7 @@ class Placement:
     cols: range | None
     target: str
     target_row: int = 0
+    half_split: int = 0
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -137,10 +142,14 @@ class Placement:
         return (len(self.rows),) if self.cols is None else (len(self.rows), len(self.cols))
 
 
-def placements(shard: Shard) -> dict[str, Placement]:
+def placements(shard: Shard, layout: hf.Layout = "consolidated") -> dict[str, Placement]:
     """The table: every tensor that a checkpoint must hold -> its place on this rank.
 
     wq, wk, wv lie one under the other in `wqkv`, and w1, w3 in `w13`, so that each is one product.
+
+    Args:
+        shard: this rank's share.
+        layout: whose names the tensors have, and whose order the rows of wq and wk.
     """
     args = shard.args
     head_dim = args.head_dim
@@ -184,4 +193,13 @@ def placements(shard: Shard) -> dict[str, Placement]:
             f"{feed_forward}.w3.weight": columnwise(args.hidden_dim, hidden, w13, len(hidden)),
             f"{feed_forward}.w2.weight": rowwise(args.hidden_dim, hidden, f"{feed_forward}.w2"),
         }
-    return table
+    return table if layout == "consolidated" else _as_hf(table, head_dim)
+
+
+def _as_hf(table: dict[str, Placement], head_dim: int) -> dict[str, Placement]:
+    return {
+        hf.stored_name(name): replace(placement, half_split=head_dim)
+        if name.endswith((".wq.weight", ".wk.weight"))
+        else placement
+        for name, placement in table.items()
+    }

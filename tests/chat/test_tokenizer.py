@@ -387,3 +387,11 @@ def test_encode_chat_says_what_the_template_refuses(name: str, messages: tuple[A
     with pytest.raises(PromptError, match=f"the {made.version} template refuses") as caught:
         made.encode_chat(request(*messages))
     assert "\n" not in str(caught.value)  # errors are one line
+
+
+def test_tokenizer_whose_name_hides_its_version_is_refused(tmp_path: Path) -> None:
+    from tests.conftest import shipped_tokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(shipped_tokenizer().read_bytes())
+    with pytest.raises(TokenizerError, match=r"rename it"):
+        Tokenizer.from_folder(tmp_path)

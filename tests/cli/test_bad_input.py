@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mistral_chat.model import hf
 from tests.conftest import ROOT, TINY, Finished, Run, command_env, random_weights, write_params
 
 PROMPT = ("--prompt", "Hello", "--max_tokens", "2", "--device", "cpu")
 WEIGHTS = "consolidated.safetensors"
+HF_WEIGHTS = "model.safetensors"
 
 
 def _no_params(folder: Path) -> None:
@@ -68,6 +70,51 @@ def _wrong_tensors(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS)
 
 
+def _as_hf(**changes: Any) -> Callable[[Path], None]:
+    """The same folder in Hugging Face's layout, with changes to config.json."""
+
+    def change(folder: Path) -> None:
+        config = {
+            "architectures": ["MistralForCausalLM"],
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+            "vocab_size": 32768,
+        }
+        _no_params(folder)
+        weights = load_file(folder / WEIGHTS)
+        _no_weights(folder)
+        save_file({hf.stored_name(name): w for name, w in weights.items()}, folder / HF_WEIGHTS)
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def _hf_of_another_shape(folder: Path) -> None:
+    _as_hf()(folder)
+    write_params(folder, TINY, hidden_dim=128)
+
+
+def _hf_wrong_tensors(folder: Path) -> None:
+    _as_hf()(folder)
+    weights = load_file(folder / HF_WEIGHTS)
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    weights["model.norm.weight"] = torch.ones(65)
+    save_file(weights, folder / HF_WEIGHTS)
+    os.truncate(folder / HF_WEIGHTS, (folder / HF_WEIGHTS).stat().st_size - 1000)
+
+
+def _hf_tokenizer_alone(folder: Path) -> None:
+    _as_hf()(folder)
+    (folder / "tokenizer.model.v3").rename(folder / "tokenizer.json")
+
+
 def _params(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         write_params(folder, TINY, **changes)
@@ -94,6 +141,26 @@ BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
             "layers.0.ffn_norm.weight in consolidated.safetensors has type I32",
         ),
     ),
+    (
+        _as_hf(architectures=["LlamaForCausalLM"]),
+        ("config.json says LlamaForCausalLM: expected MistralForCausalLM",),
+    ),
+    (_as_hf(quantization_config={}), ("config.json: quantization_config is not supported",)),
+    (
+        _hf_of_another_shape,
+        ("hidden_dim is 128 in params.json, intermediate_size is 96 in config.json",),
+    ),
+    (
+        _hf_wrong_tensors,
+        (
+            "model.safetensors has ",
+            "truncated",
+            "model.layers.1.self_attn.k_proj.weight is missing",
+            "model.layers.0.self_attn.q_proj.bias in model.safetensors is not a tensor",
+            "model.norm.weight in model.safetensors has shape [65]; expected [64] from config.json",
+        ),
+    ),
+    (_hf_tokenizer_alone, ("tokenizer is missing", "tokenizer.json is never read")),
     (_params(moe={"num_experts": 8}), ("moe is not supported",)),
     (_params(lora={"rank": 8}), ("lora is not supported",)),
     (_params(vision_encoder={"hidden_size": 8}), ("vision_encoder is not supported",)),
@@ -124,6 +191,14 @@ def test_broken_folder_is_named(
 ) -> None:
     breaks(broken_folder)
     _refused(run(broken_folder, *PROMPT), *said)
+
+
+def test_load_format_that_is_not_there_is_named(run: Run, broken_folder: Path) -> None:
+    done = run(broken_folder, *PROMPT, "--load_format", "hf")
+    _refused(done, "config.json is missing (found params.json)")
+    _as_hf()(broken_folder)
+    done = run(broken_folder, *PROMPT, "--load_format", "consolidated")
+    _refused(done, "params.json is missing (found config.json)")
 
 
 def test_missing_folder_is_named(run: Run, tmp_path: Path) -> None:
@@ -192,7 +267,7 @@ def test_context_beyond_the_model_is_refused(run: Run, tiny_folder: Path) -> Non
         (["--instruct=yes"], "takes no value"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["a second word"], "expected one MODEL"),
-        (["--json_object"], "not built yet"),
+        (["--json_object", "--stop", "x"], "--stop and --json_object"),
     ],
 )
 def test_wrong_usage_ends_with_2(run: Run, tiny_folder: Path, words: list[str], said: str) -> None:

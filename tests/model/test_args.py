@@ -127,7 +127,7 @@ def test_sliding_window_may_stand_under_both_names_only_when_they_agree() -> Non
         TransformerArgs.from_dict(SMALL | both | {"_sliding_window": 5})
 
 
-@pytest.mark.parametrize("window", [0, -1, 2.5, "4096", [4, 0], [4, 4, 4], [], [4] * 8])
+@pytest.mark.parametrize("window", [0, -1, 2.5, True, "4096", [4, 0], [4, 4, 4], [], [4] * 8])
 def test_sliding_window_that_fits_no_layers_is_refused(window: Any) -> None:
     with pytest.raises(CheckpointError, match="sliding_window"):
         TransformerArgs.from_dict(SMALL | {"sliding_window": window})
@@ -141,7 +141,7 @@ def test_args_refuse_a_size_that_is_no_whole_number(name: str, value: Any) -> No
 
 
 @pytest.mark.parametrize("name", ["norm_eps", "rope_theta"])
-@pytest.mark.parametrize("value", [0, -1e-5, "1e-5", math.nan])
+@pytest.mark.parametrize("value", [0, -1e-5, "1e-5", math.nan, True])
 def test_args_refuse_a_number_that_is_not_above_zero(name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=name):
         TransformerArgs.from_dict(SMALL | {name: value})
@@ -194,7 +194,10 @@ def test_read_args_names_folder_and_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"params.json is missing \(found none\)"):
         read_args(tmp_path)
     write(tmp_path, {}, "config.json")
-    with pytest.raises(CheckpointError, match=r"found a Hugging Face config.json"):
+    with pytest.raises(CheckpointError, match=r"params.json is missing \(found config.json\)"):
+        read_args(tmp_path, "consolidated")
+    (tmp_path / "consolidated.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"params.json is missing \(found config.json\)"):
         read_args(tmp_path)
     with pytest.raises(CheckpointError, match=r"config.json is a file; expected the folder"):
         read_args(tmp_path / "config.json")
@@ -221,3 +224,24 @@ def test_read_args_refuses_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_bytes(b'{"dim": "\xff"}')
     with pytest.raises(CheckpointError, match=r"params.json: not valid JSON"):
         read_args(tmp_path)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "consolidated", "dummy"])
+def test_read_args_refuses_a_config_of_another_shape(tmp_path: Path, load_format: Any) -> None:
+    write(tmp_path, SMALL)
+    config = {"hidden_size": 8, "num_hidden_layers": 5, "head_dim": None, "vocab_size": 12}
+    write(tmp_path, config, "config.json")
+    with pytest.raises(CheckpointError) as caught:
+        read_args(tmp_path, load_format)
+    message = str(caught.value)
+    assert "n_layers is 4 in params.json, num_hidden_layers is 5 in config.json" in message
+    assert "vocab_size is 11 in params.json, vocab_size is 12 in config.json" in message
+    assert "head_dim" not in message  # null says nothing
+    assert "hidden_size" not in message  # equal
+
+
+def test_read_args_compares_a_config_of_mistrals_layout_in_sizes_alone(tmp_path: Path) -> None:
+    write(tmp_path, SMALL)
+    config = {"architectures": ["Other"], "hidden_size": 8, "rms_norm_eps": 1.0, "moe": {}}
+    write(tmp_path, config, "config.json")
+    assert read_args(tmp_path) == TransformerArgs(**SMALL)

@@ -20,16 +20,15 @@ from torch import Tensor
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.checkpoint import (
-    INDEX,
+    MOST_FAULTS,
     PICKLE,
-    SINGLE,
     check_tensors,
     find_weights,
     load_weights,
     local_bytes,
     read_headers,
 )
-from mistral_chat.model.sharding import Shard, placements
+from mistral_chat.model.sharding import Placement, Shard, placements
 from mistral_chat.model.transformer import Alone, Transformer
 from tests.conftest import ROOT, random_weights
 from tests.scripts import load_share
@@ -45,6 +44,8 @@ ARGS = TransformerArgs(
     vocab_size=1031,
 )
 Weights = dict[str, Tensor]
+SINGLE = "consolidated.safetensors"
+INDEX = "consolidated.safetensors.index.json"
 
 
 def shard_name(n: int, total: int) -> str:
@@ -106,9 +107,9 @@ def load(
     model = Transformer(args, Shard(args, **place), Alone()).to(dtype)
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    tensors = read_headers(folder)
-    check_tensors(folder, tensors, model.placements())
-    load_weights(model, tensors)
+    headers = read_headers(folder)
+    check_tensors(folder, headers, model.placements())
+    load_weights(model, headers)
     return model
 
 
@@ -266,24 +267,59 @@ def test_find_weights_refuses_two_sets(
 def test_find_weights_says_what_is_there_instead(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"weights are missing \(found none\)"):
         find_weights(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"found only pytorch_model.bin, which is never read"):
+        find_weights(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"found only model-00001-of-00002.safetensors"):
+    (tmp_path / "params.json").touch()
+    with pytest.raises(
+        CheckpointError, match=r"found only model-00001-of-00002.safetensors, Hugging Face's"
+    ):
         find_weights(tmp_path)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
-def test_find_weights_names_a_missing_shard(tmp_path: Path, lost: int) -> None:
+def test_check_tensors_names_a_missing_shard(tmp_path: Path, lost: int) -> None:
     write_shards(tmp_path, random_weights(ARGS))
     (tmp_path / shard_name(lost, 3)).unlink()
-    with pytest.raises(CheckpointError, match=f"shard {lost} of 3 is missing"):
-        find_weights(tmp_path)
+    assert faults_of(tmp_path) == f"{tmp_path}: {shard_name(lost, 3)} is missing"
 
 
-def test_find_weights_names_a_missing_shard_of_an_index(tmp_path: Path) -> None:
+def test_check_tensors_names_a_missing_shard_of_an_index(tmp_path: Path) -> None:
     write_indexed(tmp_path, random_weights(ARGS))
     (tmp_path / shard_name(2, 3)).unlink()
-    with pytest.raises(CheckpointError, match=f"{shard_name(2, 3)}, which is missing"):
-        find_weights(tmp_path)
+    said = f"{tmp_path}: {INDEX} names {shard_name(2, 3)}, which is missing"
+    assert faults_of(tmp_path) == said
+
+
+def test_check_tensors_names_faults_of_files_and_of_tensors_at_once(tmp_path: Path) -> None:
+    write_indexed(tmp_path, random_weights(ARGS))
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    broken, lost, long = (shard_name(n, 3) for n in (1, 2, 3))
+    (tmp_path / broken).write_bytes(b"<html>not found</html>")
+    (tmp_path / lost).unlink()
+    with (tmp_path / long).open("ab") as file:
+        file.write(b"x")
+    write_index(tmp_path, weight_map | {"phantom": long})
+    message = faults_of(tmp_path, replace(ARGS, dim=26))
+    for said in (
+        f"{broken} is truncated or no safetensors file",
+        f"{INDEX} names {lost}, which is missing",
+        f"{long} has",
+        f"{INDEX} says that {long} holds phantom, which it does not",
+        f"in {long} has shape",
+    ):
+        assert said in message
+    # What lies in files that nothing is known of is not called missing too.
+    assert message.count(" is missing") == 1
+
+
+def test_check_tensors_calls_a_tensor_missing_that_no_lost_file_can_hold(tmp_path: Path) -> None:
+    weights = random_weights(ARGS)
+    del weights["norm.weight"]
+    write_indexed(tmp_path, weights)
+    (tmp_path / shard_name(2, 3)).unlink()
+    assert faults_of(tmp_path).endswith("which is missing; norm.weight is missing")
 
 
 def test_find_weights_refuses_shards_of_two_sets(tmp_path: Path) -> None:
@@ -341,8 +377,8 @@ def test_check_tensors_says_how_many_faults_it_leaves_out(tmp_path: Path) -> Non
     write_single(tmp_path, {f"stray.{n}": torch.zeros(1) for n in range(5)})
     message = faults_of(tmp_path)
     n_tensors = len(placements(Shard(ARGS)))
-    assert message.count("is missing") + message.count("is not a tensor") == 20
-    assert message.endswith(f"and {n_tensors + 5 - 20} more")
+    assert message.count("is missing") + message.count("is not a tensor") == MOST_FAULTS
+    assert message.endswith(f"; and {n_tensors + 5 - MOST_FAULTS} more")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
@@ -458,21 +494,18 @@ def test_read_headers_names_a_file_with_garbage_for_a_header(
     tmp_path: Path, header: bytes, n_bytes: int
 ) -> None:
     (tmp_path / SINGLE).write_bytes(safetensors_bytes(header, n_bytes))
-    with pytest.raises(CheckpointError, match=SINGLE):
-        read_headers(tmp_path)
+    assert SINGLE in faults_of(tmp_path)
 
 
 def test_read_headers_refuses_a_length_that_no_header_has(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
-    with pytest.raises(CheckpointError, match=SINGLE):
-        read_headers(tmp_path)
+    assert SINGLE in faults_of(tmp_path)
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"norm.weight": [1.0]}])
 def test_read_headers_refuses_a_pickle_of_anything_else(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / PICKLE)
-    with pytest.raises(CheckpointError, match=PICKLE):
-        read_headers(tmp_path)
+    assert PICKLE in faults_of(tmp_path)
 
 
 class Malicious:
@@ -487,8 +520,7 @@ class Malicious:
 
 def test_read_headers_runs_nothing_that_a_pickle_holds(tmp_path: Path) -> None:
     torch.save({"norm.weight": Malicious(tmp_path / "ran")}, tmp_path / PICKLE)
-    with pytest.raises(CheckpointError, match=PICKLE):
-        read_headers(tmp_path)
+    assert PICKLE in faults_of(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -503,7 +535,8 @@ def test_load_weights_names_file_and_tensor_when_a_read_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    tensors = read_headers(tmp_path)
+    headers = read_headers(tmp_path)
+    tensors = headers.tensors
     broken = "layers.1.feed_forward.w2.weight"
     whole = os.preadv
 
@@ -516,7 +549,7 @@ def test_load_weights_names_file_and_tensor_when_a_read_fails(
 
     monkeypatch.setattr("mistral_chat.model.checkpoint.os.preadv", fail_in_one_tensor)
     with pytest.raises(CheckpointError) as caught:
-        load_weights(Transformer(ARGS), tensors)
+        load_weights(Transformer(ARGS), headers)
     assert str(tensors[broken].path) in str(caught.value)
     assert broken in str(caught.value)
     assert os.strerror(errno.EIO) in str(caught.value)
@@ -524,22 +557,22 @@ def test_load_weights_names_file_and_tensor_when_a_read_fails(
 
 def test_load_weights_names_file_and_tensor_when_a_file_shrank(tmp_path: Path) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    tensors = read_headers(tmp_path)
+    headers = read_headers(tmp_path)
     path = tmp_path / shard_name(2, 3)
-    last = max((t.offset, n) for n, t in tensors.items() if t.path == path)[1]
+    last = max((t.offset, n) for n, t in headers.tensors.items() if t.path == path)[1]
     os.truncate(path, path.stat().st_size - 4)
     with pytest.raises(CheckpointError, match="shrank") as caught:
-        load_weights(Transformer(ARGS), tensors)
+        load_weights(Transformer(ARGS), headers)
     assert str(path) in str(caught.value)
     assert last in str(caught.value)
 
 
 def test_load_weights_names_a_file_that_is_gone(tmp_path: Path) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    tensors = read_headers(tmp_path)
+    headers = read_headers(tmp_path)
     (tmp_path / shard_name(3, 3)).unlink()
     with pytest.raises(CheckpointError, match=shard_name(3, 3)):
-        load_weights(Transformer(ARGS), tensors)
+        load_weights(Transformer(ARGS), headers)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -547,7 +580,7 @@ def test_load_weights_closes_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    tensors = read_headers(tmp_path)
+    headers = read_headers(tmp_path)
     opened: list[int] = []
     really_open, really_close = os.open, os.close
 
@@ -564,9 +597,9 @@ def test_load_weights_closes_its_files(
     if fails:
         os.truncate(tmp_path / shard_name(3, 3), 200)
         with pytest.raises(CheckpointError):
-            load_weights(Transformer(ARGS), tensors)
+            load_weights(Transformer(ARGS), headers)
     else:
-        load_weights(Transformer(ARGS), tensors)
+        load_weights(Transformer(ARGS), headers)
     assert opened == []
 
 
@@ -578,17 +611,17 @@ def test_local_bytes_is_what_the_parameters_take(world_size: int) -> None:
         assert local_bytes(model.placements().values(), torch.bfloat16) == 2 * held
 
 
-def write_zeros(folder: Path, args: TransformerArgs, dtype: str, itemsize: int) -> int:
+def write_zeros(path: Path, table: dict[str, Placement], dtype: str, itemsize: int) -> int:
     """A checkpoint of zeros that takes no room on disk; gives its size."""
     header: dict[str, Any] = {}
     at = 0
-    for name, placement in placements(Shard(args)).items():
+    for name, placement in table.items():
         end = at + itemsize * math.prod(placement.shape)
         header[name] = {"dtype": dtype, "shape": placement.shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
-    (folder / SINGLE).write_bytes(safetensors_bytes(text, 0))
-    os.truncate(folder / SINGLE, 8 + len(text) + at)
+    path.write_bytes(safetensors_bytes(text, 0))
+    os.truncate(path, 8 + len(text) + at)
     return at
 
 
@@ -600,7 +633,8 @@ def write_zeros(folder: Path, args: TransformerArgs, dtype: str, itemsize: int) 
 def test_load_weights_takes_little_more_memory_than_the_share(
     tmp_path: Path, stored: str, itemsize: int, held: str
 ) -> None:
-    size = write_zeros(tmp_path, load_share.ARGS, stored, itemsize)
+    table = placements(Shard(load_share.ARGS))
+    size = write_zeros(tmp_path / SINGLE, table, stored, itemsize)
     assert size * 4 / itemsize > 600e6
     done = subprocess.run(
         [sys.executable, "-m", "tests.scripts.load_share", str(tmp_path), held],

@@ -1,0 +1,208 @@
+"""Hugging Face's layout of a Mistral model, in Mistral's words: files, config.json, tensor names.
+
+Translates and chooses; reads no weights and knows no ranks. Where config.json leaves a key out,
+its meaning is that of transformers' MistralConfig (transformers 5,
+`models/mistral/configuration_mistral.py`).
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from mistral_chat.config import LoadFormat
+from mistral_chat.errors import CheckpointError
+
+__all__ = [
+    "Layout",
+    "choose_layout",
+    "disagreements",
+    "find_files",
+    "in_config_words",
+    "is_unused",
+    "stored_name",
+    "to_params",
+]
+
+Layout = Literal["consolidated", "hf"]
+
+ARCHITECTURE = "MistralForCausalLM"
+DEFAULT_SLIDING_WINDOW = 4096  # MistralConfig's, for a config.json without the key
+
+_SIZES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+}
+_KEYS = _SIZES | {
+    "norm_eps": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+    "max_seq_len": "max_position_embeddings",
+}
+# What a dense Mistral model computes whatever these say; any other value asks for another model.
+_ONLY: dict[str, tuple[object, ...]] = {
+    "hidden_act": (None, "silu"),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "partial_rotary_factor": (None, 1),
+}
+_ROPE_TABLES = ("rope_parameters", "rope_scaling")  # of transformers 5 and of those before it
+
+_OUTER = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+_IN_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+
+
+def find_files(folder: Path, layout: Layout) -> list[Path]:
+    """Files of weights with a layout's names; an index alone is none."""
+    names = ["model*.safetensors"]
+    if layout == "consolidated":
+        names = ["consolidated*.safetensors", "consolidated.*.pth"]
+    return sorted(path for name in names for path in folder.glob(name))
+
+
+def choose_layout(folder: Path, load_format: LoadFormat = "auto") -> Layout:
+    """The layout that a folder is read in: Mistral's own where all of it is there.
+
+    Args:
+        folder: a model folder.
+        load_format: `consolidated` and `hf` are taken at their word.
+    """
+    if load_format == "consolidated" or load_format == "hf":
+        return load_format
+    ours, theirs = find_files(folder, "consolidated"), find_files(folder, "hf")
+    params, config = (folder / "params.json").exists(), (folder / "config.json").exists()
+    if params and ours:
+        return "consolidated"
+    if config and theirs:
+        return "hf"
+    # Neither is whole: go by what is there, so that the error names what is not.
+    if params or ours:
+        return "consolidated"
+    return "hf" if config or theirs else "consolidated"
+
+
+def to_params(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What params.json would say of a config.json.
+
+    Args:
+        path: of config.json, for errors.
+        config: its content.
+
+    Returns:
+        values under params.json's keys, not yet checked; a required key that config.json lacks
+        is None.
+
+    Raises:
+        CheckpointError: another architecture, or a value that asks for one, by name.
+    """
+    named = config.get("architectures")
+    if not (isinstance(named, list) and named and all(isinstance(name, str) for name in named)):
+        raise CheckpointError(f"{path}: architectures is {named!r}: expected {[ARCHITECTURE]}")
+    if named != [ARCHITECTURE]:
+        raise CheckpointError(f"{path} says {', '.join(named)}: expected {ARCHITECTURE}")
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{path}: quantization_config is not supported: expected weights that are floats"
+        )
+    for key, values in _ONLY.items():
+        if config.get(key) not in values:
+            raise CheckpointError(
+                f"{path}: {key} {config[key]!r} is not supported: expected {values[-1]!r}"
+            )
+    window = config.get("sliding_window", DEFAULT_SLIDING_WINDOW)
+    if isinstance(window, list):
+        raise CheckpointError(f"{path}: sliding_window is {window}: expected one number or null")
+    params = {ours: config.get(theirs) for ours, theirs in _KEYS.items()}
+    if params["head_dim"] is None:
+        params["head_dim"] = _derive_head_dim(path, params["dim"], params["n_heads"])
+    if params["tied_embeddings"] is None:
+        params["tied_embeddings"] = False
+    return params | {"sliding_window": window, "rope_theta": _rope_theta(path, config)}
+
+
+def _derive_head_dim(path: Path, dim: object, n_heads: object) -> int:
+    if type(dim) is not int or type(n_heads) is not int or min(dim, n_heads) < 1:
+        return 2  # any: what it would follow from is refused by name
+    if dim % n_heads:
+        raise CheckpointError(
+            f"{path}: head_dim is missing and hidden_size ({dim}) is no multiple of "
+            f"num_attention_heads ({n_heads})"
+        )
+    return dim // n_heads
+
+
+def _rope_theta(path: Path, config: dict[str, Any]) -> object:
+    found = {"": config.get("rope_theta")}
+    for name in _ROPE_TABLES:
+        table = config.get(name)
+        if table is None:
+            continue
+        if not isinstance(table, dict):
+            raise CheckpointError(f"{path}: {name} is {table!r}: expected an object or null")
+        for key in ("rope_type", "type"):
+            if table.get(key, "default") != "default":
+                raise CheckpointError(
+                    f"{path}: {key} {table[key]!r} in {name} is not supported: expected 'default'"
+                )
+        if table.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
+            raise CheckpointError(
+                f"{path}: partial_rotary_factor {table['partial_rotary_factor']!r} in {name} is "
+                f"not supported: expected 1"
+            )
+        found[f" in {name}"] = table.get("rope_theta")
+    said = {where: theta for where, theta in found.items() if theta is not None}
+    if not said:
+        raise CheckpointError(f"{path}: rope_theta is missing")
+    first = next(iter(said.values()))
+    if any(theta != first for theta in said.values()):
+        values = ", ".join(f"{theta!r}{where}" for where, theta in said.items())
+        raise CheckpointError(f"{path}: rope_theta is {values}: expected one value")
+    return first
+
+
+def in_config_words(message: str) -> str:
+    """An error about params.json's keys, with config.json's names of them."""
+    return re.sub(r"\w+", lambda word: _KEYS.get(word[0], word[0]), message)
+
+
+def disagreements(params: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Sizes that a params.json and a config.json both give, and give differently."""
+    return [
+        f"{ours} is {params[ours]!r} in params.json, {theirs} is {config[theirs]!r} in config.json"
+        for ours, theirs in _SIZES.items()
+        if None not in (params.get(ours), config.get(theirs)) and params[ours] != config[theirs]
+    ]
+
+
+def stored_name(name: str) -> str:
+    """Hugging Face's name of a tensor of Mistral's: `layers.0.attention.wq.weight` and so on."""
+    stem = name.removesuffix(".weight")
+    if stem in _OUTER:
+        return f"{_OUTER[stem]}.weight"
+    _, layer, part = stem.split(".", 2)
+    return f"model.layers.{layer}.{_IN_LAYER[part]}.weight"
+
+
+def is_unused(name: str) -> bool:
+    """Whether a stored tensor that the model does not take may be there all the same.
+
+    Tables of rotations, and the output matrix of a model that has tied it to its embedding.
+    """
+    return name == "lm_head.weight" or ".rotary_emb." in name
