@@ -70,6 +70,41 @@ class Conversation:
             self._written[len(self.messages)] = tuple(ids)
         self.messages.append(AssistantMessage(content=text))
 
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        first = self.messages[0] if self.messages else None
+        return str(first.content) if isinstance(first, SystemMessage) else None
+
+    @property
+    def last_ids(self) -> tuple[int, ...] | None:
+        """Ids of the last message, where the model chose them as they are."""
+        return self._written.get(len(self.messages) - 1)
+
+    def set_system(self, system: str | None) -> None:
+        """Another system prompt, or none; the rest stays."""
+        had = self.system is not None
+        rest = self.messages[1:] if had else self.messages
+        new: list[Message] = [] if system is None else [SystemMessage(content=system)]
+        shift = len(new) - had
+        self.messages = [*new, *rest]
+        self._written = {index + shift: ids for index, ids in self._written.items()}
+
+    def undo(self) -> str | None:
+        """Take back the last exchange.
+
+        Returns:
+            what the person had said; None when nothing was said.
+        """
+        said = [i for i, message in enumerate(self.messages) if isinstance(message, UserMessage)]
+        if not said:
+            return None
+        last = said[-1]
+        text = str(self.messages[last].content)
+        del self.messages[last:]
+        self._written = {index: ids for index, ids in self._written.items() if index < last}
+        return text
+
     def clear(self) -> None:
         """Forget all messages but the system prompt."""
         self.messages = [m for m in self.messages if isinstance(m, SystemMessage)]

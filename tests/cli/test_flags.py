@@ -32,6 +32,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "seed": ("11", 11),
     "stop": ("END", ("END",)),
     "logprobs": ("3", 3),
+    "resume": ("20260101-000000-abcd", "20260101-000000-abcd"),
     "nproc_per_node": ("2", 2),
     "device": ("cpu", "cpu"),
     "dtype": ("float16", "float16"),
@@ -40,7 +41,7 @@ VALUES: dict[str, tuple[str, Any]] = {
 }
 SWITCHES = ("instruct", "json", "stats", "quiet")
 NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
-         "logprobs": ["--json"]}  # fmt: skip
+         "logprobs": ["--json"], "resume": ["--instruct"]}  # fmt: skip
 _FIELDS = {"file": "files"}
 
 
@@ -89,7 +90,7 @@ def without_heavy(tmp_path: Path) -> dict[str, str]:
         (["--version"], 0),
         (["MODEL", "--promt", "x"], 2),
         (["MODEL", "--temperature", "-1"], 2),
-        (["MODEL", "--json_object"], 2),
+        (["MODEL", "--json_object", "--stop", "x"], 2),
         (["demo", "--promt", "x"], 2),
         (["bench", "MODEL", "--dtyp", "auto"], 2),
         (["bench", "--help"], 0),
@@ -116,7 +117,7 @@ def test_heavy_imports_are_seen_by_this_check(
 def test_help_names_every_flag_once() -> None:
     text = flags.help_text()
     named = re.findall(r"^  --(\w+)", text, re.MULTILINE)
-    assert sorted(named) == sorted([*VALUES, *SWITCHES, "config", "help", "version"])
+    assert sorted(named) == sorted([*VALUES, *SWITCHES, "no_save", "config", "help", "version"])
     assert "\x1b" not in text
 
 
@@ -238,7 +239,7 @@ def test_value_out_of_range_is_refused_by_name(
         (["--instruct", "--system", "x", "--system_file", "y"], "--system and --system_file"),
         (["--instruct", "--tools", "x.py"], "expected a .json file"),
         (["--stats", "--quiet"], "--stats and --quiet"),
-        (["--json_schema", "x"], "not built yet"),
+        (["--json_schema", "x", "--json_object"], "--json_schema and --json_object"),
         (["again"], "expected one MODEL"),
     ],
 )
@@ -271,3 +272,30 @@ def test_preset_may_not_say_what_to_answer(tmp_path: Path, name: str) -> None:
     path.write_text(f"[run]\n{name} = 'x'\n")
     with pytest.raises(UsageError, match=rf"unknown key {name} in \[run\]"):
         _parse("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [
+        ((), None),
+        (("--resume",), "latest"),
+        (("--resume", "20260101-000000-abcd"), "20260101-000000-abcd"),
+        (("--resume=2026",), "2026"),
+        (("--resume", "--stats"), "latest"),
+    ],
+)
+def test_resume_takes_an_id_or_nothing(words: tuple[str, ...], resume: str | None) -> None:
+    options = flags.parse(flags.normalize([*words, "--instruct", "MODEL"]))
+    assert options.resume == resume
+    assert options.engine.model == Path("MODEL")
+
+
+def test_no_save_is_heard() -> None:
+    assert _parse("--instruct").save
+    assert not _parse("--instruct", "--no-save").save
+
+
+@pytest.mark.parametrize("words", [("--resume",), ("--instruct", "--resume", "--prompt", "x")])
+def test_resume_is_for_chats(words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="resume"):
+        _parse(*words)

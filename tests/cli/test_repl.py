@@ -177,3 +177,88 @@ def test_stdout_of_a_chat_holds_answers_alone(tiny_folder: Path, tmp_path: Path)
     first, second, nothing = answers.read_text().split("\n")
     assert first == second != ""
     assert nothing == ""
+
+
+def test_commands_change_the_chat(tiny_folder: Path, tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("from the file")
+    saved = tmp_path / "chat.md"
+    with _terminal(
+        tmp_path, tiny_folder, "--instruct", "--max_tokens", "3", "--seed", "3"
+    ) as child:
+
+        def type_line(line: str, *expected: str) -> None:
+            _await_prompt(child)
+            child.send(line + "\r")
+            for pattern in expected:
+                child.expect(pattern)
+
+        type_line("/undo", "nothing to take back")
+        type_line("/system Be brief.", "system prompt: Be brief.")
+        type_line("/set temperature 0", "temperature 0.0")
+        type_line("/set temperature warm", "error: /set temperature")
+        type_line("first", "stopped at")
+        type_line(f"/file {note}", "comes before the next message")
+        type_line("second", "stopped at")
+        type_line("/tokens", r"\d+ tokens in this chat, .* \d+ of 512 left")
+        type_line("/stats", r"3 tokens, .* tokens/s")
+        type_line(f"/save {saved}", "written to")
+        type_line("/regen", "stopped at")
+        type_line("/undo", "taken back: from the file second")
+        type_line("/undo", "taken back: first")
+        type_line("/show", "system prompt: Be brief.", r"kept in .*jsonl")
+        type_line("/list", r"\d{8}-\d{6}-[0-9a-f]{4}")
+        type_line("/file", "error: /file takes one path")
+        type_line('"""', "")
+        child.send('two\rlines"""\r')
+        child.expect("stopped at")
+        _await_prompt(child)
+        assert _leave(child) == 0
+    text = saved.read_text()
+    assert "from the file\n\nsecond" in text
+    assert text.count("## Model") == 2
+    sessions = list((tmp_path / "mistral-chat" / "sessions").iterdir())
+    assert len(sessions) == 1
+    assert "two\\nlines" in sessions[0].read_text()
+
+
+def test_chat_goes_on_after_kill_9(tiny_folder: Path, tmp_path: Path) -> None:
+    words = [tiny_folder, "--instruct", "--max_tokens", "3", "--temperature", "0"]
+    with _terminal(tmp_path, *words) as child:
+        _await_prompt(child)
+        child.send("a first question\r")
+        child.expect("stopped at")
+        _await_prompt(child)
+        child.kill(9)
+        child.expect(pexpect.EOF)
+    with _terminal(tmp_path, *words, "--resume") as child:
+        child.expect("2 messages")
+        child.expect("> a first question")
+        _await_prompt(child)
+        child.send("/tokens\r")
+        child.expect(r"\d+ tokens in this chat")
+        _await_prompt(child)
+        assert _leave(child) == 0
+    files = list((tmp_path / "mistral-chat" / "sessions").iterdir())
+    assert len(files) == 1
+    with _terminal(tmp_path, *words, "--no_save") as child:
+        _await_prompt(child)
+        child.send("of this no trace\r")
+        child.expect("stopped at")
+        _await_prompt(child)
+        child.send("/show\r")
+        child.expect("not kept")
+        _await_prompt(child)
+        assert _leave(child) == 0
+    assert list((tmp_path / "mistral-chat" / "sessions").iterdir()) == files
+    assert "no trace" not in files[0].read_text()
+
+
+def test_resume_of_a_chat_that_is_not_there_ends_before_loading(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    with _terminal(tmp_path, tiny_folder, "--instruct", "--resume") as child:
+        child.expect("error: no chat is kept")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 1

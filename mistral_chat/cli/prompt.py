@@ -1,0 +1,113 @@
+"""The line that a person types at: several lines, history over sessions, completion, an editor.
+
+prompt_toolkit does the work; this says which keys and what stands at the bottom.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import platformdirs
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import create_input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
+
+from mistral_chat.cli import render
+from mistral_chat.cli.terminal import is_fancy
+
+__all__ = ["BLOCK", "make_prompt", "unwrap_block"]
+
+BLOCK = '"""'
+WITH_PATHS = ("/file", "/save", "/load")
+
+
+class _Completer(Completer):
+    """Commands, then paths where a command takes one."""
+
+    def __init__(self, commands: Mapping[str, str]) -> None:
+        self._commands = commands
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        name, space, rest = text.partition(" ")
+        if not text.startswith("/") or "\n" in text:
+            return
+        if not space:
+            for command, meaning in self._commands.items():
+                if command.startswith(name):
+                    yield Completion(command, -len(name), display_meta=meaning)
+        elif name in WITH_PATHS:
+            yield from self._paths.get_completions(Document(rest, len(rest)), complete_event)
+
+
+def make_prompt(commands: Mapping[str, str], bottom: Callable[[], str]) -> PromptSession[str]:
+    """The prompt of a chat.
+
+    Args:
+        commands: their names and meanings, to complete.
+        bottom: gives the line at the bottom of the window.
+    """
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if _in_block(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-g")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.open_in_editor()
+
+    return PromptSession(
+        history=_history(),
+        key_bindings=keys,
+        multiline=True,
+        completer=_Completer(commands),
+        complete_while_typing=False,
+        enable_history_search=False,
+        bottom_toolbar=bottom if is_fancy(sys.stderr) else None,
+        prompt_continuation="  ",
+        input=create_input(sys.stdin),
+        output=create_output(stdout=sys.stderr),  # stdout carries answers alone
+        tempfile_suffix=".md",
+    )
+
+
+def _in_block(text: str) -> bool:
+    """Whether a block of several lines is open."""
+    return text.lstrip().startswith(BLOCK) and text.count(BLOCK) % 2 == 1
+
+
+def unwrap_block(text: str) -> str:
+    """What stands between the marks of a block; other texts as they are."""
+    stripped = text.strip()
+    if stripped.startswith(BLOCK) and stripped.endswith(BLOCK) and len(stripped) >= 2 * len(BLOCK):
+        return stripped[len(BLOCK) : -len(BLOCK)].strip("\n")
+    return text
+
+
+def _history() -> History:
+    """Earlier messages, in a file that only its owner reads."""
+    path = Path(platformdirs.user_data_path("mistral-chat")) / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError as error:
+        render.note(f"mistral-chat: no history file ({path}: {error.strerror})")
+        return InMemoryHistory()
+    return FileHistory(path)

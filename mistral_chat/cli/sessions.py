@@ -1,0 +1,305 @@
+"""Chats kept on disk as they go: one JSON object a line, written through before anything follows.
+
+A session is a file that is only ever added to: its first line says what it is, then come messages,
+and what was undone. `kill -9` loses at most the answer being written. Read by people, too; private
+to their owner. Knows nothing of terminals or models.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from mistral_chat.chat.conversation import Conversation
+from mistral_chat.errors import SessionError
+
+__all__ = ["ID_PATTERN", "LATEST", "Session", "Summary", "sessions_folder", "summaries"]
+
+ID_PATTERN = r"\d{8}-\d{6}-[0-9a-f]{4}"
+LATEST = "latest"
+VERSION = 1
+
+
+def sessions_folder() -> Path:
+    """Where sessions are kept: in the data directory of the XDG standard, on Linux."""
+    return Path(platformdirs.user_data_path("mistral-chat")) / "sessions"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One session of a list.
+
+    Args:
+        id: its name.
+        model: whom it was held with, last.
+        begins: the first message, on one line.
+        n_messages: of both sides.
+        changed: when something was last said.
+    """
+
+    id: str
+    model: str
+    begins: str
+    n_messages: int
+    changed: datetime
+
+
+@dataclass
+class _State:
+    """What a file's lines add up to."""
+
+    model: str = ""
+    system: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    n_lines: int = 0
+
+
+class Session:
+    """A chat's file, added to as the chat goes.
+
+    Args:
+        path: of a file that `create` or `open` has looked at.
+        model: the name of the model of now; ids of another model's answers are of no use to it.
+    """
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.path = path
+        self.model = model
+
+    @property
+    def id(self) -> str:
+        """What `--resume` and `/load` take."""
+        return self.path.stem
+
+    @classmethod
+    def create(cls, model: str, system: str | None) -> "Session":
+        """Begin a new one; its file comes with the first message.
+
+        Raises:
+            SessionError: the folder cannot be made.
+        """
+        folder = sessions_folder()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise SessionError(
+                f"{folder} cannot be made ({error.strerror}): expected a place to keep chats; "
+                f"--no_save keeps none"
+            ) from error
+        now = datetime.now()
+        session = cls(folder / f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.jsonl", model)
+        session._begin = {
+            "type": "session", "version": VERSION, "created": now.isoformat(timespec="seconds"),
+            "model": model, "system": system,
+        }  # fmt: skip
+        return session
+
+    _begin: dict[str, Any] | None = None
+
+    @classmethod
+    def open(cls, name: str, model: str) -> "Session":
+        """An earlier one.
+
+        Args:
+            name: its id, the beginning of one, a file, or `latest`.
+            model: of now.
+
+        Raises:
+            SessionError: there is none, more than one, or the file is no session.
+        """
+        path = _find(name)
+        _read(path)
+        _cut_torn_line(path)
+        return cls(path, model)
+
+    def add_user(self, text: str) -> None:
+        """Keep what the person said, before it is answered."""
+        self._write({"role": "user", "content": text})
+
+    def add_answer(self, text: str, ids: tuple[int, ...] | None, finish_reason: str) -> None:
+        """Keep what the model said."""
+        self._write(
+            {"role": "assistant", "content": text, "finish_reason": finish_reason,
+             "model": self.model, "ids": ids}
+        )  # fmt: skip
+
+    def drop_user(self) -> None:
+        """The last thing that the person said got no answer and is not part of the chat."""
+        self._write({"type": "unsaid"})
+
+    def undo(self) -> None:
+        """Keep that the last exchange was taken back."""
+        self._write({"type": "undo"})
+
+    def clear(self) -> None:
+        """Keep that the chat began anew."""
+        self._write({"type": "clear"})
+
+    def set_system(self, system: str | None) -> None:
+        """Keep another system prompt."""
+        self._write({"type": "system", "content": system})
+
+    def replay(self, conversation: Conversation) -> str | None:
+        """Bring a conversation to where the session is.
+
+        Args:
+            conversation: is overwritten, its tools stay.
+
+        Returns:
+            a message that never got its answer, to be asked again; it is not in the conversation.
+        """
+        state = _read(self.path)
+        messages = state.messages
+        unanswered = None
+        if messages and messages[-1]["role"] == "user":
+            unanswered = messages[-1]["content"]
+            self.drop_user()
+            messages = messages[:-1]
+        conversation.clear()
+        conversation.set_system(state.system)
+        for message in messages:
+            if message["role"] == "user":
+                conversation.add_user(message["content"])
+            else:
+                ids = message.get("ids") if message.get("model") == self.model else None
+                conversation.add_answer(message["content"], ids)
+        return unanswered
+
+    def branch(self) -> "Session":
+        """A copy that goes on by itself; this one stays as it is.
+
+        Raises:
+            SessionError: it cannot be written.
+        """
+        state = _read(self.path) if self._begin is None else _State()
+        other = Session.create(self.model, state.system)
+        for message in state.messages:
+            other._write(message)
+        return other
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        """Add a line and have it on the disk.
+
+        Raises:
+            SessionError: it cannot be written.
+        """
+        entries = [entry] if self._begin is None else [self._begin, entry]
+        lines = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
+        try:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            handle = os.open(self.path, flags, 0o600)
+            try:
+                os.write(handle, lines.encode("utf-8", "replace"))
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise SessionError(
+                f"{self.path} cannot be written ({error.strerror}): this chat is no longer kept"
+            ) from error
+        self._begin = None
+
+
+def summaries() -> list[Summary]:
+    """All sessions, the latest first. Files that are none are left out."""
+    found = []
+    for path in sessions_folder().glob("*.jsonl"):
+        try:
+            state = _read(path)
+            changed = datetime.fromtimestamp(path.stat().st_mtime)
+        except (SessionError, OSError):
+            continue
+        first = next((m["content"] for m in state.messages if m["role"] == "user"), "")
+        begins = " ".join(first.split())
+        found.append(Summary(path.stem, state.model, begins, len(state.messages), changed))
+    return sorted(found, key=lambda s: (s.changed, s.id), reverse=True)
+
+
+def _find(name: str) -> Path:
+    folder = sessions_folder()
+    if name == LATEST:
+        known = summaries()
+        if not known:
+            raise SessionError(f"no chat is kept in {folder}: nothing to go on with")
+        return folder / f"{known[0].id}.jsonl"
+    if "/" in name or name.endswith(".jsonl"):
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        raise SessionError(f"{name}: no such file")
+    matches = sorted(folder.glob(f"{name}*.jsonl")) if name.replace("-", "").isalnum() else []
+    if not matches:
+        raise SessionError(f"no chat {name!r} in {folder}: /list shows those there are")
+    if len(matches) > 1:
+        some = ", ".join(path.stem for path in matches[:4])
+        raise SessionError(f"{name!r} begins {len(matches)} chats ({some}): say more of it")
+    return matches[0]
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Take away the end of a line that was never finished, so that the next one stands alone."""
+    try:
+        with path.open("rb+") as file:
+            data = file.read()
+            if not data.endswith(b"\n"):
+                file.truncate(data.rfind(b"\n") + 1)
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise SessionError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file; a last line that was never finished is left out."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SessionError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise SessionError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(entry, dict):
+            raise SessionError(f"{path}, line {number}: expected an object")
+        yield entry
+
+
+def _read(path: Path) -> _State:
+    """What the lines of a session's file add up to.
+
+    Raises:
+        SessionError: the file cannot be read or is no session.
+    """
+    state = _State()
+    for entry in _lines(path):
+        state.n_lines += 1
+        if state.n_lines == 1:
+            if entry.get("type") != "session" or entry.get("version") != VERSION:
+                raise SessionError(f"{path}: no chat of this program (version {VERSION})")
+            state.model, state.system = str(entry.get("model")), entry.get("system")
+            continue
+        kind = entry.get("type")
+        if entry.get("role") in ("user", "assistant") and isinstance(entry.get("content"), str):
+            state.messages.append(entry)
+            state.model = str(entry.get("model", state.model))
+        elif kind == "undo":
+            while state.messages and state.messages.pop()["role"] != "user":
+                pass
+        elif kind == "unsaid":
+            if state.messages and state.messages[-1]["role"] == "user":
+                state.messages.pop()
+        elif kind == "clear":
+            state.messages.clear()
+        elif kind == "system":
+            state.system = entry.get("content")
+        else:
+            raise SessionError(f"{path}, line {state.n_lines}: found neither message nor mark")
+    if state.n_lines == 0:
+        raise SessionError(f"{path}: empty: expected a chat")
+    return state
