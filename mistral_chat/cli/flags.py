@@ -191,10 +191,10 @@ def _parser(prog: str, *, positional: bool) -> _Parser:
         ),
         epilog=(
             "commands: mistral-chat demo talks to a small embedded model, download fetches a "
-            "model, inspect says what one is and whether it fits, bench measures; each has its "
-            "--help. Under torchrun: torchrun --nproc-per-node 8 --no-python mistral-chat MODEL "
-            "--instruct. - and _ in flags are the same. Codes: 0 answered, 1 failed, 2 wrong "
-            "usage, 130 interrupted."
+            "model, inspect says what one is and whether it fits, bench measures, batch answers a "
+            "file of prompts; each has its --help. Under torchrun: torchrun --nproc-per-node 8 "
+            "--no-python mistral-chat MODEL --instruct. - and _ in flags are the same. Codes: 0 "
+            "answered, 1 failed, 2 wrong usage, 130 interrupted."
         ),
         add_help=False,
         allow_abbrev=False,

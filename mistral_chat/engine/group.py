@@ -294,4 +294,5 @@ class Group:
         if self._lifeline:
             self._lifeline.close()
             self._lifeline = None
+            self._sums.clear()  # a group that outlives its destruction keeps gloo's threads
             dist.destroy_process_group()

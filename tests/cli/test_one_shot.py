@@ -248,7 +248,7 @@ def test_no_words_at_all_shows_usage(run: Run) -> None:
 
 
 def test_word_that_is_a_command_needs_a_dot_to_be_a_folder(run: Run) -> None:
-    assert "not built yet" in run("inspect").err
+    assert "MODEL" in run("inspect").err
     assert "inspect: no such folder" in run("./inspect", "--prompt", "x").err
 
 

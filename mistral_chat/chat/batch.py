@@ -1,0 +1,149 @@
+"""Many prompts at once: each is encoded when its turn comes and answered when it ends.
+
+Over `Engine.generate_many`, beside `Chat`. Knows nothing of files. Imports nothing heavy until
+asked, so that questions can be read before there is a model.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mistral_chat.config import SamplingParams
+from mistral_chat.errors import PromptError
+
+if TYPE_CHECKING:
+    from mistral_common.protocol.instruct.tool_calls import Tool
+
+    from mistral_chat.chat.chat import Answer, AnswerBuilder
+    from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.engine.engine import Engine, Request, Token
+
+__all__ = ["Question", "answer_many"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One prompt of many: a text to go on from, or a conversation to answer.
+
+    Args:
+        prompt: text of a plain completion.
+        messages: or a conversation in OpenAI's form, for the chat template.
+        tools: function schemas of its own; None takes those offered to all.
+        params: how to sample.
+    """
+
+    prompt: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    params: SamplingParams
+
+    def __post_init__(self) -> None:
+        assert (self.prompt is None) != (self.messages is None)
+
+
+def answer_many(
+    engine: "Engine",
+    tokenizer: "Tokenizer",
+    questions: Iterable[Question],
+    tools: Sequence["Tool"] = (),
+) -> Iterator[tuple[int, "Token | Answer | PromptError"]]:
+    """Answer questions, as many at once as the engine has slots.
+
+    Args:
+        engine: of the loaded model.
+        tokenizer: of the same model.
+        questions: taken one by one as slots become free.
+        tools: offered in every conversation that brings none of its own.
+
+    Yields:
+        the question's number from 0, and each of its tokens, then its answer; or, alone, why it
+        cannot be answered.
+    """
+    from mistral_chat.engine.engine import Token
+
+    running: dict[int, tuple[int, Request, AnswerBuilder]] = {}
+    refused: deque[tuple[int, PromptError]] = deque()
+
+    def requests() -> Iterator["Request"]:
+        asked = itertools.count()
+        for number, question in enumerate(questions):
+            try:
+                request, builder = _prepare(engine, tokenizer, question, tools)
+            except PromptError as error:
+                refused.append((number, error))
+                continue
+            running[next(asked)] = number, request, builder
+            yield request
+
+    for index, event in engine.generate_many(requests()):
+        while refused:
+            yield refused.popleft()
+        number, request, builder = running[index]
+        builder.add(event)
+        if isinstance(event, Token):
+            yield number, event
+            if event.finish_reason or request.cancelled:  # cancelled by a stop text
+                del running[index]
+                yield number, builder.finish()[1]
+    yield from refused
+
+
+def _prepare(
+    engine: "Engine", tokenizer: "Tokenizer", question: Question, tools: Sequence["Tool"]
+) -> tuple["Request", "AnswerBuilder"]:
+    """What the engine runs for a question, and what reads its tokens.
+
+    Raises:
+        PromptError: it cannot be encoded, or leaves no room for an answer.
+    """
+    from mistral_chat.chat.chat import AnswerBuilder, make_request
+    from mistral_chat.chat.tools import make_tool
+
+    instruct = question.messages is not None
+    if question.tools is not None:
+        tools = [make_tool(tool, f"tool {n}") for n, tool in enumerate(question.tools, 1)]
+    if question.messages is None:
+        assert question.prompt is not None
+        ids = tokenizer.encode(question.prompt)
+    else:
+        ids = _encode_messages(tokenizer, question.messages, tools)
+    request, seed = make_request(
+        engine,
+        tokenizer,
+        ids,
+        question.params,
+        instruct=instruct,
+        tools=instruct and bool(tools),
+    )
+    engine.check(request)
+    return request, AnswerBuilder(tokenizer, request, seed, continues=not instruct)
+
+
+def _encode_messages(
+    tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]], tools: Sequence["Tool"]
+) -> list[int]:
+    from mistral_common.exceptions import MistralCommonException
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    for message in messages:
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else ():
+            # mistral-common would fetch a picture and leave its tokens in the prompt.
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            if kind not in ("text", "thinking"):
+                raise PromptError(f"messages hold a part of type {kind!r}: expected text")
+    try:
+        request: ChatCompletionRequest[Any] = ChatCompletionRequest.from_openai(
+            [dict(message) for message in messages]
+        )
+    except (MistralCommonException, ValueError, KeyError, TypeError, AttributeError,
+            AssertionError) as error:  # fmt: skip
+        # It reads messages with bare look-ups and asserts; pydantic's error is a ValueError.
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise PromptError(
+            f"messages are not a conversation in OpenAI's form ({first_line})"
+        ) from error
+    request.tools = list(tools) or None
+    return tokenizer.encode_chat(request)

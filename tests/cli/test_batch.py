@@ -1,0 +1,464 @@
+"""A file of prompts to a file of answers: equal to one by one, whatever stops it on the way."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mistral_chat import LLM, SamplingParams
+from mistral_chat.cli import batch, flags
+from mistral_chat.cli.main import main
+from tests.conftest import ROOT, Run, command_env
+
+OPENAI = {"method": "POST", "url": "/v1/completions"}
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """What a run in this process does with signals ends with it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _write(path: Path, *values: Any) -> Path:
+    """A file of JSON lines; a text or bytes are a line as they are."""
+    lines = [v if isinstance(v, (str, bytes)) else json.dumps(v) for v in values]
+    path.write_bytes(b"".join(x if isinstance(x, bytes) else x.encode() + b"\n" for x in lines))
+    return path
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+    assert not text or text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _run(
+    folder: Path, tmp_path: Path, *values: Any, words: tuple[object, ...] = ()
+) -> tuple[int, list[dict[str, Any]]]:
+    """Answer lines in this process, greedily unless they say otherwise."""
+    source = _write(tmp_path / "in", *values)
+    target = tmp_path / "out"
+    target.unlink(missing_ok=True)
+    fixed = ["batch", folder, source, target, "--device=cpu", "--dtype=float32"]
+    code = main([str(w) for w in (*fixed, "--temperature=0", "--quiet", *words)])
+    return code, _records(target.read_text())
+
+
+def _texts(records: list[dict[str, Any]]) -> dict[Any, str]:
+    texts = {record["id"]: record["text"] for record in records}
+    assert len(texts) == len(records)
+    return texts
+
+
+def _command(folder: Path, source: Path, target: Path, *words: object) -> list[str]:
+    return [sys.executable, "-m", "mistral_chat", "batch", *map(str, (folder, source, target)),
+            "--temperature=0", "--dtype=float32", *map(str, words)]  # fmt: skip
+
+
+def _start(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=command_env(),
+        cwd=ROOT,
+        **options,
+    )
+
+
+def _await_lines(path: Path, n: int) -> None:
+    limit = time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < n:
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+def test_killed_twice_and_started_again_is_one_by_one(tiny_folder: Path, tmp_path: Path) -> None:
+    prompts = {n: f"{n} plus {n * n % 17} is" for n in range(1, 201)}
+    values = [{"prompt": text, "max_tokens": 2 + n % 7} for n, text in prompts.items()]
+    source, target = _write(tmp_path / "in", *values), tmp_path / "out"
+    command = _command(tiny_folder, source, target, "--max_batch_size", 6)
+    for n_lines in (30, 110):
+        with _start(command) as process:
+            _await_lines(target, n_lines)
+            process.kill()
+        assert target.read_bytes().count(b"\n") < 200
+        with target.open("ab") as file:  # as a kill between two writes of one line would
+            file.write(b'{"id": 1, "te')
+    last = subprocess.run(
+        command, capture_output=True, text=True, env=command_env(), cwd=ROOT, check=False
+    )
+    assert last.returncode == 0, last.stderr
+    assert last.stderr.startswith("mistral-chat: 200 lines answered (1")
+    with LLM(tiny_folder, device="cpu", dtype="float32", max_batch_size=1) as llm:
+        expected = {
+            n: llm.generate(text, SamplingParams(temperature=0, max_tokens=2 + n % 7))[0].text
+            for n, text in prompts.items()
+        }
+    assert _texts(_records(target.read_text())) == expected
+
+
+def test_seeds_give_the_same_whatever_the_batch_size(tiny_folder: Path, tmp_path: Path) -> None:
+    values = [
+        {"prompt": "Hello" * (1 + n % 3), "seed": n, "temperature": 0.9, "max_tokens": 3 + n % 5}
+        | ({"top_k": 50, "top_p": 0.9, "min_p": 0.001} if n % 2 else {})
+        for n in range(20)
+    ]
+    found = [
+        _texts(_run(tiny_folder, tmp_path, *values, words=("--max_batch_size", n))[1])
+        for n in (1, 3, 8)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0].values())) > 15
+
+
+def test_lines_are_written_as_they_finish(tiny_folder: Path, tmp_path: Path) -> None:
+    values = [{"prompt": "a", "max_tokens": n, "id": f"{n} tokens"} for n in (30, 12, 3, 5, 1)]
+    code, records = _run(tiny_folder, tmp_path, *values, words=("--max_batch_size", 3))
+    # The fourth begins when the third has ended, after 3 steps, and the fifth after 5 more.
+    assert [r["id"] for r in records] == [f"{n} tokens" for n in (3, 5, 1, 12, 30)]
+    assert code == 0
+
+
+def test_record_is_the_json_object_with_its_id_first(tiny_folder: Path, tmp_path: Path) -> None:
+    value = {"prompt": "Hello", "max_tokens": 3, "seed": 5, "logprobs": 2, "id": "ä\u2028"}
+    _, (record,) = _run(tiny_folder, tmp_path, value)
+    assert next(iter(record)) == "id"
+    assert set(record) == {"id", "text", "finish_reason", "tool_calls", "seed", "usage", "timings",
+                           "model", "world_size", "logprobs"}  # fmt: skip
+    assert (record["id"], record["seed"], record["finish_reason"]) == ("ä\u2028", 5, "length")
+    assert [len(entry["top"]) for entry in record["logprobs"]] == [2, 2, 2]
+
+
+def test_both_forms_ask_the_same(tiny_folder: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hello"}]
+    system = [{"role": "system", "content": "Be brief"}, *chat]
+    body = {"max_tokens": 6, "model": "any", "n": 1, "stream": False, "user": None}
+    values = [
+        {"id": "plain", "prompt": "Hello", "max_tokens": 6},
+        {"custom_id": "openai plain", **OPENAI, "body": {"prompt": "Hello", **body}},
+        {"id": "chat", "messages": chat, "max_tokens": 6},
+        {"custom_id": "openai chat", "url": "/v1/chat/completions",
+         "body": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+                  "max_completion_tokens": 6, "logprobs": True, "top_logprobs": 1}},
+        {"id": "system", "messages": system, "max_tokens": 6},
+    ]  # fmt: skip
+    plain = _texts(_run(tiny_folder, tmp_path, *values)[1])
+    assert plain["plain"] == plain["openai plain"]
+    assert plain["chat"] == plain["openai chat"]
+    assert len(set(plain.values())) == 3
+    words = ("--instruct", "--system", "Be brief")
+    chats = _texts(_run(tiny_folder, tmp_path, *values, words=words)[1])
+    assert chats["openai plain"] == plain["plain"]  # its url says what it is
+    assert {chats[name] for name in ("plain", "chat", "openai chat", "system")} == {plain["system"]}
+
+
+def test_flags_are_the_defaults_of_lines(tiny_folder: Path, tmp_path: Path) -> None:
+    values = [{"prompt": "a"}, {"prompt": "a", "max_tokens": 5}, {"prompt": "a", "stop": ["x"]}]
+    _, records = _run(tiny_folder, tmp_path, *values, words=("--max_tokens", 2, "--seed", 9))
+    by_id = {record["id"]: record for record in records}
+    assert [by_id[n]["usage"]["completion_tokens"] for n in (1, 2, 3)] == [2, 5, 2]
+    assert {record["seed"] for record in records} == {9}
+
+
+def test_stop_text_of_a_line_ends_it_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    asked = {"prompt": "Hello", "max_tokens": 12}
+    _, (whole,) = _run(tiny_folder, tmp_path, asked)
+    stop = whole["text"][4:6]
+    cut = asked | {"stop": stop, "id": "cut"}
+    _, records = _run(tiny_folder, tmp_path, asked, cut, asked | {"id": "too"})
+    texts = _texts(records)
+    assert texts[1] == texts["too"] == whole["text"]
+    assert texts["cut"] == whole["text"].partition(stop)[0]
+    assert records[0]["id"] == "cut"
+    assert records[0]["finish_reason"] == "stop"
+
+
+def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch.Line]:
+    options = flags.parse(flags.normalize(["MODEL", *words]))
+    lines = [v if isinstance(v, bytes) else json.dumps(v).encode() for v in values]
+    return batch.read_lines(b"\n".join(lines), options, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (b"{", "not JSON"),
+        (b'{"prompt": "caf\xe9"}', "not UTF-8 text: byte 0xe9"),
+        (b'{"prompt": "\\ud83d"}', "half of a surrogate pair"),
+        (b"[" * 200000, "not JSON"),
+        ([1], "expected a JSON object"),
+        ({}, "expected either prompt or messages"),
+        ({"prompt": "a", "messages": []}, "expected either prompt or messages"),
+        ({"prompt": "a", "tempratur": 1}, 'unknown field "tempratur"'),
+        ({"prompt": 1}, "prompt is 1: expected a text"),
+        ({"messages": "a"}, 'messages are "a": expected a list of objects'),
+        ({"messages": ["a"]}, 'messages are ["a"]: expected a list of objects'),
+        ({"prompt": "a", "id": 1.5}, "id is 1.5: expected a text or a whole number"),
+        ({"prompt": "a", "id": True}, "id is true: expected a text or a whole number"),
+        ({"prompt": "a", "max_tokens": 1.0}, "max_tokens is 1.0: expected a whole number"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens is true: expected a whole number"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0: expected a whole number of at least"),
+        ({"prompt": "a", "temperature": "1"}, 'temperature is "1": expected a number'),
+        ({"prompt": "a", "temperature": 10**400}, "expected a number"),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature is nan: expected a number"),
+        ({"prompt": "a", "top_p": 2}, "top_p is 2.0: expected a number above 0"),
+        ({"prompt": "a", "seed": -1}, "seed is -1"),
+        ({"prompt": "a", "stop": [1]}, "stop is [1]: expected a text or a list of texts"),
+        ({"prompt": "a", "stop": ""}, "stop is ''"),
+        ({"prompt": "a", "tools": [{}]}, "tools need messages"),
+        ({"custom_id": "a"}, "body is null: expected an object"),
+        ({"custom_id": "a", "prompt": "a"}, 'unknown field "prompt" in a line with custom_id'),
+        ({"custom_id": 1.5, "body": {}}, "custom_id is 1.5"),
+        ({"custom_id": "a", "body": {"prompt": "a", "x": 1}}, 'unknown field "x" in body'),
+        ({"custom_id": "a", "body": {"prompt": "a", "n": 2}}, "n is 2: expected 1"),
+        ({"custom_id": "a", "url": "/v1/x", "body": {}}, 'url is "/v1/x": expected /v1/chat'),
+        ({"custom_id": "a", **OPENAI, "body": {}}, "body has no prompt"),
+        ({"custom_id": "a", "method": "GET", "body": {}}, 'method is "GET": expected POST'),
+        ({"custom_id": "a", "body": {"prompt": "a", "top_logprobs": 2}}, "top_logprobs needs"),
+    ],
+)
+def test_bad_line_is_named_and_the_rest_is_read(value: Any, said: str) -> None:
+    good, bad = _read({"prompt": "b"}, value)
+    assert good.question is not None
+    assert bad.question is None
+    assert bad.error is not None
+    assert bad.error.startswith("line 2: ")
+    assert said in bad.error
+
+
+def test_ids_are_line_numbers_where_there_are_none() -> None:
+    lines = _read(b"\xef\xbb\xbf{", b"", {"prompt": "a"}, b" \r", {"prompt": "b", "id": None})
+    assert [(line.number, line.id) for line in lines] == [(1, 1), (3, 3), (5, 5)]
+    assert lines[1].error is None
+
+
+def test_bad_lines_are_answered_with_their_error(
+    tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = [
+        "oops",
+        {"prompt": "a", "max_tokens": 2},
+        {"prompt": "a " * 600, "id": "long"},
+        {"messages": [{"role": "nobody", "content": "a"}], "id": "role"},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}], "id": "picture"},
+        {"messages": [{"role": "user", "content": "a"}], "tools": [{"x": 1}], "id": "tool"},
+        {"messages": [], "id": "none"},
+        {"prompt": "b", "id": 2},
+        {"prompt": "c", "id": 1},
+        {"prompt": "d", "id": "last", "max_tokens": 2},
+    ]
+    code, records = _run(tiny_folder, tmp_path, *values)
+    assert code == 1
+    assert capfd.readouterr().err == (
+        "mistral-chat: error: 8 of 10 lines have an error, which their line of OUT says\n"
+    )
+    assert len(records) == 10
+    answered = [r["id"] for r in records if "text" in r]
+    assert sorted(answered, key=str) == [2, "last"]
+    errors = {r["error"][:7]: r for r in records if "error" in r}
+    for number, id_, said in (
+        (1, 1, "not JSON"),
+        (3, "long", "the prompt has 602 tokens and the context holds 512"),
+        (4, "role", "messages are not a conversation"),
+        (5, "picture", "a part of type 'image_url'"),
+        (6, "tool", "tool 1: not a function schema"),
+        (7, "none", ""),
+        (8, 2, "the id 2 is that of line 2 already"),
+        (9, 1, "the id 1 is that of line 1 already"),
+    ):
+        record = errors[f"line {number}:"]
+        assert list(record) == ["id", "error"]
+        assert record["id"] == id_
+        assert said in record["error"]
+    # Again: nothing is left to do, in whatever order the lines of one id are.
+    target = tmp_path / "out"
+    lines = target.read_bytes().splitlines(keepends=True)
+    target.write_bytes(b"".join(reversed(lines)))
+    assert main(["batch", str(tiny_folder), str(tmp_path / "in"), str(target), "--quiet"]) == 1
+    assert target.read_bytes() == b"".join(reversed(lines))
+
+
+def test_duplicate_that_was_written_first_does_not_hide_its_owner(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    values = [{"prompt": "a", "id": "x", "max_tokens": 1}, {"prompt": "b", "id": "x"}]
+    _, records = _run(tiny_folder, tmp_path, *values)
+    assert ["error" in r for r in records] == [True, False]
+    target = _write(tmp_path / "out", records[0])
+    assert main(["batch", str(tiny_folder), str(tmp_path / "in"), str(target), "--quiet"]) == 1
+    assert ["error" in r for r in _records(target.read_text())] == [True, False]
+
+
+DONE = {"id": 1, "text": "kept"}
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"id": 2, "text"', b'{"id": 2\0\0\0', b"\0\0"])
+def test_torn_line_is_cut_off_and_run_again(tiny_folder: Path, tmp_path: Path, torn: bytes) -> None:
+    source = _write(tmp_path / "in", {"prompt": "a"}, {"prompt": "b", "max_tokens": 1})
+    target = _write(tmp_path / "out", DONE, torn)
+    assert main(["batch", str(tiny_folder), str(source), str(target), "--quiet"]) == 0
+    first, second = _records(target.read_text())
+    assert first == DONE
+    assert second["id"] == 2
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ([DONE, {"id": 7, "text": ""}], "line 2: the id 7 is not in IN"),
+        ([DONE, DONE], "line 2: the id 1 is there twice"),
+        ([DONE, b"my own notes"], "line 2: it is no answer of ours"),
+        (["my own notes"], "line 1: it is not JSON"),
+        ([{"text": "a"}], "line 1: it has no id"),
+        ([{"id": True, "text": "a"}], "line 1: it has no id"),
+        ([{"id": 1}], "line 1: it has neither text nor error"),
+        ([{"prompt": "a", "id": 1}], "line 1: it has neither text nor error"),
+    ],
+)
+def test_out_of_something_else_is_refused_and_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held: list[Any], said: str
+) -> None:
+    source = _write(tmp_path / "in", {"prompt": "a"}, {"prompt": "b"})
+    target = _write(tmp_path / "out", *held)
+    before = target.read_bytes()
+    assert main(["batch", str(_shape(tmp_path)), str(source), str(target)]) == 1
+    assert said in capsys.readouterr().err
+    assert target.read_bytes() == before
+
+
+def _shape(tmp_path: Path) -> Path:
+    """A folder whose shape can be read, and whose weights cannot: they must not be asked for."""
+    from tests.conftest import TINY, write_params
+
+    folder = tmp_path / "shape"
+    folder.mkdir(exist_ok=True)
+    write_params(folder, TINY)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["in", "in"], 2, "the same file"),
+        (["in", "link"], 2, "the same file"),
+        (["in", "."], 1, "cannot be written (Is a directory)"),
+        (["in", "no/out"], 1, "cannot be written (No such file or directory)"),
+        (["in", "in/out"], 1, "cannot be written (Not a directory)"),
+        (["no", "out"], 1, "no: cannot be read (No such file or directory)"),
+        (["empty", "out"], 1, "nothing to answer"),
+        (["in"], 2, "expected MODEL IN.jsonl OUT.jsonl"),
+        (["in", "out", "more"], 2, "expected MODEL IN.jsonl OUT.jsonl"),
+        (["in", "out", "--prompt", "x"], 2, "unknown flag --prompt"),
+        (["in", "out", "--max_batch_size", "0"], 2, "--max_batch_size is '0'"),
+        (["in", "out", "--top_p", "7"], 2, "--top_p is 7.0"),
+        (["in", "locked"], 1, "another run is writing it"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    code: int,
+    said: str,
+) -> None:
+    folder = _shape(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    _write(Path("in"), {"prompt": "a"})
+    Path("link").symlink_to("in")
+    Path("empty").write_text(" \n\n")
+    with Path("locked").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main(["batch", str(folder), *words]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mistral-chat: error: ")
+    assert said in line
+
+
+def test_full_disk_is_named(tiny_folder: Path, tmp_path: Path, run: Run) -> None:
+    source = _write(tmp_path / "in", {"prompt": "a", "max_tokens": 1})
+    done = run("batch", tiny_folder, source, "/dev/full")
+    assert done.code == 1
+    (line,) = done.err.splitlines()
+    assert "/dev/full: cannot be written (No space left on device)" in line
+
+
+def test_two_ranks_answer_the_same_and_find_nothing_left(
+    tiny_folder: Path, tmp_path: Path, run: Run
+) -> None:
+    values = [{"prompt": f"Hello {n}", "max_tokens": 1 + n % 4} for n in range(12)]
+    _, expected = _run(tiny_folder, tmp_path, *values)
+    words = [tiny_folder, tmp_path / "in", tmp_path / "two", "--temperature", 0]
+    done = run("batch", *words, "--nproc_per_node", 2)
+    assert done.code == 0, done.err
+    assert done.err.count("\n") == 1
+    records = _records((tmp_path / "two").read_text())
+    assert {record["world_size"] for record in records} == {2}
+    assert _texts(records) == _texts(expected)
+    again = run("batch", *words, torchrun=2)
+    assert again.code == 0, again.err
+    assert "mistral-chat: 12 lines answered (12 of them before)\n" in again.err
+
+
+def test_stdin_to_stdout(tiny_folder: Path, run: Run) -> None:
+    lines = [json.dumps({"prompt": "a", "max_tokens": n}) for n in (3, 2)]
+    done = run("batch", tiny_folder, "-", "-", stdin="\n".join(lines))
+    assert done.code == 0
+    assert [record["id"] for record in _records(done.out)] == [2, 1]
+    (line,) = done.err.splitlines()
+    assert line.startswith("mistral-chat: 2 lines answered, 5 tokens, ")
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "number", "code"),
+    [(1, signal.SIGINT, 130), (1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)],
+)
+def test_signal_ends_at_once_and_keeps_finished_lines(
+    tiny_folder: Path, tmp_path: Path, n_ranks: int, number: int, code: int
+) -> None:
+    values = [{"prompt": "a", "max_tokens": 2}, *[{"prompt": "b", "max_tokens": 480}] * 200]
+    source, target = _write(tmp_path / "in", *values), tmp_path / "out"
+    command = _command(tiny_folder, source, target, "--nproc_per_node", n_ranks)
+    with _start(command, start_new_session=True) as process:
+        _await_lines(target, 1)
+        os.killpg(process.pid, number)
+        asked = time.monotonic()
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert time.monotonic() - asked < 10
+    assert err.startswith(b"mistral-chat: interrupted: ")
+    assert err.count(b"\n") == 1
+    assert _records(target.read_text())[0]["id"] == 1
+
+
+def test_progress_is_for_terminals(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mistral_chat.cli.terminal.is_fancy", lambda stream: True)
+    monkeypatch.setattr(batch, "SHOW_EVERY_S", 0)
+    source = _write(tmp_path / "in", *[{"prompt": "a", "max_tokens": 2}] * 3, "oops")
+    words = ["batch", str(tiny_folder), str(source), str(tmp_path / "out")]
+    assert main(words) == 1
+    err = capfd.readouterr().err
+    shown = err.split("\r")
+    assert any(s.startswith("3/4, ") and "tokens/s" in s and " left, 1 with" in s for s in shown)
+    assert shown[-1].startswith("\x1b[Kmistral-chat: error: 1 of 4 lines have an error")
+
+
+def test_help_is_printed_and_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", "--help"]) == 0
+    assert capsys.readouterr().out == batch.HELP
