@@ -5,18 +5,20 @@ The middle of the three generators: over `Engine.generate`'s ids, under the term
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.tool_calls import Tool
 
 from mistral_chat.chat.conversation import Conversation
+from mistral_chat.chat.grammar import Grammar, choose_grammar
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import ToolCall, parse_tool_calls
 from mistral_chat.config import COMPLETION_MAX_TOKENS, SamplingParams
 from mistral_chat.engine.engine import Engine, Prefill, Request, Token
+from mistral_chat.errors import UsageError
 
 __all__ = ["Answer", "AnswerBuilder", "AnswerStream", "Chat", "Delta", "TokenLogprob", "Usage"]
 
@@ -255,6 +257,10 @@ class Chat:
         instruct: use the tokenizer's chat template and keep a history.
         system: system prompt.
         tools: offered functions.
+        grammar: what every answer must be, unless `send` says otherwise; None is free text.
+
+    Raises:
+        UsageError: tools and a grammar.
     """
 
     def __init__(
@@ -265,10 +271,13 @@ class Chat:
         instruct: bool = True,
         system: str | None = None,
         tools: Sequence[Tool] = (),
+        grammar: Grammar | None = None,
     ) -> None:
+        check_no_tools(tools, grammar)
         self.engine = engine
         self.tokenizer = tokenizer
         self.instruct = instruct
+        self.grammar = grammar
         self.conversation = Conversation(system, tools)
         self._n_answers = 0
 
@@ -276,21 +285,33 @@ class Chat:
         """Forget the conversation but its system prompt."""
         self.conversation.clear()
 
-    def send(self, text: str, params: SamplingParams | None = None) -> "ChatStream":
+    def send(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        *,
+        json_schema: Mapping[str, Any] | None = None,
+        json_object: bool = False,
+    ) -> "ChatStream":
         """Say something and stream the answer, which joins the history when its stream ends.
 
         Args:
             text: the next message, or a plain prompt.
             params: how to sample; a seed of its own is drawn where it has none. Later answers of
                 a chat use the seed plus their number, so that a seed repeats a whole chat.
+            json_schema: an answer that ends by itself is JSON, valid against this schema.
+            json_object: the same for any JSON object.
 
         Returns:
             a stream to iterate once; nothing runs before.
 
         Raises:
             ContextLengthError: history and message leave no room for an answer.
-            PromptError: the template refuses the message.
+            PromptError: the template refuses the message, or answers cannot be kept to the schema.
+            UsageError: a schema with tools, stop texts or ignore_eos.
         """
+        grammar = choose_grammar(json_schema, json_object) or self.grammar
+        check_no_tools(self.conversation.tools, grammar)
         params = params or SamplingParams()
         if self.instruct:
             ids = self.conversation.encode(self.tokenizer, [UserMessage(content=text)])
@@ -304,6 +325,7 @@ class Chat:
             seed_offset=self._n_answers if self.instruct else 0,
             instruct=self.instruct,
             tools=bool(self.conversation.tools),
+            grammar=grammar,
         )
         self.engine.check(request)
         builder = AnswerBuilder(self.tokenizer, request, seed, continues=not self.instruct)
@@ -338,6 +360,16 @@ class ChatStream(AnswerStream):
             yield event
 
 
+def check_no_tools(tools: Sequence[Tool], grammar: Grammar | None) -> None:
+    """Refuse tools beside a grammar: a tool call is no answer of a schema.
+
+    Raises:
+        UsageError: both are there.
+    """
+    if tools and grammar is not None:
+        raise UsageError("tools and a JSON schema: expected one of them")
+
+
 def make_request(
     engine: Engine,
     tokenizer: Tokenizer,
@@ -347,6 +379,7 @@ def make_request(
     instruct: bool,
     tools: bool,
     seed_offset: int = 0,
+    grammar: Grammar | None = None,
 ) -> tuple[Request, int]:
     """A request with its seed drawn, its end tokens and its banned ids; and the seed.
 
@@ -358,7 +391,15 @@ def make_request(
         instruct: whether this is an answer rather than a completion.
         tools: whether tools are offered.
         seed_offset: added to the seed that the person gave.
+        grammar: what the answer must be; None is free text.
+
+    Raises:
+        UsageError: a grammar, and params that would end an answer early or not at all.
     """
+    if grammar is not None and (params.stop or params.ignore_eos):
+        name = "stop" if params.stop else "ignore_eos"
+        raise UsageError(f"{name} and a JSON schema: expected one of them")
+    vocab_size = engine.runner.model.args.vocab_size
     seed = secrets.randbits(32) if params.seed is None else params.seed
     max_tokens = params.max_tokens
     if max_tokens is None and not instruct:
@@ -368,6 +409,7 @@ def make_request(
         ids=ids,
         params=replace(params, seed=used, max_tokens=max_tokens),
         stop_ids=frozenset((tokenizer.eos_id,)),
-        banned_ids=tokenizer.banned_ids(engine.runner.model.args.vocab_size, tools=tools),
+        banned_ids=tokenizer.banned_ids(vocab_size, tools=tools),
+        mask=None if grammar is None else grammar.mask(tokenizer, vocab_size),
     )
     return request, used

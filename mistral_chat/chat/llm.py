@@ -11,7 +11,8 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
 from pydantic import ValidationError
 
-from mistral_chat.chat.chat import Answer, AnswerBuilder, Chat, make_request
+from mistral_chat.chat.chat import Answer, AnswerBuilder, Chat, check_no_tools, make_request
+from mistral_chat.chat.grammar import Grammar, choose_grammar
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import make_tool
 from mistral_chat.config import Device, Dtype, EngineConfig, LoadFormat, SamplingParams
@@ -95,29 +96,43 @@ class LLM:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        json_schema: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        json_object: bool = False,
     ) -> list[Answer]:
         """Go on from plain prompts, several at once.
 
         Args:
             prompts: a text, texts, or lists of token ids.
             params: for all, or one for each.
+            json_schema: an answer that ends by itself is JSON, valid against this schema; for all,
+                or one for each, where None is free text.
+            json_object: the same for any JSON object.
 
         Returns:
             an answer for each prompt, in their order.
 
         Raises:
             ContextLengthError: a prompt that leaves no room for an answer.
-            UsageError: not as many params as prompts.
+            PromptError: answers cannot be kept to a schema.
+            UsageError: not as many params or schemas as prompts, or a schema with stop texts.
         """
         listed: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed]
-        return self._answer_all(encoded, params, instruct=False, tools=False)
+        if json_schema is None or isinstance(json_schema, Mapping):
+            grammars = [choose_grammar(json_schema, json_object)] * len(encoded)
+        else:
+            grammars = [choose_grammar(schema, json_object) for schema in json_schema]
+        return self._answer_all(encoded, params, grammars, instruct=False, tools=False)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         tools: Sequence[Mapping[str, Any] | Tool] = (),
+        *,
+        json_schema: Mapping[str, Any] | None = None,
+        json_object: bool = False,
     ) -> Answer:
         """Answer a conversation; nothing is remembered from one call to the next but the cache.
 
@@ -125,15 +140,21 @@ class LLM:
             messages: OpenAI's form, `{"role": ..., "content": ...}`.
             params: how to sample.
             tools: function schemas.
+            json_schema: an answer that ends by itself is JSON, valid against this schema.
+            json_object: the same for any JSON object.
 
         Raises:
-            PromptError: a conversation that the model's template does not know.
+            PromptError: a conversation that the model's template does not know, or a schema that
+                answers cannot be kept to.
             ContextLengthError: it leaves no room for an answer.
+            UsageError: a schema with tools or stop texts.
         """
         offered = [
             tool if isinstance(tool, Tool) else make_tool(dict(tool), f"tool {n}")
             for n, tool in enumerate(tools, 1)
         ]
+        grammar = choose_grammar(json_schema, json_object)
+        check_no_tools(offered, grammar)
         try:
             request: ChatCompletionRequest[Any] = ChatCompletionRequest.from_openai(
                 [dict(message) for message in messages]
@@ -144,7 +165,7 @@ class LLM:
             ) from error
         request.tools = offered or None
         ids = self.tokenizer.encode_chat(request)
-        return self._answer_all([ids], params, instruct=True, tools=bool(offered))[0]
+        return self._answer_all([ids], params, [grammar], instruct=True, tools=bool(offered))[0]
 
     def conversation(self, system: str | None = None, tools: Sequence[Tool] = ()) -> Chat:
         """A chat that keeps its history; `for event in chat.send(text)` streams an answer."""
@@ -154,6 +175,7 @@ class LLM:
         self,
         encoded: list[list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
+        grammars: Sequence[Grammar | None],
         *,
         instruct: bool,
         tools: bool,
@@ -162,10 +184,18 @@ class LLM:
             params = [params or SamplingParams()] * len(encoded)
         if len(params) != len(encoded):
             raise UsageError(f"{len(params)} SamplingParams for {len(encoded)} prompts")
+        if len(grammars) != len(encoded):
+            raise UsageError(f"{len(grammars)} JSON schemas for {len(encoded)} prompts")
         builders, requests = [], []
-        for ids, each in zip(encoded, params, strict=True):
+        for ids, each, grammar in zip(encoded, params, grammars, strict=True):
             request, seed = make_request(
-                self.engine, self.tokenizer, ids, each, instruct=instruct, tools=tools
+                self.engine,
+                self.tokenizer,
+                ids,
+                each,
+                instruct=instruct,
+                tools=tools,
+                grammar=grammar,
             )
             requests.append(request)
             builders.append(AnswerBuilder(self.tokenizer, request, seed, continues=not instruct))

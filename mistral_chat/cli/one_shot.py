@@ -12,7 +12,7 @@ from mistral_chat.chat.chat import Answer, AnswerStream, Chat, Delta
 from mistral_chat.cli import render
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.terminal import QuietTerminal, is_fancy, is_terminal
-from mistral_chat.errors import PromptError
+from mistral_chat.errors import OutputError, PromptError
 
 __all__ = ["answer_once", "read_prompt", "read_text_file"]
 
@@ -84,6 +84,7 @@ def answer_once(chat: Chat, options: Options, prompt: str, load_s: float) -> int
 
     Raises:
         ContextLengthError: the prompt does not fit.
+        OutputError: an answer that was to be JSON was cut; what was written stays.
         BrokenPipeError: the reader of stdout has gone.
     """
     stream = chat.send(prompt, options.sampling)
@@ -101,6 +102,10 @@ def answer_once(chat: Chat, options: Options, prompt: str, load_s: float) -> int
         render.say(text + "\n")
     else:
         render.say("\n")
+    if chat.grammar is not None and answer.finish_reason == "length":
+        _report_figures(answer, chat, options, load_s)
+        cut = render.notice_of(answer, options.sampling, chat.engine.max_seq_len)
+        raise OutputError(f"{cut}: the answer is no whole JSON text; give it more room")
     report(answer, chat, options, load_s)
     return INTERRUPTED if answer.finish_reason == "cancelled" else 0
 
@@ -113,9 +118,13 @@ def report(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
     notice = render.notice_of(answer, options.sampling, max_seq_len)
     if notice:
         render.note(_dim(f"mistral-chat: {notice}"))
+    _report_figures(answer, chat, options, load_s)
+
+
+def _report_figures(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
     if options.stats:
         path = chat.engine.runner.path
-        line = render.stats_line(answer, max_seq_len, load_s, path)
+        line = render.stats_line(answer, chat.engine.max_seq_len, load_s, path)
         render.note(_dim(f"mistral-chat: {line}"))
 
 

@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,21 @@ from mistral_chat.model.few_rows import MOST_ROWS
 AHEAD_S = 0.01
 MOST_AT_ONCE = 8
 
-__all__ = ["Engine", "Prefill", "Request", "Token"]
+__all__ = ["Engine", "Prefill", "Request", "Token", "TokenMask"]
+
+
+class TokenMask(Protocol):
+    """Says which tokens may come next in one answer."""
+
+    def allowed(self) -> Tensor:
+        """What the next token may be: never nothing.
+
+        Returns:
+            (ceil(vocabulary / 32),) int32 on CPU, bit i % 32 of word i // 32 for token i.
+        """
+
+    def take(self, token: int) -> None:
+        """Note the token that was chosen, which was allowed."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +53,8 @@ class Request:
         params: how to choose the answer's.
         stop_ids: tokens that end the answer.
         banned_ids: tokens never to choose.
+        mask: what each token may be, besides; at the beginning of the answer. A request that has
+            one runs once.
         cancelled: set it at any time: the sequence ends before its next step.
     """
 
@@ -45,6 +62,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
     banned_ids: tuple[int, ...] = ()
+    mask: TokenMask | None = None
     cancelled: bool = False
 
 
@@ -111,6 +129,8 @@ class _Sequence:
         """Note the chosen token; says why it is the last one, if it is."""
         self.tokens.append(chosen)
         self.n_left -= 1
+        if self.request.mask is not None:
+            self.request.mask.take(chosen)
         if chosen in self.request.stop_ids and not self.request.params.ignore_eos:
             return "stop"
         return "length" if self.n_left == 0 else None
@@ -237,6 +257,8 @@ class Engine:
         for sequence, chunk in chunks:
             del self._held[sequence.slot][chunk.start :]
         logits = self.runner.run(Step(tuple(c for _, c in chunks), which))  # type: ignore[arg-type]
+        # A device is still at work on the step: the masks cost little time of their own.
+        banned = {sequence.index: self._banned(sequence) for sequence in scored}
         events: list[tuple[_Sequence, Event]] = []
         row = 0
         for sequence, chunk in chunks:
@@ -244,10 +266,23 @@ class Engine:
             n_rows = len(chunk.tokens) if which == "all" else 1
             rows = None if logits is None else logits[row : row + n_rows]
             row += n_rows
-            events += ((sequence, event) for event in self._advance(sequence, chunk, rows))
+            found = self._advance(sequence, chunk, rows, banned.get(sequence.index))
+            events += ((sequence, event) for event in found)
         return events
 
-    def _advance(self, sequence: _Sequence, chunk: Chunk, rows: Tensor | None) -> list[Event]:
+    def _banned(self, sequence: _Sequence) -> Tensor | None:
+        """Ids that a sequence's next token must not be; None for a free choice."""
+        mask = sequence.request.mask
+        if mask is None:
+            return sequence.banned
+        words = mask.allowed().numpy().view(np.uint8)
+        bits = np.unpackbits(words, count=self.runner.model.args.vocab_size, bitorder="little")
+        masked = torch.from_numpy(np.flatnonzero(bits == 0)).to(self.runner.model.device)
+        return masked if sequence.banned is None else torch.cat((sequence.banned, masked))
+
+    def _advance(
+        self, sequence: _Sequence, chunk: Chunk, rows: Tensor | None, banned: Tensor | None
+    ) -> list[Event]:
         """Note what a step did for one sequence and choose its next token, if it is due."""
         events: list[Event] = []
         was_prefilling = sequence.prefilling
@@ -266,7 +301,7 @@ class Engine:
         if sequence.done == len(sequence.tokens):
             assert rows is not None
             uniform = sequence.draws.next()
-            choice = choose(rows[-1], sequence.request.params, sequence.banned, uniform)
+            choice = choose(rows[-1], sequence.request.params, banned, uniform)
             reason = sequence.take(choice.id)
             events.append(Token(choice.id, reason, choice.logprob, choice.top))
         return events
@@ -276,7 +311,10 @@ class Engine:
         return (
             self.runner.decoder is not None
             and len(running) <= MOST_ROWS
-            and not any(s.prefilling or s.request.params.logprobs is not None for s in running)
+            and not any(
+                s.prefilling or s.request.params.logprobs is not None or s.request.mask is not None
+                for s in running
+            )
         )
 
     def _decode_ahead(self, running: list[_Sequence]) -> Iterator[tuple[_Sequence, Token]]:
