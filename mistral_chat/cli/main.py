@@ -4,6 +4,7 @@ Flags are checked before anything heavy is imported; errors become one line and 
 nowhere else.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -26,7 +27,22 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the code to end with."""
+    """Run the command line; the code to end with.
+
+    A rank that a launcher started ends its process here: gloo's threads now and then outlive the
+    interpreter and abort it (torch 2.13).
+    """
+    code = _run(argv)
+    if "torch.distributed" in sys.modules and "RANK" in os.environ:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                if stream is not None:
+                    stream.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     started = time.monotonic()
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):

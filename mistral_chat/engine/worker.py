@@ -3,8 +3,10 @@
 `python -m mistral_chat.engine.worker CONFIG` is a rank that an `LLM` started.
 """
 
+import atexit
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -86,12 +88,15 @@ class Session:
                     "another LLM with several ranks is open in this process: close it first"
                 )
             self.group, self._workers = spawn_ranks(nproc_per_node, _to_json(config))
+        # A program that ends without closing: gloo's threads must not outlive the interpreter.
+        atexit.register(self.close)
 
     def close(self) -> None:
         """End the other ranks' loop, and wait for the processes that this one started."""
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         self.group.send(None)
         self.group.close()
         self._wait()
@@ -99,6 +104,7 @@ class Session:
     def abandon(self) -> None:
         """End the other ranks after a failure, whatever they are doing."""
         self._closed = True
+        atexit.unregister(self.close)
         self.group.expect_end()
         for worker in self._workers:
             worker.terminate()
@@ -135,6 +141,9 @@ def main() -> None:
     except MistralChatError as error:
         print(f"mistral-chat: error: {error}", file=sys.stderr)
         sys.exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads now and then outlive the interpreter and abort it (torch 2.13)
 
 
 if __name__ == "__main__":

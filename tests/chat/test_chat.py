@@ -37,6 +37,7 @@ class Scripted(Runner):
         self.cache: Any = SimpleNamespace(n_slots=1)
         self.max_seq_len = max_seq_len
         self.chunk_size = 16
+        self.decoder = None
         self.script: deque[int] = deque()
         self.eos_id = made.eos_id
         self.n_scored = 0
