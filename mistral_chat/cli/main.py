@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
 from mistral_chat.cli import flags
-from mistral_chat.engine.launch import launched_rank, launched_ranks_here
+from mistral_chat.engine.launch import is_launched, launched_rank, launched_ranks_here
 from mistral_chat.errors import MistralChatError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     interpreter and abort it (torch 2.13).
     """
     code = _run(argv)
-    if "torch.distributed" in sys.modules and "RANK" in os.environ:
+    if "torch.distributed" in sys.modules and is_launched():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 if stream is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "current_group",
+    "is_launched",
     "launched_rank",
     "launched_ranks_here",
     "place",
@@ -31,9 +32,14 @@ __all__ = [
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def is_launched() -> bool:
+    """Whether torchrun (or a launcher that speaks its variables) started this process."""
+    return all(name in os.environ for name in _VARIABLES)
+
+
 def launched_rank() -> int | None:
-    """This process's rank where torchrun (or a launcher that speaks its variables) started it."""
-    if not all(name in os.environ for name in _VARIABLES):
+    """This process's rank where a launcher started it."""
+    if not is_launched():
         return None
     return _number("RANK")
 
