@@ -40,9 +40,9 @@ def _embed(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    local = tl.load(tokens_ptr + row) - first_id
-    inside = (local >= 0) & (local < n_ids)
-    values = tl.load(weight_ptr + local * dim + cols, mask=inside & (cols < dim), other=0.0)
+    local = tl.load(tokens_ptr + row + tl.zeros_like(cols)) - first_id
+    inside = (cols < dim) & (local >= 0) & (local < n_ids)
+    values = tl.load(weight_ptr + local * dim + cols, mask=inside, other=0.0)
     tl.store(out_ptr + row * dim + cols, values, mask=cols < dim)
 
 

@@ -233,7 +233,7 @@ def test_inspect_gives_a_terminal_a_table(tiny_folder: Path) -> None:
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
-    assert "longest context" in str(child.before)
+    assert "longest" in str(child.before)  # its heading may take two lines
     assert "━" in str(child.before)
 
 
