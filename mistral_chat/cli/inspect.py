@@ -328,8 +328,8 @@ def _table(plans: Sequence[dict[str, Any]], fancy: bool) -> "Table":
     from rich.table import Table
 
     table = Table(box=box.HEAVY_HEAD if fancy else None)
-    for name in ("ranks", "rank", "weights", "KV", "for a context of", "workspace", "free", "fits",
-                 "longest context"):  # fmt: skip
+    # Words that 80 columns hold; `longest` is the longest context that fits.
+    for name in ("ranks", "rank", "weights", "KV", "context", "work", "free", "fits", "longest"):
         table.add_column(name, justify="right")
     for plan in plans:
         for _, same in groupby(plan["ranks"], key=lambda row: {**row, "rank": None}):

@@ -182,6 +182,8 @@ def main(out: Path, folders: list[Path]) -> None:
     torch.save(seen, out / f"{group.rank}.pt")
     failed = fail_together(group)
     torch.save(seen | {"failed": failed}, out / f"{group.rank}.pt")
+    group.minimum(0)  # nobody ends before all have
+    group.close()
 
 
 def sum_of_big(world_size: int) -> Tensor:
