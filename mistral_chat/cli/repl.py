@@ -170,7 +170,7 @@ class Repl:
         message = "\n\n".join([*self._files, text])
         try:
             stream = chat.send(message, self._sampling)
-        except PromptError as error:
+        except (PromptError, UsageError) as error:  # such as /set stop beside a schema
             render.error(f"{error}; the message was not sent")
             return
         self._files = []

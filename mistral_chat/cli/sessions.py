@@ -5,6 +5,7 @@ and what was undone. `kill -9` loses at most the answer being written. Read by p
 to their owner. Knows nothing of terminals or models.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -17,12 +18,11 @@ from typing import Any
 import platformdirs
 
 from mistral_chat.chat.conversation import Conversation
+from mistral_chat.cli.flags import LATEST_SESSION
 from mistral_chat.errors import SessionError
 
-__all__ = ["ID_PATTERN", "LATEST", "Session", "Summary", "sessions_folder", "summaries"]
+__all__ = ["Session", "Summary", "sessions_folder", "summaries"]
 
-ID_PATTERN = r"\d{8}-\d{6}-[0-9a-f]{4}"
-LATEST = "latest"
 VERSION = 1
 
 
@@ -195,7 +195,9 @@ class Session:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             handle = os.open(self.path, flags, 0o600)
             try:
-                os.write(handle, lines.encode("utf-8", "replace"))
+                data = lines.encode("utf-8", "replace")
+                if os.write(handle, data) != len(data):  # `open` cuts off what there is of it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -223,7 +225,7 @@ def summaries() -> list[Summary]:
 
 def _find(name: str) -> Path:
     folder = sessions_folder()
-    if name == LATEST:
+    if name == LATEST_SESSION:
         known = summaries()
         if not known:
             raise SessionError(f"no chat is kept in {folder}: nothing to go on with")

@@ -122,7 +122,7 @@ class Decoder:
         """
         lengths = [len(chunk.tokens) for chunk in step.chunks]
         if max(lengths, default=0) <= 1:
-            return len(lengths) <= MOST_ROWS and step.logits != "none"
+            return 0 < len(lengths) <= MOST_ROWS and step.logits != "none"
         return len(lengths) == 1 and lengths[0] <= SPAN_LENGTHS[-1] and step.logits == "all"
 
     def warm_up(self) -> None:

@@ -7,7 +7,7 @@ counted on the device, so that a captured graph goes on counting.
 
 Two halves of the memory take turns: a rank that writes exchange n + 2 has seen n + 1 from all
 others, and those had read n before they began n + 1. Sums are float32 in rank order: equal bits on
-all ranks. References: `fused_reference.reduce_add_norm`; the gather and the hand-over copy.
+all ranks. Reference: `reference.add_norm` of the sum; the gather and the hand-over copy.
 
 Shapes: W = ranks, T = rows.
 """

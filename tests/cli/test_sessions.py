@@ -10,7 +10,8 @@ import pytest
 
 from mistral_chat.chat.conversation import Conversation
 from mistral_chat.cli import commands
-from mistral_chat.cli.sessions import ID_PATTERN, Session, sessions_folder, summaries
+from mistral_chat.cli.flags import SESSION_ID
+from mistral_chat.cli.sessions import Session, sessions_folder, summaries
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import MistralChatError, OutputError, SessionError, UsageError
 
@@ -70,7 +71,7 @@ def test_session_of_another_model_gives_back_texts_without_ids() -> None:
 
 def test_session_is_private_and_named_for_resume() -> None:
     session = make_session()
-    assert re.fullmatch(ID_PATTERN, session.id)
+    assert re.fullmatch(SESSION_ID, session.id)
     assert session.path.stat().st_mode & 0o777 == 0o600
     assert session.path.parent.stat().st_mode & 0o777 == 0o700
     for line in session.path.read_text().splitlines():
@@ -267,3 +268,19 @@ def test_conversation_system_prompt_can_change_without_losing_ids() -> None:
     assert conversation.undo() == "q"
     assert conversation.undo() is None
     assert conversation.system == "again"
+
+
+def test_session_line_that_the_disk_takes_half_of_is_an_error_and_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = make_session(1)
+    write = os.write
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda handle, data: write(handle, data[: len(data) // 2]))
+        with pytest.raises(SessionError, match="No space left"):
+            session.add_user("lost")
+    again = Session.open(session.id, "m")
+    again.add_user("next")
+    conversation, unanswered = replayed(session.id)
+    assert said(conversation) == [("user", "question 0"), ("assistant", "answer 0")]
+    assert unanswered == "next"
