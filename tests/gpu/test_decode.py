@@ -102,9 +102,10 @@ def test_bfloat16_log_probabilities_are_near_the_reference_for_512_steps(shape: 
             logits = runner.run(step)
             assert logits is not None
             rows.append(torch.log_softmax(logits[0], -1))
-        errors.append((rows[0] - rows[1]).abs())
+        # A tied output matrix is drawn as the embedding is: its logits spread by 24 and not by 1.
+        errors.append((rows[0] - rows[1]).abs() / rows[1].std())
     every = torch.stack(errors)
-    # both round to 8 bits at other places: logits here have a spread of 1
+    # both round to 8 bits at other places
     assert every.mean() < 0.02
     assert every.max() < 0.3
 
