@@ -6,14 +6,14 @@ Knows streams and formats; knows nothing of where answers come from.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from mistral_chat.chat.chat import Answer
 from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
-from mistral_chat.engine.runner import Loading
+from mistral_chat.engine.loading import Loading, OnLoading
 from mistral_chat.errors import OutputError
 
 __all__ = ["answer_json", "error", "loading_bar", "note", "notice_of", "say", "stats_line"]
@@ -127,32 +127,50 @@ def _rounded(value: float | None) -> float | None:
 
 
 @contextmanager
-def loading_bar(*, quiet: bool) -> Iterator[Callable[[Loading], None]]:
-    """A bar on stderr, in bytes and GB/s, while weights load; nothing where that is no terminal."""
-    if quiet or not is_fancy(sys.stderr):
+def loading_bar(*, quiet: bool) -> Iterator[OnLoading]:
+    """A line for each node on stderr, in bytes and GB/s, while weights load; ranks that stall.
+
+    No bars where stderr is no terminal, nothing at all where it is to be quiet.
+    """
+    if quiet:
         yield lambda loading: None
+        return
+    if not is_fancy(sys.stderr):
+
+        def only_notices(loading: Loading) -> None:
+            if loading.notice:
+                note(f"mistral-chat: {loading.notice}")
+
+        yield only_notices
         return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
     columns = (
-        TextColumn("loading rank 0's share"),
+        TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
+        tasks: dict[int, TaskID] = {}
 
         def show(loading: Loading) -> None:
-            progress.update(task, completed=loading.read, total=loading.total)
+            if loading.node not in tasks:
+                name = "loading" if loading.n_nodes == 1 else f"loading, node {loading.node}"
+                tasks[loading.node] = progress.add_task(name, total=None)
+            task = tasks[loading.node]
+            progress.update(task, completed=loading.read, total=loading.total or None)
+            if loading.notice:
+                progress.console.print(f"mistral-chat: {loading.notice}", highlight=False)
 
         yield show

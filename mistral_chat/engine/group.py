@@ -274,6 +274,15 @@ class Group:
             self._lifeline.await_an_end(SPEAK_TIMEOUT_S)
         raise PeerFailedError(f"rank {first_failed} has failed")
 
+    def tell(self, text: str) -> None:
+        """Other ranks: let rank 0 know how it goes, in one line, from any thread."""
+        if self._lifeline and not self.is_leader:
+            self._lifeline.tell(text)
+
+    def told(self) -> dict[int, str]:
+        """Rank 0: the last line that each other rank told."""
+        return dict(self._lifeline.told) if self._lifeline else {}
+
     def fail(self, message: str) -> None:
         """Tell rank 0 why this rank is about to end."""
         if self._lifeline:

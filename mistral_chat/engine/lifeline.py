@@ -17,7 +17,8 @@ __all__ = ["Lifeline", "OnLost"]
 
 CONNECT_TIMEOUT_S = 300.0
 CLOSE_TIMEOUT_S = 5.0
-_BYE = b"\0"  # never part of an error's text
+_BYE = b"\0"  # neither is ever part of an error's text
+_TOLD, _END = b"\1", b"\n"
 
 OnLost = Callable[[str], None]
 
@@ -49,7 +50,9 @@ class Lifeline:
 
     def __init__(self, connections: dict[int, socket.socket]) -> None:
         self.on_lost: OnLost = _end_process
+        self.told: dict[int, str] = {}  # the last that each rank said of itself
         self._closing = False
+        self._sending = threading.Lock()
         self._connections = connections
         self._selector = selectors.DefaultSelector()
         for rank, connection in connections.items():
@@ -97,19 +100,27 @@ class Lifeline:
         """From now on the other end may go without that being a failure."""
         self._closing = True
 
+    def tell(self, text: str) -> None:
+        """Other ranks: have rank 0 find this line in `told`."""
+        self._send(_TOLD + text.encode() + _END)
+
     def fail(self, message: str) -> None:
         """Tell rank 0 why this rank is about to end."""
         self._closing = True
+        self._send(message.encode())
+
+    def _send(self, data: bytes) -> None:
         for connection in self._connections.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(message.encode())
+            with contextlib.suppress(OSError), self._sending:
+                connection.sendall(data)
 
     def close(self) -> None:
         """Part in peace: the other end does not take this for a loss."""
         self._closing = True
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                connection.sendall(_BYE)
+                with self._sending:
+                    connection.sendall(_BYE)
                 connection.shutdown(socket.SHUT_WR)
         self._thread.join(CLOSE_TIMEOUT_S)  # until the others have parted too
 
@@ -127,7 +138,7 @@ class Lifeline:
                         data = self._connections[rank].recv(65536)
                     except OSError:
                         data = b""
-                    said[rank] += data
+                    said[rank] = self._without_told(rank, said[rank] + data)
                     if data:
                         continue
                     selector.unregister(key.fileobj)
@@ -135,6 +146,13 @@ class Lifeline:
                     self._some_end.set()
                     if not self._closing and not said[rank].endswith(_BYE):
                         self._lost(rank, said[rank].decode(errors="replace"))
+
+    def _without_told(self, rank: int, said: bytes) -> bytes:
+        """Note what a rank says of itself; give what else it said."""
+        while (begin := said.find(_TOLD)) >= 0 and (end := said.find(_END, begin)) >= 0:
+            self.told[rank] = said[begin + 1 : end].decode()
+            said = said[:begin] + said[end + 1 :]
+        return said
 
     def _lost(self, rank: int, reason: str) -> None:
         if rank == 0:

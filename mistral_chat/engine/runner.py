@@ -3,6 +3,7 @@
 The same on every rank; rank 0's answers carry logits. Knows nothing of sequences' histories.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,21 +16,23 @@ from torch import Tensor
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine.decoder import Choosing, Decoder, Pending
 from mistral_chat.engine.exchange import Exchange, PeerExchange, open_exchange
-from mistral_chat.engine.group import Group
+from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.loading import OnLoading, Watch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import CheckpointError, DeviceError, UsageError
 from mistral_chat.kernels import ops
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, read_args
 from mistral_chat.model.cache import KVCache
-from mistral_chat.model.checkpoint import Headers, check_tensors, load_weights, read_headers
+from mistral_chat.model.checkpoint import Headers, check_tensors, read_headers
 from mistral_chat.model.few_rows import supports
+from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
 
 __all__ = [
-    "Loading",
     "Runner",
+    "StartUp",
     "choose_device",
     "choose_dtype",
     "chunk_size_of",
@@ -37,23 +40,6 @@ __all__ = [
     "load_runner",
 ]
 
-
-@dataclass(frozen=True, slots=True)
-class Loading:
-    """Progress of one rank's loading, told as it goes.
-
-    Args:
-        read: bytes read so far.
-        total: bytes that this rank reads in all.
-        seconds: since reading began.
-    """
-
-    read: int
-    total: int
-    seconds: float
-
-
-OnLoading = Callable[[Loading], None]
 AnyTransformer = TypeVar("AnyTransformer", bound=Transformer)
 
 
@@ -123,6 +109,7 @@ class Runner:
         self.cache = KVCache(model.shard, max_batch_size, max_seq_len, model.dtype, model.device)
         self.decoder: Decoder | None = None
         self.exchange: Exchange | None = None
+        self.start_up: StartUp | None = None
         self._vocab_sizes = [len(model.shard.vocab_of(r)) for r in range(group.world_size)]
 
     def open_decoder(self) -> None:
@@ -223,35 +210,42 @@ def _shape(config: EngineConfig) -> TransformerArgs:
         raise CheckpointError(f"--config, table [model]: {error}") from error
 
 
-def load_model(
-    config: EngineConfig,
-    group: Group,
-    make: Callable[[TransformerArgs], AnyTransformer],
-    on_loading: OnLoading = lambda loading: None,
-) -> tuple[AnyTransformer, Plan]:
-    """Check, plan and load this rank's share of the model; fails on all ranks or on none.
+@dataclass(frozen=True, kw_only=True)
+class StartUp:
+    """Seconds of what loading did; reading weights and making kernels ready run side by side.
 
     Args:
-        config: what to load and where.
-        group: the ranks.
-        make: gives an empty model of a shape, on torch's default device and in its default type.
-        on_loading: told of progress after every read.
-
-    Raises:
-        CheckpointError: the folder or its weights cannot be used.
-        DeviceError: a device or number of ranks that cannot be.
-        NotEnoughMemoryError: it does not fit.
+        check_s: to read what the model is, check its files and plan memory.
+        weights_s: to read this rank's weights.
+        weights_bytes: how much that was; 0 for random weights.
+        kernels_s: to compile or load kernels, by their first use.
+        capture_s: to capture the first graph.
     """
-    headers: Headers | None = None
+
+    check_s: float
+    weights_s: float
+    weights_bytes: int
+    kernels_s: float = 0.0
+    capture_s: float = 0.0
+
+
+def _begin(
+    config: EngineConfig, group: Group, make: Callable[[TransformerArgs], AnyTransformer]
+) -> tuple[AnyTransformer, Plan, Reading | None]:
+    """Check, plan, make the empty model and begin to read its weights, or draw them."""
     with group.together():
         args = replace(_shape(config), max_batch_size=config.max_batch_size)
         shard = Shard(args, group.shards, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)
-        if config.load_format != "dummy":
+    headers: Headers | None = None
+    with group.together():
+        if group.is_leader and config.load_format != "dummy":
             assert config.model is not None
             headers = read_headers(config.model, config.load_format)
             check_tensors(config.model, headers, placements(shard, headers.layout))
+    headers = group.share(headers)
+    with group.together():
         if config.max_seq_len and args.max_seq_len and config.max_seq_len > args.max_seq_len:
             raise UsageError(
                 f"--max_seq_len {config.max_seq_len}: the model knows {args.max_seq_len} positions"
@@ -267,36 +261,106 @@ def load_model(
             max_seq_len=config.max_seq_len,
         )
     plan = replace(plan, max_seq_len=group.minimum(plan.max_seq_len))
+    reading = None
     with group.together():
         with device, _default_dtype(dtype):
             model = make(args)
         if headers is None:
             model.init_weights(config.seed)
         else:
-            _load(model, headers, on_loading)
+            if why_no_decoder(model) is None:  # its kernels run before the weights are there
+                for parameter in model.parameters():
+                    parameter.data.zero_()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # threads that read have streams of their own
+            reading = Reading(model, headers, reading_threads(device, group.place))
+            reading.start()
+    return model, plan, reading
+
+
+def _finish(reading: Reading | None, group: Group) -> None:
+    with group.together():
+        if reading is not None:
+            reading.finish()
+
+
+@contextmanager
+def _watched(reading: Reading | None, group: Group, on_loading: OnLoading) -> Iterator[None]:
+    if reading is None:
+        yield
+    else:
+        with Watch(reading, group, on_loading):
+            yield
+
+
+def load_model(
+    config: EngineConfig,
+    group: Group,
+    make: Callable[[TransformerArgs], AnyTransformer],
+    on_loading: OnLoading = lambda loading: None,
+) -> tuple[AnyTransformer, Plan]:
+    """Check, plan and load this rank's share of the model; fails on all ranks or on none.
+
+    Args:
+        config: what to load and where.
+        group: the ranks.
+        make: gives an empty model of a shape, on torch's default device and in its default type.
+        on_loading: on rank 0 told of progress, from a thread.
+
+    Raises:
+        CheckpointError: the folder or its weights cannot be used.
+        DeviceError: a device or number of ranks that cannot be.
+        NotEnoughMemoryError: it does not fit.
+    """
+    model, plan, reading = _begin(config, group, make)
+    with _watched(reading, group, on_loading):
+        _finish(reading, group)
     return model, plan
 
 
 def load_runner(
     config: EngineConfig, group: Group, on_loading: OnLoading = lambda loading: None
 ) -> Runner:
-    """`load_model`, with its cache."""
+    """`load_model`, with its cache; kernels are made ready while weights are read."""
 
     def make(args: TransformerArgs) -> Transformer:
         return Transformer(args, Shard(args, group.shards, group.rank), group)
 
-    model, plan = load_model(config, group, make, on_loading)
-    runner = Runner(
-        model,
-        group,
-        max_batch_size=config.max_batch_size,
-        max_seq_len=plan.max_seq_len,
-        chunk_size=chunk_size_of(config, model.device),
-        plan=plan,
+    started = time.monotonic()
+    model, plan, reading = _begin(config, group, make)
+    begun = time.monotonic()
+    with _watched(reading, group, on_loading):
+        runner = Runner(
+            model,
+            group,
+            max_batch_size=config.max_batch_size,
+            max_seq_len=plan.max_seq_len,
+            chunk_size=chunk_size_of(config, model.device),
+            plan=plan,
+        )
+        if why_no_decoder(model) is None:
+            runner.open_decoder()
+        _finish(reading, group)
+    decoder = runner.decoder
+    runner.start_up = StartUp(
+        check_s=begun - started,
+        weights_s=reading.seconds if reading else 0.0,
+        weights_bytes=reading.total if reading else 0,
+        kernels_s=decoder.kernels_s if decoder else 0.0,
+        capture_s=decoder.capture_s if decoder else 0.0,
     )
-    if why_no_decoder(model) is None:
-        runner.open_decoder()
     return runner
+
+
+def reading_threads(device: torch.device, place: Place) -> int:
+    """Threads of one rank that read weights.
+
+    On GPUs up to 16, what it takes to keep up with copies to the device (BENCHMARKS.md); on CPU
+    all but free memory is the limit.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    each = (cores or 1) // place.local_world_size
+    return max(2, min(16, each)) if device.type == "cuda" else max(1, min(4, each))
 
 
 def why_no_decoder(model: Transformer) -> str | None:
@@ -320,20 +384,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def chunk_size_of(config: EngineConfig, device: torch.device) -> int:
     """Most tokens of one step: as asked for, else what takes about half a second."""
     return config.chunk_size or (2048 if device.type == "cuda" else 256)
-
-
-def _load(model: Transformer, headers: Headers, on_loading: OnLoading) -> None:
-    total = 0
-    for name, placement in placements(model.shard, headers.layout).items():
-        tensor = headers.tensors[name]
-        n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
-        total += len(placement.rows) * n_cols * tensor.torch_dtype.itemsize
-    started = time.monotonic()
-    read = 0
-
-    def on_bytes(n: int) -> None:
-        nonlocal read
-        read += n
-        on_loading(Loading(read, total, time.monotonic() - started))
-
-    load_weights(model, headers, on_bytes)

@@ -1,15 +1,13 @@
-"""Weights on disk: which files, which tensors, all faults at once, and only this rank's slices.
+"""Weights on disk: which files, which tensors where in them, and all faults at once.
 
-Knows files and bytes, in Mistral's layout and in Hugging Face's; what goes where, and under which
-name, comes from the model's placements. Tensors are read with
-positioned reads into small buffers, never mapped, so host memory grows by the slices alone.
+Knows Mistral's layout and Hugging Face's, and reads headers alone; what a model needs comes from
+its placements.
 """
 
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +18,18 @@ from mistral_chat.config import LoadFormat
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model import hf
 from mistral_chat.model.args import read_json_object
-from mistral_chat.model.sharding import Placement, placements
-from mistral_chat.model.transformer import Transformer
+from mistral_chat.model.sharding import Placement
 
 __all__ = [
     "Headers",
     "StoredTensor",
     "check_tensors",
     "find_weights",
-    "load_weights",
+    "local_bytes",
     "read_headers",
 ]
 
 PICKLE = "consolidated.00.pth"
-BUFFER_BYTES = 32 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 MOST_FAULTS = 8  # named in one error
 
@@ -46,8 +42,6 @@ _FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-
-OnBytes = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,105 +342,6 @@ def _pickle_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         dtype = names.get(tensor.dtype, str(tensor.dtype))
         tensors[str(name)] = StoredTensor(path, dtype, tuple(tensor.shape), offset)
     return tensors, faults
-
-
-def load_weights(model: Transformer, headers: Headers, on_bytes: OnBytes = lambda n: None) -> None:
-    """Fill the model's parameters with this rank's slices.
-
-    Args:
-        model: whose parameters are filled, in their own type and on their own device.
-        headers: of the files, checked.
-        on_bytes: told the number of bytes read since the last call.
-
-    Raises:
-        CheckpointError: a read that fails or ends early, with file and tensor.
-    """
-    tensors, table = headers.tensors, placements(model.shard, headers.layout)
-    by_place = sorted(table, key=lambda name: (tensors[name].path.name, tensors[name].offset))
-    buffer = _buffer(model.device)
-    opened: dict[Path, int] = {}
-    try:
-        for name in by_place:
-            tensor, placement = tensors[name], table[name]
-            try:
-                if tensor.path not in opened:
-                    opened[tensor.path] = os.open(tensor.path, os.O_RDONLY)
-                fd = opened[tensor.path]
-                _read_slice(fd, tensor, placement, model.destination(placement), buffer, on_bytes)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                raise CheckpointError(
-                    f"{tensor.path}: reading {name} failed ({reason}); check the disk or fetch "
-                    f"the file again"
-                ) from error
-    finally:
-        for fd in opened.values():
-            os.close(fd)
-
-
-def _buffer(device: torch.device) -> Tensor:
-    return torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-
-def _read_slice(
-    fd: int,
-    tensor: StoredTensor,
-    placement: Placement,
-    into: Tensor,
-    buffer: Tensor,
-    on_bytes: OnBytes,
-) -> None:
-    """Read `placement`'s rows and columns of one tensor into `into`.
-
-    Rows that are wanted whole, in the file's type and in its order go straight to a CPU
-    parameter's memory; everything else passes through the buffer, whole rows (or heads, where
-    their rows change places) at a time, so that a read is sequential also where only some columns
-    are kept.
-    """
-    dtype = tensor.torch_dtype
-    n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
-    cols = placement.cols or range(1)
-    row_bytes = n_cols * dtype.itemsize
-    offset = tensor.offset + placement.rows.start * row_bytes
-    as_stored = len(cols) == n_cols and not placement.half_split and into.dtype == dtype
-    if as_stored and into.device.type == "cpu":
-        _read_into(fd, offset, into.view(torch.uint8).view(-1), on_bytes)
-        return
-    unit = placement.half_split or 1  # rows that must be read together
-    unit_bytes = unit * row_bytes
-    rows_each = unit * max(1, len(buffer) // unit_bytes)
-    if unit_bytes > len(buffer):
-        buffer = torch.empty(unit_bytes, dtype=torch.uint8)
-    into = into.view(len(placement.rows), len(cols))
-    for done in range(0, len(placement.rows), rows_each):
-        n_rows = min(rows_each, len(placement.rows) - done)
-        part = buffer[: n_rows * row_bytes]
-        _read_into(fd, offset + done * row_bytes, part, on_bytes)
-        rows = part.view(dtype).view(n_rows, n_cols)[:, cols.start : cols.stop]
-        here = into[done : done + n_rows]
-        if placement.half_split:
-            here, rows = _in_halves(here, unit), rows.view(-1, 2, unit // 2, len(cols))
-        here.copy_(rows)
-
-
-def _in_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """A view of whole heads whose pairs are neighbours, in the order of a file that splits them.
-
-    Row `head * head_dim + 2 * pair + element` is at `[head, element, pair]`.
-    """
-    return rows.view(-1, head_dim // 2, 2, rows.shape[1]).transpose(1, 2)
-
-
-def _read_into(fd: int, offset: int, into: Tensor, on_bytes: OnBytes) -> None:
-    """Fill the bytes of a flat uint8 tensor on CPU from a file."""
-    view = memoryview(into.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
-    while view:
-        n = os.preadv(fd, [view[:BUFFER_BYTES]], offset)
-        if n == 0:
-            raise OSError(0, "the file ended early: it shrank since its header was read")
-        on_bytes(n)
-        view = view[n:]
-        offset += n
 
 
 def local_bytes(table: Iterable[Placement], dtype: torch.dtype) -> int:

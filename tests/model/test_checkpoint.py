@@ -1,12 +1,9 @@
 """Weights on disk: every layout gives the same model, every fault is named, memory stays small."""
 
-import errno
 import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +21,13 @@ from mistral_chat.model.checkpoint import (
     PICKLE,
     check_tensors,
     find_weights,
-    load_weights,
     local_bytes,
     read_headers,
 )
+from mistral_chat.model.loading import load_weights
 from mistral_chat.model.sharding import Placement, Shard, placements
 from mistral_chat.model.transformer import Alone, Transformer
-from tests.conftest import ROOT, random_weights
-from tests.scripts import load_share
+from tests.conftest import random_weights
 
 ARGS = TransformerArgs(
     dim=24,
@@ -135,101 +131,6 @@ def faults_of(folder: Path, args: TransformerArgs = ARGS) -> str:
         check_tensors(folder, read_headers(folder), placements(Shard(args)))
     assert "\n" not in str(caught.value)  # errors are one line
     return str(caught.value)
-
-
-@pytest.mark.parametrize("write", LAYOUTS)
-def test_load_weights_is_the_same_from_every_layout(
-    tmp_path: Path, write: Callable[[Path, Weights], None]
-) -> None:
-    weights = random_weights(ARGS)
-    write(tmp_path, weights)
-    assert_holds(load(tmp_path), weights)
-
-
-@pytest.mark.parametrize("write", [write_single, write_pickle, write_shards])
-@pytest.mark.parametrize("world_size", [2, 3, 4, 9])
-def test_load_weights_gives_each_rank_its_slices(
-    tmp_path: Path, write: Callable[[Path, Weights], None], world_size: int
-) -> None:
-    weights = random_weights(ARGS)
-    write(tmp_path, weights)
-    for rank in range(world_size):
-        assert_holds(load(tmp_path, world_size=world_size, rank=rank), weights)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_load_weights_of_tied_embeddings_wants_no_output(tmp_path: Path, tied: bool) -> None:
-    args = replace(ARGS, tied_embeddings=tied)
-    weights = random_weights(args)
-    assert ("output.weight" in weights) is not tied
-    write_single(tmp_path, weights)
-    model = load(tmp_path, args)
-    assert_holds(model, weights)
-    assert (model.output is None) is tied
-
-
-@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("held", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("write", [write_single, write_pickle])
-def test_load_weights_converts_as_torch_does(
-    tmp_path: Path,
-    write: Callable[[Path, Weights], None],
-    stored: torch.dtype,
-    held: torch.dtype,
-) -> None:
-    weights = random_weights(ARGS, stored)
-    write(tmp_path, weights)
-    assert_holds(load(tmp_path, dtype=held, world_size=2, rank=1), weights)
-
-
-def test_load_weights_reads_rows_wider_than_its_buffer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = random_weights(ARGS, torch.bfloat16)
-    write_single(tmp_path, weights)
-    for size in (1, 50, 7 * 48, 1000):  # a row of most tensors has 48 bytes
-        monkeypatch.setattr("mistral_chat.model.checkpoint.BUFFER_BYTES", size)
-        assert_holds(load(tmp_path, world_size=2, rank=1), weights)
-
-
-def test_load_weights_goes_on_after_a_short_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = random_weights(ARGS)
-    write_single(tmp_path, weights)
-    whole = os.preadv
-
-    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
-        return whole(fd, [buffers[0][:37]], offset)
-
-    monkeypatch.setattr("mistral_chat.model.checkpoint.os.preadv", short)
-    assert_holds(load(tmp_path, replace(ARGS, n_layers=2)), weights)
-
-
-def test_load_weights_reads_a_pickle_of_views_of_one_storage(tmp_path: Path) -> None:
-    weights = random_weights(ARGS)
-    pool = torch.cat([tensor.reshape(-1) for tensor in weights.values()])
-    views, at = {}, 0
-    for name, tensor in weights.items():
-        views[name] = pool[at : at + tensor.numel()].view(tensor.shape)
-        at += tensor.numel()
-    torch.save(views, tmp_path / PICKLE)
-    assert_holds(load(tmp_path), weights)
-
-
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_load_weights_tells_how_many_bytes_it_read(tmp_path: Path, world_size: int) -> None:
-    write_single(tmp_path, random_weights(ARGS))
-    model = Transformer(ARGS, Shard(ARGS, world_size, 0), Alone())
-    told: list[int] = []
-    load_weights(model, read_headers(tmp_path), told.append)
-    assert min(told) > 0
-    # rows are read whole, so that reads are sequential: what is read is rows times full columns
-    wanted = sum(
-        len(p.rows) * (p.shape[1] if len(p.shape) == 2 else 1) * 4
-        for p in model.placements().values()
-    )
-    assert sum(told) == wanted
 
 
 @pytest.mark.parametrize("write", [write_single, write_shards, write_indexed])
@@ -531,78 +432,6 @@ def test_read_headers_refuses_a_pickled_tensor_that_is_not_in_order(tmp_path: Pa
     assert "layers.0.attention.wq.weight is not stored whole and in order" in faults_of(tmp_path)
 
 
-def test_load_weights_names_file_and_tensor_when_a_read_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
-    tensors = headers.tensors
-    broken = "layers.1.feed_forward.w2.weight"
-    whole = os.preadv
-
-    def fail_in_one_tensor(fd: int, buffers: list[memoryview], offset: int) -> int:
-        tensor = tensors[broken]
-        here = os.fstat(fd).st_ino == tensor.path.stat().st_ino
-        if here and tensor.offset <= offset < tensor.offset + 24 * 40 * 4:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return whole(fd, buffers, offset)
-
-    monkeypatch.setattr("mistral_chat.model.checkpoint.os.preadv", fail_in_one_tensor)
-    with pytest.raises(CheckpointError) as caught:
-        load_weights(Transformer(ARGS), headers)
-    assert str(tensors[broken].path) in str(caught.value)
-    assert broken in str(caught.value)
-    assert os.strerror(errno.EIO) in str(caught.value)
-
-
-def test_load_weights_names_file_and_tensor_when_a_file_shrank(tmp_path: Path) -> None:
-    write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
-    path = tmp_path / shard_name(2, 3)
-    last = max((t.offset, n) for n, t in headers.tensors.items() if t.path == path)[1]
-    os.truncate(path, path.stat().st_size - 4)
-    with pytest.raises(CheckpointError, match="shrank") as caught:
-        load_weights(Transformer(ARGS), headers)
-    assert str(path) in str(caught.value)
-    assert last in str(caught.value)
-
-
-def test_load_weights_names_a_file_that_is_gone(tmp_path: Path) -> None:
-    write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
-    (tmp_path / shard_name(3, 3)).unlink()
-    with pytest.raises(CheckpointError, match=shard_name(3, 3)):
-        load_weights(Transformer(ARGS), headers)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_load_weights_closes_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
-    opened: list[int] = []
-    really_open, really_close = os.open, os.close
-
-    def note_open(path: Path, flags: int) -> int:
-        opened.append(really_open(path, flags))
-        return opened[-1]
-
-    def note_close(fd: int) -> None:
-        opened.remove(fd)
-        really_close(fd)
-
-    monkeypatch.setattr("mistral_chat.model.checkpoint.os.open", note_open)
-    monkeypatch.setattr("mistral_chat.model.checkpoint.os.close", note_close)
-    if fails:
-        os.truncate(tmp_path / shard_name(3, 3), 200)
-        with pytest.raises(CheckpointError):
-            load_weights(Transformer(ARGS), headers)
-    else:
-        load_weights(Transformer(ARGS), headers)
-    assert opened == []
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_local_bytes_is_what_the_parameters_take(world_size: int) -> None:
     for rank in range(world_size):
@@ -623,29 +452,3 @@ def write_zeros(path: Path, table: dict[str, Placement], dtype: str, itemsize: i
     path.write_bytes(safetensors_bytes(text, 0))
     os.truncate(path, 8 + len(text) + at)
     return at
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
-@pytest.mark.parametrize(
-    ("stored", "itemsize", "held"),
-    [("F32", 4, "float32"), ("BF16", 2, "float32")],
-)
-def test_load_weights_takes_little_more_memory_than_the_share(
-    tmp_path: Path, stored: str, itemsize: int, held: str
-) -> None:
-    table = placements(Shard(load_share.ARGS))
-    size = write_zeros(tmp_path / SINGLE, table, stored, itemsize)
-    assert size * 4 / itemsize > 600e6
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.load_share", str(tmp_path), held],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        timeout=100,
-    )
-    grown, share = map(int, done.stdout.split())
-    # The buffer has 32 MiB; the rest is what allocator, page tables and headers take. Reading an
-    # embedding whole (168 MB in float32, 84 in bfloat16) or mapping the file would break it.
-    assert share <= grown + 2e6  # the pages of all parameters were touched
-    assert grown <= share + 80e6

@@ -18,8 +18,9 @@ from torch import Tensor
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.args import TransformerArgs, read_args
 from mistral_chat.model.cache import KVCache
-from mistral_chat.model.checkpoint import check_tensors, find_weights, load_weights, read_headers
+from mistral_chat.model.checkpoint import check_tensors, find_weights, read_headers
 from mistral_chat.model.hf import choose_layout
+from mistral_chat.model.loading import load_weights
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Alone, Span, Transformer
 from tests.conftest import ROOT, TINY, Run, random_weights, shipped_tokenizer, write_params
@@ -228,7 +229,7 @@ def test_heads_are_put_in_order_through_a_buffer_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     write_hf(tmp_path)  # a row of wq has 96 bytes, a head 6 rows
-    monkeypatch.setattr("mistral_chat.model.checkpoint.BUFFER_BYTES", size)
+    monkeypatch.setattr("mistral_chat.model.loading.CPU_PIECE_BYTES", size)
     assert_cover([load(tmp_path, world_size=2, rank=rank) for rank in range(2)],
                  random_weights(WIDE))  # fmt: skip
 
@@ -255,14 +256,15 @@ def test_a_rank_reads_its_rows_and_no_others(
         read.append(range(offset, offset + n))
         return n
 
-    monkeypatch.setattr("mistral_chat.model.checkpoint.os.preadv", note)
+    monkeypatch.setattr("mistral_chat.model.loading.os.preadv", note)
     model = load(tmp_path, world_size=4, rank=rank)
     tensors = read_headers(tmp_path).tensors
     wanted = []
     for name, placement in placements(model.shard, "hf").items():
-        row_bytes = 4 * (placement.shape[1] if len(placement.shape) == 2 else 1)
-        rows, at = placement.rows, tensors[name].offset
-        wanted.append(range(at + rows.start * row_bytes, at + rows.stop * row_bytes))
+        n_cols = placement.shape[1] if len(placement.shape) == 2 else 1
+        rows, cols, at = placement.rows, placement.cols or range(1), tensors[name].offset
+        first, last = rows.start * n_cols + cols.start, (rows.stop - 1) * n_cols + cols.stop
+        wanted.append(range(at + 4 * first, at + 4 * last))
     assert sorted(read, key=min) == sorted(wanted, key=min)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from mistral_chat.model.args import TransformerArgs
-from mistral_chat.model.checkpoint import check_tensors, load_weights, local_bytes, read_headers
+from mistral_chat.model.checkpoint import check_tensors, local_bytes, read_headers
+from mistral_chat.model.loading import load_weights
 from mistral_chat.model.sharding import Shard
 from mistral_chat.model.transformer import Alone, Transformer
 

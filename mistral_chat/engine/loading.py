@@ -1,0 +1,157 @@
+"""Loading on all ranks side by side: how far each node is, and which rank has stalled.
+
+Every rank watches its own reading and tells rank 0, which adds up and speaks. A rank that reads
+nothing for a while is named together with what it waits for; nothing is ended for it, since a
+network disk may come back. Knows nothing of files' contents.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from mistral_chat.engine.group import Group
+from mistral_chat.model.loading import Reading
+
+__all__ = ["Loading", "OnLoading", "Watch"]
+
+TELL_S = 0.25
+STALL_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How far one node is.
+
+    Args:
+        node: its number, from 0.
+        n_nodes: how many there are.
+        read: bytes that its ranks have read.
+        total: bytes that they read in all; grows until all ranks have begun.
+        seconds: since reading began.
+        notice: what people should know now: a rank that stalls, or that goes on.
+    """
+
+    node: int
+    n_nodes: int
+    read: int
+    total: int
+    seconds: float
+    notice: str | None = None
+
+
+OnLoading = Callable[[Loading], None]
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What rank 0 knows of one rank.
+
+    Args:
+        read: bytes.
+        total: bytes; 0 before it has begun.
+        waits_for: what its longest read is after.
+        moved: when it last read something.
+        spoke: when it last said anything.
+        is_named: as one that has stalled.
+    """
+
+    read: int = 0
+    total: int = 0
+    waits_for: str | None = None
+    moved: float = 0.0
+    spoke: float = 0.0
+    is_named: bool = False
+
+
+class Watch:
+    """A context in which a reading's progress is told, on rank 0 to `on_loading`.
+
+    Args:
+        reading: of this rank.
+        group: the ranks.
+        on_loading: called from a thread, for each node several times a second.
+    """
+
+    def __init__(self, reading: Reading, group: Group, on_loading: OnLoading) -> None:
+        self._reading = reading
+        self._group = group
+        self._on_loading = on_loading
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch-loading", daemon=True)
+        self._begun = time.monotonic()
+        self._ranks = [_Rank(moved=self._begun, spoke=self._begun) for _ in range(group.world_size)]
+        self._heard: dict[int, str] = {}
+        self._count = 0
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            ended = self._ended.wait(TELL_S)
+            if self._group.is_leader:
+                self._look()
+            else:
+                self._group.tell(self._own_line())
+            if ended:
+                return
+
+    def _own_line(self) -> str:
+        reading = self._reading
+        self._count += 1  # so that a line that says the same is another line
+        return json.dumps([self._count, reading.read, reading.total, reading.waits_for()])
+
+    def _look(self) -> None:
+        """Rank 0: hear the others, name who stalls, and tell each node's progress."""
+        now = time.monotonic()
+        place = self._group.place
+        for rank, line in {**self._group.told(), 0: self._own_line()}.items():
+            if self._heard.get(rank) == line:
+                continue
+            self._heard[rank] = line
+            _, read, total, waits_for = json.loads(line)
+            known = self._ranks[rank]
+            if read != known.read or total != known.total:
+                known.moved = now
+            known.read, known.total, known.waits_for, known.spoke = read, total, waits_for, now
+        notices = [self._notice(rank, now) for rank in range(len(self._ranks))]
+        n_nodes = -(-place.world_size // place.local_world_size)
+        for node in range(n_nodes):
+            first = node * place.local_world_size
+            here = self._ranks[first : first + place.local_world_size]
+            read, total = (sum(getattr(rank, of) for rank in here) for of in ("read", "total"))
+            said = "; ".join(filter(None, notices[first : first + len(here)])) or None
+            self._on_loading(Loading(node, n_nodes, read, total, now - self._begun, said))
+
+    def _notice(self, rank: int, now: float) -> str | None:
+        """What is to be said of a rank, once each time that it stalls or goes on."""
+        known = self._ranks[rank]
+        is_done = 0 < known.total == known.read
+        stalled = not is_done and now - known.moved > STALL_S
+        if stalled == known.is_named:
+            return None
+        known.is_named = stalled
+        if not stalled:
+            return f"rank {rank} goes on"
+        if now - known.spoke > STALL_S / 2:
+            return (
+                f"rank {rank} has said nothing for {now - known.spoke:.0f} s: its process is "
+                f"stopped, or its machine has no time for it"
+            )
+        return (
+            f"rank {rank} has read nothing for {now - known.moved:.0f} s: it waits for "
+            f"{known.waits_for or 'its memory'}"
+        )

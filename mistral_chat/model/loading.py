@@ -1,0 +1,352 @@
+"""Reads one rank's slices of a checkpoint: several threads, large reads, in the order of the files.
+
+Every file is opened before the first byte is read, and read at given positions, never mapped: a
+file that shrinks is an error and not the end of the process, and a network disk sees large
+requests. Where only some columns of a matrix are kept, one call reads whole rows and the system
+drops the others as it copies. Knows nothing of ranks, nor of how progress is shown.
+"""
+
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_chat.errors import CheckpointError
+from mistral_chat.model.checkpoint import Headers, StoredTensor
+from mistral_chat.model.sharding import Placement, placements
+from mistral_chat.model.transformer import Transformer
+
+__all__ = ["Reading", "load_weights"]
+
+# Kept bytes of one read. Large ones hide what Python does in between, small ones stay in a CPU's
+# cache until they are converted.
+GPU_PIECE_BYTES = 16 * 2**20
+CPU_PIECE_BYTES = 2 * 2**20
+MOST_RANGES = 1024  # of one preadv (IOV_MAX)
+TRUNCATED = "the file ended early: it shrank since its header was read"
+JOIN_S = 1.0  # for threads to end after another one's failure; one may hang
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Neighbouring rows of one tensor, read at once.
+
+    Args:
+        name: under which the file has the tensor.
+        tensor: all of it.
+        placement: this rank's part.
+        first: the first row, counted from the part's first.
+        n_rows: how many.
+    """
+
+    name: str
+    tensor: StoredTensor
+    placement: Placement
+    first: int
+    n_rows: int
+
+    @property
+    def n_cols(self) -> int:
+        """Columns of the whole tensor; a vector's elements are rows of one."""
+        return self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1
+
+    @property
+    def n_kept(self) -> int:
+        """Columns that are kept."""
+        return len(self.placement.cols or range(1))
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return self.n_rows * self.n_kept * self.tensor.torch_dtype.itemsize
+
+    @property
+    def tensor_end(self) -> int:
+        """Where in the file the whole tensor ends."""
+        size = math.prod(self.tensor.shape) * self.tensor.torch_dtype.itemsize
+        return self.tensor.offset + size
+
+    @property
+    def offset(self) -> int:
+        """Where in the file the first kept byte lies."""
+        row = self.placement.rows.start + self.first
+        col = (self.placement.cols or range(1)).start
+        return self.tensor.offset + (row * self.n_cols + col) * self.tensor.torch_dtype.itemsize
+
+
+class Reading:
+    """Fills a model's parameters from files, by threads of its own.
+
+    Args:
+        model: whose parameters are filled, in their own type and on their own device.
+        headers: of the files, checked.
+        n_threads: that read side by side.
+    """
+
+    def __init__(self, model: Transformer, headers: Headers, n_threads: int = 1) -> None:
+        self._model = model
+        piece_bytes = GPU_PIECE_BYTES if model.device.type == "cuda" else CPU_PIECE_BYTES
+        self._pieces = list(_divide(placements(model.shard, headers.layout), headers, piece_bytes))
+        self._n_threads = max(1, min(n_threads, len(self._pieces)))
+        self.total = sum(piece.size for piece in self._pieces)
+        self._read = [0] * self._n_threads  # by thread: no lock needed
+        self._at: list[tuple[_Piece, float] | None] = [None] * self._n_threads
+        self._next = iter(self._pieces)
+        self._changed = threading.Condition()
+        self._n_running = 0
+        self._failure: BaseException | None = None
+        self._files: dict[Path, int] = {}
+        self.threads: list[threading.Thread] = []
+        self.seconds = 0.0  # from start to the last byte
+
+    @property
+    def read(self) -> int:
+        """Bytes of this rank's share that have been read."""
+        return sum(self._read)
+
+    def waits_for(self) -> str | None:
+        """What the read that has taken longest reads; None where there is none."""
+        at = [place for place in self._at if place is not None]
+        if not at:
+            return None
+        piece, _ = min(at, key=lambda place: place[1])
+        return f"{piece.tensor.path.name} at byte {piece.offset:,} ({piece.name})"
+
+    def start(self) -> None:
+        """Open the files and begin to read.
+
+        Raises:
+            CheckpointError: a file that cannot be opened.
+        """
+        lasts = {piece.tensor.path: piece for piece in self._pieces}  # in the order of the files
+        try:
+            for path, piece in lasts.items():
+                self._files[path] = os.open(path, os.O_RDONLY)
+                if os.fstat(self._files[path]).st_size < piece.tensor_end:
+                    raise OSError(0, TRUNCATED)
+        except OSError as error:
+            self._close()
+            raise _cannot_read(piece, error) from error
+        self._started = time.monotonic()
+        self._n_running = self._n_threads
+        # A thread that hangs on a dead disk must not keep the process from ending.
+        self.threads = [
+            threading.Thread(target=self._run, args=(n,), name=f"read-{n}", daemon=True)
+            for n in range(self._n_threads)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def finish(self) -> None:
+        """Wait until all is read.
+
+        Raises:
+            CheckpointError: a read failed or ended early, with file and tensor.
+        """
+        with self._changed:
+            try:
+                self._changed.wait_for(lambda: self._failure is not None or not self._n_running)
+            except BaseException:
+                self._next = iter(())
+                raise
+        # A thread that still frees torch's memory while the interpreter ends would abort it.
+        deadline = time.monotonic() + (JOIN_S if self._failure else 1e6)
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, n: int) -> None:
+        try:
+            reader = _Reader(self._model)
+            with reader.at_work:
+                while (piece := self._take()) is not None:
+                    self._at[n] = (piece, time.monotonic())
+                    try:
+                        reader.read(self._files[piece.tensor.path], piece)
+                    except OSError as error:
+                        raise _cannot_read(piece, error) from error
+                    self._read[n] += piece.size
+                self._at[n] = None
+                reader.finish()
+        except BaseException as error:  # finish() raises it in the thread that waits
+            with self._changed:
+                self._failure = self._failure or error
+                self._next = iter(())
+        self._at[n] = None
+        with self._changed:
+            self._n_running -= 1
+            if not self._n_running:
+                self.seconds = time.monotonic() - self._started
+                self._close()
+            self._changed.notify_all()
+
+    def _take(self) -> _Piece | None:
+        with self._changed:
+            return next(self._next, None)
+
+    def _close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+
+def load_weights(model: Transformer, headers: Headers, n_threads: int = 1) -> None:
+    """Fill the model's parameters with this rank's slices.
+
+    Args:
+        model: whose parameters are filled, in their own type and on their own device.
+        headers: of the files, checked.
+        n_threads: that read side by side.
+
+    Raises:
+        CheckpointError: a read that fails or ends early, with file and tensor.
+    """
+    reading = Reading(model, headers, n_threads)
+    reading.start()
+    reading.finish()
+
+
+def _cannot_read(piece: _Piece, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{piece.tensor.path}: reading {piece.name} failed ({error.strerror or error}); check the "
+        f"disk or fetch the file again"
+    )
+
+
+def _divide(table: dict[str, Placement], headers: Headers, piece_bytes: int) -> Iterator[_Piece]:
+    """All that this rank reads, in the order of the files."""
+    tensors = headers.tensors
+    for name in sorted(table, key=lambda name: (tensors[name].path.name, tensors[name].offset)):
+        tensor, placement = tensors[name], table[name]
+        whole = _Piece(name, tensor, placement, 0, len(placement.rows))
+        unit = placement.half_split or 1  # rows that must be read together
+        rows_each = max(1, piece_bytes // max(1, whole.size // whole.n_rows * unit)) * unit
+        if whole.n_kept < whole.n_cols:
+            assert unit == 1
+            rows_each = min(rows_each, MOST_RANGES // 2)
+        for first in range(0, whole.n_rows, rows_each):
+            n_rows = min(rows_each, whole.n_rows - first)
+            yield _Piece(name, tensor, placement, first, n_rows)
+
+
+class _Reader:
+    """One thread's memory, and on a GPU its stream.
+
+    Args:
+        model: that is filled.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+        self._device = device = model.device
+        self._on_gpu = device.type == "cuda"
+        self._junk = memoryview(bytearray())
+        # Two buffers, so that one is read into while the other is copied from.
+        self._buffers: list[Tensor | None] = [None, None]
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._staging: Tensor | None = None
+        self._turn = 0
+        self.at_work: Any = nullcontext()
+        if self._on_gpu:
+            torch.cuda.set_device(device)
+            self._stream = torch.cuda.Stream(device)
+            self.at_work = torch.cuda.stream(self._stream)
+
+    def read(self, fd: int, piece: _Piece) -> None:
+        """Read a piece, and put it where it belongs or on its way there."""
+        placement, dtype = piece.placement, piece.tensor.torch_dtype
+        rows = slice(piece.first, piece.first + piece.n_rows)
+        into = self._model.destination(placement).view(len(placement.rows), piece.n_kept)[rows]
+        as_stored = into.dtype == dtype and not placement.half_split
+        if as_stored and not self._on_gpu:
+            self._fill(fd, piece, into.view(torch.uint8).view(-1))
+            return
+        self._turn = 1 - self._turn
+        buffer = self._buffer(piece.size)
+        self._fill(fd, piece, buffer)
+        if as_stored:
+            into.view(torch.uint8).view(-1).copy_(buffer, non_blocking=True)
+        else:
+            if self._on_gpu:
+                if self._staging is None or len(self._staging) < piece.size:
+                    self._staging = torch.empty_like(buffer, device=self._device)
+                buffer = self._staging[: piece.size].copy_(buffer, non_blocking=True)
+            values = buffer.view(dtype).view(piece.n_rows, piece.n_kept)
+            if unit := placement.half_split:
+                into, values = _in_halves(into, unit), values.view(-1, 2, unit // 2, piece.n_kept)
+            into.copy_(values)
+        if self._on_gpu:
+            event = self._copied[self._turn] = torch.cuda.Event()
+            event.record(self._stream)
+
+    def finish(self) -> None:
+        """Until all copies have arrived."""
+        if self._on_gpu:
+            self._stream.synchronize()
+
+    def _buffer(self, size: int) -> Tensor:
+        """(size,) uint8 on the host, this turn's, free to be written."""
+        turn = self._turn
+        copied = self._copied[turn]
+        if copied is not None:
+            copied.synchronize()
+        buffer = self._buffers[turn]
+        if buffer is None or len(buffer) < size:
+            least = max(size, GPU_PIECE_BYTES if self._on_gpu else CPU_PIECE_BYTES)
+            buffer = torch.empty(least, dtype=torch.uint8, pin_memory=self._on_gpu)
+            self._buffers[turn] = buffer
+        return buffer[:size]
+
+    def _fill(self, fd: int, piece: _Piece, into: Tensor) -> None:
+        """Read a piece's kept bytes, one row after the other, into a flat uint8 tensor on CPU."""
+        view = memoryview(into.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
+        kept = piece.size // piece.n_rows
+        skipped = kept // piece.n_kept * piece.n_cols - kept
+        ranges = [view]
+        if skipped:
+            if len(self._junk) < skipped:
+                self._junk = memoryview(bytearray(skipped))
+            junk = self._junk[:skipped]
+            rows = (view[at : at + kept] for at in range(0, piece.size, kept))
+            ranges = [part for row in rows for part in (row, junk)]
+            ranges.pop()
+        _read_ranges(fd, piece.offset, ranges)
+
+
+def _read_ranges(fd: int, offset: int, ranges: list[memoryview]) -> None:
+    """Fill memory, range after range, from neighbouring bytes of a file.
+
+    Raises:
+        OSError: the system's, or the file ended early.
+    """
+    if hasattr(os, "posix_fadvise"):  # have the disk work on all of it at once
+        os.posix_fadvise(fd, offset, sum(map(len, ranges)), os.POSIX_FADV_WILLNEED)
+    while ranges:
+        n = os.preadv(fd, ranges, offset)
+        if n == 0:
+            raise OSError(0, TRUNCATED)
+        offset += n
+        done = 0
+        while done < len(ranges) and n >= len(ranges[done]):
+            n -= len(ranges[done])
+            done += 1
+        ranges = ranges[done:]
+        if n:
+            ranges[0] = ranges[0][n:]
+
+
+def _in_halves(rows: Tensor, head_dim: int) -> Tensor:
+    """A view of whole heads whose pairs are neighbours, in the order of a file that splits them.
+
+    Row `head * head_dim + 2 * pair + element` is at `[head, element, pair]`.
+    """
+    return rows.view(-1, head_dim // 2, 2, rows.shape[1]).transpose(1, 2)
