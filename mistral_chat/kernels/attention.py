@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mistral_chat.kernels.tuning import early_launch, splits
+from mistral_chat.kernels.tuning import attend_config, early_launch, splits
 
 __all__ = ["attend"]
 
-BLOCK = 64  # positions of a tile
 MOST_TILE_ROWS = 64
 
 
@@ -193,7 +192,9 @@ def attend(
     m_all = max(16, triton.next_power_of_2(length * group))
     m = min(m_all, MOST_TILE_ROWS)
     device = qkv.device
-    n_splits = splits(n_spans * n_kv * (m_all // m), _processors(device))
+    config = attend_config(qkv.dtype)
+    n_wanted = config.per_processor * _processors(device)
+    n_splits = splits(n_spans * n_kv * (m_all // m), n_wanted)
     sums = torch.empty(n_spans, n_kv, n_splits, m_all, head_dim, dtype=torch.float32, device=device)
     scales = torch.empty(n_spans, n_kv, n_splits, m_all, dtype=torch.float32, device=device)
     out = torch.empty(n_rows, n_heads * head_dim, dtype=qkv.dtype, device=device)
@@ -204,8 +205,8 @@ def attend(
         keys.stride(0), keys.stride(1), window or 1 << 30,
         head_dim**-0.5 * 1.4426950408889634,  # log2(e): powers of two are what the chip has
         N_HEADS=n_heads, N_KV=n_kv, T=length, GROUP=group, M=m, M_ALL=m_all, D=head_dim,
-        BLOCK_S=32 if ieee else BLOCK, SPLITS=n_splits, NEW=triton.next_power_of_2(length),
-        IEEE=ieee, STAGES=2 if ieee else 3, PDL=bool(early), num_warps=4, **early,
+        BLOCK_S=config.block, SPLITS=n_splits, NEW=triton.next_power_of_2(length),
+        IEEE=ieee, STAGES=config.stages, PDL=bool(early), num_warps=config.warps, **early,
     )  # fmt: skip
     _combine[(n_rows, n_heads)](
         sums, scales, first_heads, kv_heads, out,

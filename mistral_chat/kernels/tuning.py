@@ -9,8 +9,10 @@ from functools import lru_cache
 import torch
 
 __all__ = [
+    "Attend",
     "FewRows",
     "OneRow",
+    "attend_config",
     "early_launch",
     "few_rows_config",
     "one_row_config",
@@ -49,6 +51,23 @@ class FewRows:
     cols: int
     stages: int
     warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """How attention to a long cache is divided.
+
+    Args:
+        block: positions of a tile.
+        stages: of its pipeline.
+        warps: of 32 threads.
+        per_processor: programs for each multiprocessor, about.
+    """
+
+    block: int
+    stages: int
+    warps: int
+    per_processor: int
 
 
 # (n_out, n_in) -> fastest of 15 divisions inside a whole decode step on an H200: Large-2407's
@@ -112,12 +131,19 @@ def few_rows_config(n_out: int, n_in: int, gated: bool, dtype: torch.dtype) -> F
     return FewRows(32, 128, 4, 4) if n_out // 32 >= LEAST_PROGRAMS or gated else None
 
 
-def splits(n_programs: int, n_processors: int) -> int:
+def attend_config(dtype: torch.dtype) -> Attend:
+    """For keys and values of a type."""
+    return Attend(32, 2, 4, 1) if dtype.itemsize > 2 else Attend(64, 3, 4, 1)
+
+
+def splits(n_programs: int, n_wanted: int) -> int:
     """Parts of the context that one group of heads is divided into: a power of two.
 
-    About one program for each multiprocessor, as far as 128 parts.
+    Args:
+        n_programs: there would be without.
+        n_wanted: programs in all; as near below as can be, as far as 128 parts.
     """
-    least = max(1, n_processors // n_programs)
+    least = max(1, n_wanted // n_programs)
     return min(128, 1 << (least.bit_length() - 1))
 
 
