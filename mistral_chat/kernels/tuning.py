@@ -132,8 +132,8 @@ def few_rows_config(n_out: int, n_in: int, gated: bool, dtype: torch.dtype) -> F
 
 
 def attend_config(dtype: torch.dtype) -> Attend:
-    """For keys and values of a type."""
-    return Attend(32, 2, 4, 1) if dtype.itemsize > 2 else Attend(64, 3, 4, 1)
+    """For keys and values of a type: the fastest at 32k of 14 inside a whole step on an H200."""
+    return Attend(32, 2, 4, 1) if dtype.itemsize > 2 else Attend(64, 2, 4, 4)
 
 
 def splits(n_programs: int, n_wanted: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.checkpoint import Headers, StoredTensor
-from mistral_chat.model.sharding import Placement, placements
+from mistral_chat.model.sharding import placements
 from mistral_chat.model.transformer import Transformer
 
 __all__ = ["Reading", "load_weights"]
@@ -42,44 +42,30 @@ class _Piece:
     Args:
         name: under which the file has the tensor.
         tensor: all of it.
-        placement: this rank's part.
-        first: the first row, counted from the part's first.
-        n_rows: how many.
+        offset: where in the file the first kept byte lies.
+        size: bytes that are kept.
+        n_rows: rows of the file; a vector's elements are rows of one.
+        kept: bytes of a row that are kept.
+        skipped: bytes between them and those of the next row.
+        into: (n_rows, columns) of a parameter.
+        half_split: head_dim where a head's rows change places, else None.
     """
 
     name: str
     tensor: StoredTensor
-    placement: Placement
-    first: int
+    offset: int
+    size: int
     n_rows: int
-
-    @property
-    def n_cols(self) -> int:
-        """Columns of the whole tensor; a vector's elements are rows of one."""
-        return self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1
-
-    @property
-    def n_kept(self) -> int:
-        """Columns that are kept."""
-        return len(self.placement.cols or range(1))
-
-    @property
-    def size(self) -> int:
-        """Bytes that are kept."""
-        return self.n_rows * self.n_kept * self.tensor.torch_dtype.itemsize
+    kept: int
+    skipped: int
+    into: Tensor
+    half_split: int | None
 
     @property
     def tensor_end(self) -> int:
         """Where in the file the whole tensor ends."""
         size = math.prod(self.tensor.shape) * self.tensor.torch_dtype.itemsize
         return self.tensor.offset + size
-
-    @property
-    def offset(self) -> int:
-        """Where in the file the first kept byte lies."""
-        row = self.placement.rows.start + self.first
-        col = (self.placement.cols or range(1)).start
-        return self.tensor.offset + (row * self.n_cols + col) * self.tensor.torch_dtype.itemsize
 
 
 class Reading:
@@ -94,7 +80,7 @@ class Reading:
     def __init__(self, model: Transformer, headers: Headers, n_threads: int = 1) -> None:
         self._model = model
         piece_bytes = GPU_PIECE_BYTES if model.device.type == "cuda" else CPU_PIECE_BYTES
-        self._pieces = list(_divide(placements(model.shard, headers.layout), headers, piece_bytes))
+        self._pieces = list(_divide(model, headers, piece_bytes))
         self._n_threads = max(1, min(n_threads, len(self._pieces)))
         self.total = sum(piece.size for piece in self._pieces)
         self._read = [0] * self._n_threads  # by thread: no lock needed
@@ -166,7 +152,7 @@ class Reading:
 
     def _run(self, n: int) -> None:
         try:
-            reader = _Reader(self._model)
+            reader = _Reader(self._model.device)
             with reader.at_work:
                 while (piece := self._take()) is not None:
                     self._at[n] = (piece, time.monotonic())
@@ -222,39 +208,70 @@ def _cannot_read(piece: _Piece, error: OSError) -> CheckpointError:
     )
 
 
-def _divide(table: dict[str, Placement], headers: Headers, piece_bytes: int) -> Iterator[_Piece]:
+def _divide(model: Transformer, headers: Headers, piece_bytes: int) -> Iterator[_Piece]:
     """All that this rank reads, in the order of the files."""
-    tensors = headers.tensors
+    tensors, table = headers.tensors, placements(model.shard, headers.layout)
     for name in sorted(table, key=lambda name: (tensors[name].path.name, tensors[name].offset)):
         tensor, placement = tensors[name], table[name]
-        whole = _Piece(name, tensor, placement, 0, len(placement.rows))
+        n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
+        cols, itemsize = placement.cols or range(1), tensor.torch_dtype.itemsize
+        row, kept = n_cols * itemsize, len(cols) * itemsize
+        into = model.destination(placement).view(len(placement.rows), len(cols))
+        begin = tensor.offset + placement.rows.start * row + cols.start * itemsize
         unit = placement.half_split or 1  # rows that must be read together
-        rows_each = max(1, piece_bytes // max(1, whole.size // whole.n_rows * unit)) * unit
-        if whole.n_kept < whole.n_cols:
+        rows_each = max(1, piece_bytes // (kept * unit)) * unit
+        if kept < row:
             assert unit == 1
             rows_each = min(rows_each, MOST_RANGES // 2)
-        for first in range(0, whole.n_rows, rows_each):
-            n_rows = min(rows_each, whole.n_rows - first)
-            yield _Piece(name, tensor, placement, first, n_rows)
+        for first in range(0, len(into), rows_each):
+            part = into[first : first + rows_each]
+            yield _Piece(
+                name=name,
+                tensor=tensor,
+                offset=begin + first * row,
+                size=len(part) * kept,
+                n_rows=len(part),
+                kept=kept,
+                skipped=row - kept,
+                into=part,
+                half_split=placement.half_split,
+            )
+
+
+class _Buffer:
+    """Memory on the host that one piece at a time passes through.
+
+    Args:
+        size: in bytes.
+        pinned: so that a GPU can read it by itself.
+    """
+
+    def __init__(self, size: int, *, pinned: bool) -> None:
+        self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self.copied = torch.cuda.Event() if pinned else None  # the GPU has read it
+        self._ranges: dict[tuple[int, int, int], list[memoryview]] = {}
+
+    def ranges_of(self, piece: _Piece) -> list[memoryview]:
+        """Where a piece's bytes go. Made once: it is much of what Python does for a piece."""
+        key = (piece.n_rows, piece.kept, piece.skipped)
+        if key not in self._ranges:
+            self._ranges[key] = _ranges(piece, self.bytes[: piece.size])
+        return self._ranges[key]
 
 
 class _Reader:
     """One thread's memory, and on a GPU its stream.
 
     Args:
-        model: that is filled.
+        device: of the parameters.
     """
 
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
-        self._device = device = model.device
+    def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._junk = memoryview(bytearray())
-        # Two buffers, so that one is read into while the other is copied from.
-        self._buffers: list[Tensor | None] = [None, None]
-        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._device = device
+        # Two, so that one is read into while the GPU reads the other.
+        self._buffers: list[_Buffer | None] = [None, None]
         self._staging: Tensor | None = None
-        self._turn = 0
         self.at_work: Any = nullcontext()
         if self._on_gpu:
             torch.cuda.set_device(device)
@@ -263,85 +280,75 @@ class _Reader:
 
     def read(self, fd: int, piece: _Piece) -> None:
         """Read a piece, and put it where it belongs or on its way there."""
-        placement, dtype = piece.placement, piece.tensor.torch_dtype
-        rows = slice(piece.first, piece.first + piece.n_rows)
-        into = self._model.destination(placement).view(len(placement.rows), piece.n_kept)[rows]
-        as_stored = into.dtype == dtype and not placement.half_split
+        into, dtype = piece.into, piece.tensor.torch_dtype
+        as_stored = into.dtype == dtype and not piece.half_split
         if as_stored and not self._on_gpu:
-            self._fill(fd, piece, into.view(torch.uint8).view(-1))
+            _read_ranges(fd, piece, _ranges(piece, into.view(torch.uint8).view(-1)))
             return
-        self._turn = 1 - self._turn
-        buffer = self._buffer(piece.size)
-        self._fill(fd, piece, buffer)
+        buffer = self._free_buffer(piece.size)
+        _read_ranges(fd, piece, buffer.ranges_of(piece))
+        read = buffer.bytes[: piece.size]
         if as_stored:
-            into.view(torch.uint8).view(-1).copy_(buffer, non_blocking=True)
+            into.view(torch.uint8).view(-1).copy_(read, non_blocking=True)
         else:
             if self._on_gpu:
                 if self._staging is None or len(self._staging) < piece.size:
-                    self._staging = torch.empty_like(buffer, device=self._device)
-                buffer = self._staging[: piece.size].copy_(buffer, non_blocking=True)
-            values = buffer.view(dtype).view(piece.n_rows, piece.n_kept)
-            if unit := placement.half_split:
-                into, values = _in_halves(into, unit), values.view(-1, 2, unit // 2, piece.n_kept)
+                    self._staging = torch.empty_like(buffer.bytes, device=self._device)
+                read = self._staging[: piece.size].copy_(read, non_blocking=True)
+            values = read.view(dtype).view(into.shape)
+            if unit := piece.half_split:
+                into, values = _in_halves(into, unit), values.view(-1, 2, unit // 2, into.shape[1])
             into.copy_(values)
-        if self._on_gpu:
-            event = self._copied[self._turn] = torch.cuda.Event()
-            event.record(self._stream)
+        if buffer.copied is not None:
+            buffer.copied.record(self._stream)
 
     def finish(self) -> None:
         """Until all copies have arrived."""
         if self._on_gpu:
             self._stream.synchronize()
 
-    def _buffer(self, size: int) -> Tensor:
-        """(size,) uint8 on the host, this turn's, free to be written."""
-        turn = self._turn
-        copied = self._copied[turn]
-        if copied is not None:
-            copied.synchronize()
-        buffer = self._buffers[turn]
-        if buffer is None or len(buffer) < size:
-            least = max(size, GPU_PIECE_BYTES if self._on_gpu else CPU_PIECE_BYTES)
-            buffer = torch.empty(least, dtype=torch.uint8, pin_memory=self._on_gpu)
-            self._buffers[turn] = buffer
-        return buffer[:size]
-
-    def _fill(self, fd: int, piece: _Piece, into: Tensor) -> None:
-        """Read a piece's kept bytes, one row after the other, into a flat uint8 tensor on CPU."""
-        view = memoryview(into.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
-        kept = piece.size // piece.n_rows
-        skipped = kept // piece.n_kept * piece.n_cols - kept
-        ranges = [view]
-        if skipped:
-            if len(self._junk) < skipped:
-                self._junk = memoryview(bytearray(skipped))
-            junk = self._junk[:skipped]
-            rows = (view[at : at + kept] for at in range(0, piece.size, kept))
-            ranges = [part for row in rows for part in (row, junk)]
-            ranges.pop()
-        _read_ranges(fd, piece.offset, ranges)
+    def _free_buffer(self, size: int) -> _Buffer:
+        """The buffer that was not used last, once it may be written."""
+        buffer, other = self._buffers
+        if buffer is None or len(buffer.bytes) < size:
+            least = GPU_PIECE_BYTES if self._on_gpu else CPU_PIECE_BYTES
+            buffer = _Buffer(max(size, least), pinned=self._on_gpu)
+        elif buffer.copied is not None:
+            buffer.copied.synchronize()
+        self._buffers = [other, buffer]
+        return buffer
 
 
-def _read_ranges(fd: int, offset: int, ranges: list[memoryview]) -> None:
-    """Fill memory, range after range, from neighbouring bytes of a file.
+def _ranges(piece: _Piece, into: Tensor) -> list[memoryview]:
+    """The kept rows of a flat uint8 tensor on CPU, and between them memory for what is skipped."""
+    view = memoryview(into.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
+    if not piece.skipped:
+        return [view]
+    dropped = memoryview(bytearray(piece.skipped))
+    rows = (view[at : at + piece.kept] for at in range(0, piece.size, piece.kept))
+    return [part for row in rows for part in (row, dropped)][:-1]
+
+
+def _read_ranges(fd: int, piece: _Piece, ranges: list[memoryview]) -> None:
+    """Read a piece's neighbouring bytes of its file into memory, range after range.
 
     Raises:
         OSError: the system's, or the file ended early.
     """
+    left = piece.size + (piece.n_rows - 1) * piece.skipped
+    offset = piece.offset
     if hasattr(os, "posix_fadvise"):  # have the disk work on all of it at once
-        os.posix_fadvise(fd, offset, sum(map(len, ranges)), os.POSIX_FADV_WILLNEED)
-    while ranges:
-        n = os.preadv(fd, ranges, offset)
+        os.posix_fadvise(fd, offset, left, os.POSIX_FADV_WILLNEED)
+    while (n := os.preadv(fd, ranges, offset)) < left:
         if n == 0:
             raise OSError(0, TRUNCATED)
+        left -= n
         offset += n
         done = 0
-        while done < len(ranges) and n >= len(ranges[done]):
+        while n >= len(ranges[done]):
             n -= len(ranges[done])
             done += 1
-        ranges = ranges[done:]
-        if n:
-            ranges[0] = ranges[0][n:]
+        ranges = [ranges[done][n:], *ranges[done + 1 :]]
 
 
 def _in_halves(rows: Tensor, head_dim: int) -> Tensor:
