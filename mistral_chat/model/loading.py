@@ -28,7 +28,7 @@ __all__ = ["Reading", "load_weights"]
 
 # Kept bytes of one read. Large ones hide what Python does in between, small ones stay in a CPU's
 # cache until they are converted.
-GPU_PIECE_BYTES = 16 * 2**20
+GPU_PIECE_BYTES = 8 * 2**20
 CPU_PIECE_BYTES = 2 * 2**20
 MOST_RANGES = 1024  # of one preadv (IOV_MAX)
 TRUNCATED = "the file ended early: it shrank since its header was read"
