@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli import flags
+from mistral_chat.cli.words import OwnFlag, read_own, whole_from
 from mistral_chat.errors import NotEnoughMemoryError, UsageError
 
 if TYPE_CHECKING:
@@ -39,10 +40,23 @@ this machine's GPUs are taken to have GPUs like them.
   and of the main job: --nproc_per_node (1, 2, 4 and 8) --device --dtype --max_seq_len --config
   --load_format
 """
-_OWN = {"gpu_memory": True, "max_batch_size": True, "json": False, "help": False}
-_SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
 _UNITS = {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10,
           "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
+    if not match or match[2] not in _UNITS:
+        raise ValueError
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+_OWN = {
+    "gpu_memory": OwnFlag(_bytes, "bytes with a unit, such as 141GB"),
+    "max_batch_size": whole_from(1),
+    "json": OwnFlag(name="as_json"),
+}
+_SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +72,13 @@ def run(words: Sequence[str]) -> int:
     """Run the command; the code to end with."""
     from mistral_chat.engine.launch import launched_rank
 
-    normalized = flags.normalize(words, _OWN | dict.fromkeys(_SHARED, True))
+    values, rest = read_own(words, _OWN, flags.shared(*_SHARED))
     leads = launched_rank() in (None, 0)
-    if flags.wants_help(normalized):
+    if values is None:
         if leads:
             print(HELP, end="")
         return 0
-    asked, rest = _read(normalized)
+    asked = Asked(**values)
     options = flags.parse(rest)
     config = replace(options.engine, max_batch_size=asked.max_batch_size)
     if asked.gpu_memory is not None and config.device == "cpu":
@@ -74,31 +88,6 @@ def run(words: Sequence[str]) -> int:
     result = _inspect(config, options.nproc_per_node, asked.gpu_memory)
     print(json.dumps(result) if asked.as_json else _text(result))
     return 0
-
-
-def _read(words: Sequence[str]) -> tuple[Asked, list[str]]:
-    values: dict[str, Any] = {}
-    rest = []
-    for word in words:
-        name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in _OWN:
-            rest.append(word)
-        elif name == "json":
-            values["as_json"] = True
-        elif name == "gpu_memory":
-            values["gpu_memory"] = _bytes(value)
-        else:
-            if not value.isdigit() or int(value) < 1:
-                raise UsageError(f"--{name} is {value!r}: expected a whole number of at least 1")
-            values[name] = int(value)
-    return Asked(**values), rest
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
-    if not match or match[2] not in _UNITS:
-        raise UsageError(f"--gpu_memory is {text!r}: expected bytes with a unit, such as 141GB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mistral_chat.chat.chat import Answer
+from mistral_chat.cli.progress import byte_columns
 from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.runner import Loading
@@ -133,22 +134,9 @@ def loading_bar(*, quiet: bool) -> Iterator[Callable[[Loading], None]]:
         yield lambda loading: None
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import Progress
 
-    columns = (
-        TextColumn("loading rank 0's share"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = byte_columns("loading rank 0's share")
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
 

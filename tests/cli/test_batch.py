@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mistral_chat import LLM, SamplingParams
-from mistral_chat.cli import batch, flags
+from mistral_chat.cli import batch, batch_lines, batch_progress, flags
 from mistral_chat.cli.main import main
 from tests.conftest import ROOT, Run, command_env
 
@@ -184,10 +184,10 @@ def test_stop_text_of_a_line_ends_it_alone(tiny_folder: Path, tmp_path: Path) ->
     assert records[0]["finish_reason"] == "stop"
 
 
-def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch.Line]:
+def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch_lines.Line]:
     options = flags.parse(flags.normalize(["MODEL", *words]))
     lines = [v if isinstance(v, bytes) else json.dumps(v).encode() for v in values]
-    return batch.read_lines(b"\n".join(lines), options, None)
+    return batch_lines.read_lines(b"\n".join(lines), options, None)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_progress_is_for_terminals(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("mistral_chat.cli.terminal.is_fancy", lambda stream: True)
-    monkeypatch.setattr(batch, "SHOW_EVERY_S", 0)
+    monkeypatch.setattr(batch_progress, "SHOW_EVERY_S", 0)
     source = _write(tmp_path / "in", *[{"prompt": "a", "max_tokens": 2}] * 3, "oops")
     words = ["batch", str(tiny_folder), str(source), str(tmp_path / "out")]
     assert main(words) == 1

@@ -15,13 +15,8 @@ import pexpect
 import pytest
 from huggingface_hub import constants
 
-from mistral_chat.cli.download import (
-    DownloadError,
-    cached_folder,
-    choose_files,
-    is_repository,
-)
-from mistral_chat.errors import CheckpointError
+from mistral_chat.cli.repository import cached_folder, choose_files, is_repository
+from mistral_chat.errors import CheckpointError, DownloadError
 from tests.conftest import ROOT, Finished, Run, command_env
 from tests.hub_server import COMMIT, Hub, read_repository, serving
 
