@@ -5,11 +5,9 @@ Every figure of memory is `engine.memory.plan_memory`'s, which refuses or admits
 
 import json
 import re
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,6 @@ from mistral_chat.errors import NotEnoughMemoryError, UsageError
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
 
     from mistral_chat.config import EngineConfig
     from mistral_chat.engine.memory import Plan
@@ -86,7 +83,9 @@ def run(words: Sequence[str]) -> int:
     if not leads:
         return 0
     result = _inspect(config, options.nproc_per_node, asked.gpu_memory)
-    print(json.dumps(result) if asked.as_json else _text(result))
+    from mistral_chat.cli import inspect_text
+
+    print(json.dumps(result) if asked.as_json else inspect_text.text_of(result))
     return 0
 
 
@@ -260,83 +259,3 @@ def _plan_ranks(
         "longest_context": min(row["longest_context"] for row in ranks),
         "ranks": ranks,
     }
-
-
-def _text(result: dict[str, Any]) -> str:
-    from rich.console import Console
-
-    from mistral_chat.cli.terminal import is_fancy
-
-    fancy = is_fancy(sys.stdout)
-    console = Console(file=sys.stdout, highlight=False, no_color=not fancy,
-                      width=None if fancy else 200)  # fmt: skip
-    with console.capture() as capture:
-        for name, text in _lines(result):
-            console.print(f"{name:<13}{text}", markup=False, soft_wrap=True)
-        console.print()
-        console.print(_table(result["plans"], fancy))
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
-
-
-def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
-    shape, weights, tokenizer = result["shape"], result["weights"], result["tokenizer"]
-    parts = [
-        f"{shape['n_layers']} layers",
-        f"dim {shape['dim']:,}",
-        f"{shape['n_heads']} heads of {shape['head_dim']} ({shape['n_kv_heads']} for KV)",
-        f"hidden {shape['hidden_dim']:,}",
-        f"vocabulary {shape['vocab_size']:,}" + (" (tied)" if shape["tied_embeddings"] else ""),
-    ]
-    if shape["sliding_window"]:
-        parts.append(f"sliding window {shape['sliding_window']}")
-    if shape["max_seq_len"]:
-        parts.append(f"{shape['max_seq_len']:,} positions")
-    lines = [
-        ("model", result["model"]),
-        ("architecture", ", ".join(parts)),
-        ("parameters", f"{result['parameters']:,} ({result['parameters'] / 1e9:.2f} B)"),
-    ]
-    if weights:
-        files = f"{weights['files']} file" + ("s" if weights["files"] > 1 else "")
-        kinds = ", ".join(weights["dtypes"])
-        on_disk = f"{weights['layout']}, {files}, {_gb(weights['bytes'])} on disk ({kinds})"
-        lines.append(("weights", on_disk))
-    if tokenizer:
-        lines.append(("tokenizer", f"{tokenizer['file']} ({tokenizer['version']})"))
-    where = {"cpu": "the CPU", "cuda": "GPUs"}[result["device"]]
-    if result["assumed_gpu_bytes"]:
-        where += f" with {_gb(result['assumed_gpu_bytes'])} free (assumed)"
-    n = result["max_batch_size"]
-    lines.append(("planned for", f"{result['dtype']} on {where}, {n} sequence{'s'[: n > 1]}"))
-    return lines
-
-
-def _table(plans: Sequence[dict[str, Any]], fancy: bool) -> "Table":
-    """One row for ranks that hold the same and have the same."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.HEAVY_HEAD if fancy else None)
-    # Words that 80 columns hold; `longest` is the longest context that fits.
-    for name in ("ranks", "rank", "weights", "KV", "context", "work", "free", "fits", "longest"):
-        table.add_column(name, justify="right")
-    for plan in plans:
-        for _, same in groupby(plan["ranks"], key=lambda row: {**row, "rank": None}):
-            rows = list(same)
-            row, last = rows[0], rows[-1]["rank"]
-            table.add_row(
-                str(plan["world_size"]),
-                str(row["rank"]) if row["rank"] == last else f"{row['rank']}-{last}",
-                _gb(row["weights_bytes"]),
-                _gb(row["kv_bytes"]),
-                f"{plan['context']:,}",
-                _gb(row["workspace_bytes"]),
-                _gb(row["free_bytes"]),
-                "yes" if row["fits"] else f"no, {_gb(row['missing_bytes'])} short",
-                f"{row['longest_context']:,}" if row["longest_context"] else "none",
-            )
-    return table
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.2f} GB"
