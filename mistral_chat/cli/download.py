@@ -4,8 +4,10 @@
 (`repository`): nothing but this command touches the network.
 """
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 
 from mistral_chat import __version__
 from mistral_chat.cli.fetch import Fetch, File
-from mistral_chat.cli.hub_errors import explain
+from mistral_chat.cli.hub_errors import WaitNotes, explain
 from mistral_chat.cli.repository import choose_files, is_name
 from mistral_chat.cli.words import OwnFlag, read_own
 from mistral_chat.engine.launch import launched_rank
@@ -104,12 +106,23 @@ def _read(values: dict[str, Any], places: Sequence[str]) -> Asked:
     return Asked(repo=places[0], folder=folder, **values)
 
 
+def _note(line: str) -> None:
+    # render's would bring torch with it, for a command that needs none.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"mistral-chat: {line}", file=sys.stderr, flush=True)
+
+
 def _download(asked: Asked) -> Path:
     """Fetch what is missing; the folder."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    http_log = logging.getLogger("huggingface_hub.utils._http")
+    http_log.setLevel(logging.WARNING)
+    http_log.propagate = False
+    http_log.addHandler(WaitNotes(_note))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # HF_HUB_DISABLE_PROGRESS_BARS=0 is an answer too
         disable_progress_bars()
