@@ -16,8 +16,9 @@ import jsonschema
 import pytest
 
 from mistral_chat import LLM, SamplingParams
-from mistral_chat.cli import batch, batch_lines, batch_progress, flags
+from mistral_chat.cli import batch, batch_lines, batch_progress, flags, start
 from mistral_chat.cli.main import main
+from mistral_chat.engine.group import PeerFailedError
 from tests.conftest import ROOT, Run, command_env
 
 OPENAI = {"method": "POST", "url": "/v1/completions"}
@@ -578,6 +579,20 @@ def test_two_ranks_answer_the_same_and_find_nothing_left(
     again = run("batch", *words, torchrun=2)
     assert again.code == 0, again.err
     assert "mistral-chat: 12 lines answered (12 of them before)\n" in again.err
+
+
+def test_rank_that_cannot_load_says_so_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*words: Any, **named: Any) -> None:
+        raise PeerFailedError("rank 1 has failed")
+
+    monkeypatch.setattr(start, "load", fail)
+    source = _write(tmp_path / "in", {"prompt": "a"})
+    words = ["batch", str(_shape(tmp_path)), str(source), str(tmp_path / "out"), "--device=cpu"]
+    assert main(words) == 1
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "out").read_bytes() == b""
 
 
 def test_stdin_to_stdout(tiny_folder: Path, run: Run) -> None:
