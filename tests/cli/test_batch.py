@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jsonschema
 import pytest
@@ -567,7 +568,8 @@ def test_full_disk_is_named(tiny_folder: Path, tmp_path: Path, run: Run) -> None
 def test_two_ranks_answer_the_same_and_find_nothing_left(
     tiny_folder: Path, tmp_path: Path, run: Run
 ) -> None:
-    values = [{"prompt": f"Hello {n}", "max_tokens": 1 + n % 4} for n in range(12)]
+    values: list[Any] = [{"prompt": f"Hello {n}", "max_tokens": 1 + n % 4} for n in range(11)]
+    values.append({"prompt": "Hello", "json_schema": {"enum": ["red", "green"]}})
     _, expected = _run(tiny_folder, tmp_path, *values)
     words = [tiny_folder, tmp_path / "in", tmp_path / "two", "--temperature", 0]
     done = run("batch", *words, "--nproc_per_node", 2)
@@ -584,14 +586,13 @@ def test_two_ranks_answer_the_same_and_find_nothing_left(
 def test_rank_that_cannot_load_says_so_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*words: Any, **named: Any) -> None:
-        raise PeerFailedError("rank 1 has failed")
-
-    monkeypatch.setattr(start, "load", fail)
+    load = Mock(side_effect=PeerFailedError("rank 1 has failed"))
+    monkeypatch.setattr(start, "load", load)
     source = _write(tmp_path / "in", {"prompt": "a"})
     words = ["batch", str(_shape(tmp_path)), str(source), str(tmp_path / "out"), "--device=cpu"]
     assert main(words) == 1
     assert capfd.readouterr() == ("", "")
+    assert load.call_count == 1
     assert (tmp_path / "out").read_bytes() == b""
 
 
