@@ -16,6 +16,11 @@ COMMIT = hashlib.sha1(b"the one commit").hexdigest()
 PIECE = 1 << 16
 
 
+def commit_of(branch: str) -> str:
+    """The commit that a branch is at."""
+    return hashlib.sha1(branch.encode()).hexdigest()
+
+
 @dataclass
 class Repository:
     """Files of one repository, and what to do instead of serving them.
@@ -26,6 +31,11 @@ class Repository:
         claimed: sizes to claim instead of the real ones.
         refuse: status and X-Error-Code to answer everything with.
         refuse_files: the same, for files alone.
+        refuse_headers: of such an answer.
+        n_refusals: how often, before it serves; None is always.
+        gone: names that are listed and not there.
+        token: what a file's request must carry.
+        branches: other revisions.
     """
 
     files: dict[str, bytes]
@@ -33,7 +43,11 @@ class Repository:
     claimed: dict[str, int] = field(default_factory=dict)
     refuse: tuple[int, str] | None = None
     refuse_files: tuple[int, str] | None = None
+    refuse_headers: dict[str, str] = field(default_factory=dict)
+    n_refusals: int | None = None
+    gone: set[str] = field(default_factory=set)
     token: str | None = None
+    branches: dict[str, "Repository"] = field(default_factory=dict)
 
 
 class Hub(ThreadingHTTPServer):
@@ -99,28 +113,42 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None or repository is None:
             return self._refuse(404, "RepoNotFound")
         revision = match[3] if api else match[2]
-        if repository.refuse:
-            return self._refuse(*repository.refuse)
+        if repository.refuse and self._still_refuses(repository):
+            return self._refuse(*repository.refuse, repository.refuse_headers)
+        commit = COMMIT
+        for name, branch in repository.branches.items():
+            if revision in (name, commit_of(name)):
+                repository, commit, revision = branch, commit_of(name), None
+                break
         if revision not in (None, "main", COMMIT):
             return self._refuse(404, "RevisionNotFound")
         if api:
-            return self._list(match[1], repository, tree=api[2] == "tree")
-        if repository.refuse_files:
-            return self._refuse(*repository.refuse_files)
+            return self._list(match[1], repository, commit, tree=api[2] == "tree")
+        if repository.refuse_files and self._still_refuses(repository):
+            return self._refuse(*repository.refuse_files, repository.refuse_headers)
         if repository.token and self.headers["Authorization"] != f"Bearer {repository.token}":
             return self._refuse(401, "GatedRepo")
-        if match[3] not in repository.files:
+        if match[3] not in repository.files or match[3] in repository.gone:
             return self._refuse(404, "EntryNotFound")
-        return self._serve(repository, match[3], with_body=with_body)
+        return self._serve(repository, match[3], commit, with_body=with_body)
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _still_refuses(self, repository: Repository) -> bool:
+        with self.server.lock:
+            if repository.n_refusals is not None:
+                repository.n_refusals -= 1
+                return repository.n_refusals >= 0
+        return True
+
+    def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         if code:
             self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def _list(self, name: str, repository: Repository, *, tree: bool) -> None:
+    def _list(self, name: str, repository: Repository, commit: str, *, tree: bool) -> None:
         files = []
         for path, data in repository.files.items():
             size = repository.claimed.get(path, len(data))
@@ -132,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
                 entry["lfs"] = {"size": size, "pointerSize": 130}
                 entry["lfs"]["oid" if tree else "sha256"] = sha256
             files.append(entry)
-        answer = files if tree else {"id": name, "sha": COMMIT, "siblings": files}
+        answer = files if tree else {"id": name, "sha": commit, "siblings": files}
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -140,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def _serve(self, repository: Repository, name: str, *, with_body: bool) -> None:
+    def _serve(self, repository: Repository, name: str, commit: str, *, with_body: bool) -> None:
         data = repository.files[name]
         digest = hashlib.sha256 if name in repository.large else hashlib.sha1
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
@@ -150,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - start))
         self.send_header("ETag", f'"{digest(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", commit)
         self.end_headers()
         if not with_body:
             return

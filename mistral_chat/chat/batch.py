@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.config import SamplingParams
-from mistral_chat.errors import PromptError
+from mistral_chat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
     from mistral_common.protocol.instruct.tool_calls import Tool
+    from torch import Tensor
 
     from mistral_chat.chat.chat import Answer, AnswerBuilder
+    from mistral_chat.chat.grammar import Grammar
     from mistral_chat.chat.tokenizer import Tokenizer
-    from mistral_chat.engine.engine import Engine, Request, Token
+    from mistral_chat.engine.engine import Engine, Request, Token, TokenMask
 
 __all__ = ["Question", "answer_many"]
 
@@ -31,16 +33,65 @@ class Question:
         prompt: text of a plain completion.
         messages: or a conversation in OpenAI's form, for the chat template.
         tools: function schemas of its own; None takes those offered to all.
+        json_schema: an answer that ends by itself is JSON, valid against this schema.
+        json_object: the same for any JSON object; False is free text, None what is asked of all.
         params: how to sample.
     """
 
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    json_schema: Mapping[str, Any] | None = None
+    json_object: bool | None = None
     params: SamplingParams
 
     def __post_init__(self) -> None:
         assert (self.prompt is None) != (self.messages is None)
+
+    def is_json(self, *, by_default: bool) -> bool:
+        """Whether the answer is to be JSON, where by default all are or none is."""
+        if self.json_schema is not None:
+            return True
+        return by_default if self.json_object is None else self.json_object
+
+
+class _Guard:
+    """A mask whose failure ends its own answer and no other: the engine runs many in one step.
+
+    Args:
+        mask: of an answer.
+        request: of the same answer; cancelled at the first failure.
+        vocab_size: of the model.
+    """
+
+    def __init__(self, mask: "TokenMask", request: "Request", vocab_size: int) -> None:
+        self._mask = mask
+        self._request = request
+        self._vocab_size = vocab_size
+        self.fault: PromptError | None = None
+
+    def allowed(self) -> "Tensor":
+        """As the mask's; after a failure every token, of which none is kept."""
+        import torch
+
+        if self.fault is None:
+            try:
+                return self._mask.allowed()
+            except PromptError as error:
+                self._fail(error)
+        return torch.full((-(-self._vocab_size // 32),), -1, dtype=torch.int32)
+
+    def take(self, token: int) -> None:
+        """As the mask's."""
+        if self.fault is None:
+            try:
+                self._mask.take(token)
+            except PromptError as error:
+                self._fail(error)
+
+    def _fail(self, error: PromptError) -> None:
+        self.fault = error
+        self._request.cancelled = True
 
 
 def answer_many(
@@ -48,7 +99,8 @@ def answer_many(
     tokenizer: "Tokenizer",
     questions: Iterable[Question],
     tools: Sequence["Tool"] = (),
-) -> Iterator[tuple[int, "Token | Answer | PromptError"]]:
+    grammar: "Grammar | None" = None,
+) -> Iterator[tuple[int, "Token | Answer | PromptError | UsageError"]]:
     """Answer questions, as many at once as the engine has slots.
 
     Args:
@@ -56,6 +108,7 @@ def answer_many(
         tokenizer: of the same model.
         questions: taken one by one as slots become free.
         tools: offered in every conversation that brings none of its own.
+        grammar: what every answer must be whose question does not say; None is free text.
 
     Yields:
         the question's number from 0, and each of its tokens, then its answer; or, alone, why it
@@ -64,14 +117,14 @@ def answer_many(
     from mistral_chat.engine.engine import Token
 
     running: dict[int, tuple[int, Request, AnswerBuilder]] = {}
-    refused: deque[tuple[int, PromptError]] = deque()
+    refused: deque[tuple[int, PromptError | UsageError]] = deque()
 
     def requests() -> Iterator["Request"]:
         asked = itertools.count()
         for number, question in enumerate(questions):
             try:
-                request, builder = _prepare(engine, tokenizer, question, tools)
-            except PromptError as error:
+                request, builder = _prepare(engine, tokenizer, question, tools, grammar)
+            except (PromptError, UsageError) as error:
                 refused.append((number, error))
                 continue
             running[next(asked)] = number, request, builder
@@ -83,6 +136,10 @@ def answer_many(
         number, request, builder = running[index]
         builder.add(event)
         if isinstance(event, Token):
+            if isinstance(request.mask, _Guard) and request.mask.fault is not None:
+                del running[index]
+                yield number, request.mask.fault
+                continue
             yield number, event
             if event.finish_reason or request.cancelled:  # cancelled by a stop text
                 del running[index]
@@ -91,19 +148,29 @@ def answer_many(
 
 
 def _prepare(
-    engine: "Engine", tokenizer: "Tokenizer", question: Question, tools: Sequence["Tool"]
+    engine: "Engine",
+    tokenizer: "Tokenizer",
+    question: Question,
+    tools: Sequence["Tool"],
+    grammar: "Grammar | None",
 ) -> tuple["Request", "AnswerBuilder"]:
     """What the engine runs for a question, and what reads its tokens.
 
     Raises:
-        PromptError: it cannot be encoded, or leaves no room for an answer.
+        PromptError: it cannot be encoded, leaves no room for an answer, or has a schema that no
+            answer can be kept to.
+        UsageError: a schema with tools or stop texts.
     """
-    from mistral_chat.chat.chat import AnswerBuilder, make_request
+    from mistral_chat.chat.chat import AnswerBuilder, check_no_tools, make_request
+    from mistral_chat.chat.grammar import choose_grammar
     from mistral_chat.chat.tools import make_tool
 
     instruct = question.messages is not None
     if question.tools is not None:
         tools = [make_tool(tool, f"tool {n}") for n, tool in enumerate(question.tools, 1)]
+    if question.json_schema is not None or question.json_object is not None:
+        grammar = choose_grammar(question.json_schema, bool(question.json_object))
+    check_no_tools(tools if instruct else (), grammar)
     if question.messages is None:
         assert question.prompt is not None
         ids = tokenizer.encode(question.prompt)
@@ -116,8 +183,11 @@ def _prepare(
         question.params,
         instruct=instruct,
         tools=instruct and bool(tools),
+        grammar=grammar,
     )
     engine.check(request)
+    if request.mask is not None:
+        request.mask = _Guard(request.mask, request, engine.runner.model.args.vocab_size)
     return request, AnswerBuilder(tokenizer, request, seed, continues=not instruct)
 
 

@@ -5,14 +5,14 @@ Drives the engine as a chat does, so its figures are those that a person sees.
 
 import json
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mistral_chat.cli import flags
+from mistral_chat.cli import flags, start
+from mistral_chat.cli.words import OwnFlag, read_own, whole_from
 from mistral_chat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,8 +43,31 @@ can do at most.
   --json               one JSON object on stdout instead of tables
   and of the main job: --nproc_per_node --device --dtype --max_seq_len --config --load_format
 """
-_OWN = {"batches": True, "contexts": True, "prompts": True, "shard_of": True, "peer": True,
-        "plot": True, "json": False, "help": False}  # fmt: skip
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(n) for n in text.split(","))
+    if min(numbers) < 1:
+        raise ValueError
+    return numbers
+
+
+def _is_transformers(text: str) -> bool:
+    if text != "transformers":
+        raise ValueError
+    return True
+
+
+_SOME = OwnFlag(_whole_numbers, "whole numbers like 128,512")
+_OWN = {
+    "batches": _SOME,
+    "contexts": _SOME,
+    "prompts": _SOME,
+    "shard_of": whole_from(2),
+    "peer": OwnFlag(_is_transformers, "transformers"),
+    "plot": OwnFlag(str),
+    "json": OwnFlag(name="as_json"),
+}
 _SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
 
 
@@ -65,56 +88,24 @@ def run(words: list[str], started: float) -> int:
     """Run the command on this rank; the code to end with."""
     from mistral_chat.engine.launch import launched_rank
 
-    normalized = flags.normalize(words, _OWN | dict.fromkeys(_SHARED, True))
-    if "--help" in normalized:
+    values, rest = read_own(words, _OWN, flags.shared(*_SHARED))
+    if values is None:
         if launched_rank() in (None, 0):
             print(HELP, end="")
         return 0
-    asked, rest = _read(normalized)
+    asked = Asked(**values)
     options = flags.parse(rest)
     if asked.plot:
         from mistral_chat.cli import plot
 
         plot.check(asked.plot)
-    if launched_rank() is None:
-        from mistral_chat.cli.main import ranks_to_start
-        from mistral_chat.engine.launch import start_torchrun
-
-        n_ranks = 1 if asked.shard_of else ranks_to_start(options)
-        if n_ranks > 1:
-            return start_torchrun(n_ranks, ["bench", *words])
-    elif asked.shard_of:
+    if not asked.shard_of:
+        code = start.launch(options, ["bench", *words])
+        if code is not None:
+            return code
+    elif launched_rank() is not None:
         raise UsageError("--shard_of measures one process: expected no torchrun")
     return _measure(options, asked, started)
-
-
-def _read(words: Sequence[str]) -> tuple[Asked, list[str]]:
-    values: dict[str, Any] = {}
-    rest = []
-    for word in words:
-        name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in _OWN:
-            rest.append(word)
-        elif name == "json":
-            values["as_json"] = True
-        elif name == "plot":
-            values["plot"] = value
-        elif name == "peer":
-            if value != "transformers":
-                raise UsageError(f"--peer is {value!r}: expected transformers")
-            values["peer"] = True
-        elif name == "shard_of":
-            if not value.isdigit() or int(value) < 2:
-                raise UsageError(f"--shard_of is {value!r}: expected a whole number of at least 2")
-            values["shard_of"] = int(value)
-        else:
-            try:
-                values[name] = tuple(int(n) for n in value.split(","))
-            except ValueError:
-                values[name] = (0,)
-            if min(values[name]) < 1:
-                raise UsageError(f"--{name} is {value!r}: expected whole numbers like 128,512")
-    return Asked(**values), rest
 
 
 def _measure(options: flags.Options, asked: Asked, started: float) -> int:
@@ -166,7 +157,10 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
         else:
             runner.follow()
     if group.is_leader and asked.peer:
-        result["peer"] = _peer(options, asked, runner)
+        from mistral_chat.cli import peer
+
+        n_tokens = N_TOKENS[device.type]
+        result["peer"] = peer.decode_beside(options.engine.model, runner, asked.contexts, n_tokens)
     group.close()
     if not group.is_leader:
         return 0
@@ -174,7 +168,9 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
         from mistral_chat.cli import plot
 
         plot.draw(result, asked.plot)
-    print(json.dumps(result) if asked.as_json else _tables(result))
+    from mistral_chat.cli import bench_tables
+
+    print(json.dumps(result) if asked.as_json else bench_tables.text_of(result, VERIFY_CONTEXT))
     return 0
 
 
@@ -309,124 +305,9 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _peer(options: flags.Options, asked: Asked, runner: "Runner") -> dict[str, Any]:
-    """Milliseconds a token of transformers, same weights, type, threads and contexts."""
-    import torch
-
-    from mistral_chat.cli.peer import as_transformers
-    from mistral_chat.engine.measure import WARM_UP, prompt
-
-    if runner.group.world_size > 1 or options.engine.model is None:
-        raise UsageError("--peer transformers compares one rank on a model folder")
-    import transformers
-
-    model = as_transformers(options.engine.model, runner.model)
-    n_tokens = N_TOKENS[runner.model.device.type]
-    decode = []
-    for context in asked.contexts:
-        assert runner.plan is not None
-        if context + n_tokens > runner.plan.max_seq_len:
-            continue
-        ids = torch.tensor([prompt(runner, context - n_tokens // 2)], device=model.device)
-        at = []
-        with torch.inference_mode():
-            out = model(ids, use_cache=True, logits_to_keep=1)
-            for _ in range(n_tokens + WARM_UP):
-                token = out.logits[:, -1:].argmax(-1)
-                int(token)
-                at.append(time.perf_counter())
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        steps = [b - a for a, b in zip(at[WARM_UP:], at[WARM_UP + 1 :], strict=False)]
-        decode.append({"context": context, "ms_per_token": statistics.median(steps) * 1e3})
-    return {"name": f"transformers {transformers.__version__}", "decode": decode}
-
-
 def _device_name(device: "torch.device") -> str:
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.processor() or platform.machine()})"
-
-
-def _tables(result: dict[str, Any]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=sys.stdout, highlight=False)
-
-    def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-        made = Table(title=title)
-        for name in names:
-            made.add_column(name, justify="right")
-        for row in rows:
-            made.add_row(*row)
-        return made
-
-    peer = result.get("peer", {"decode": [], "name": None})
-    peers = {row["context"]: row["ms_per_token"] for row in peer["decode"]}
-    decode = []
-    for row in result["decode"]:
-        cells = [
-            str(row["batch"]),
-            f"{row['context']:,}",
-            f"{row['ms_per_token']:.2f}",
-            f"{row['tokens_per_s']:.1f}",
-            f"{row['bytes_per_step'] / 1e9:.3f}",
-            f"{row['share_of_read_ceiling']:.0%}",
-        ]
-        if peers:
-            known = row["batch"] == 1 and row["context"] in peers
-            cells.append(f"{peers[row['context']]:.2f}" if known else "")
-        decode.append(cells)
-    names = ["sequences", "context", "ms a step", "tokens/s", "GB a step and rank",
-             "of the read ceiling"]  # fmt: skip
-    if peers:
-        names.append(f"{peer['name']}, ms")
-    first = [
-        (f"{row['prompt']:,}", f"{row['first_token_s'] * 1e3:.1f}", f"{row['tflop_per_s']:.3g}",
-         f"{row['share_of_product_ceiling']:.0%}")
-        for row in result["first_token"]
-    ]  # fmt: skip
-    verify = [
-        (str(row["tokens"]), f"{row['ms']:.2f}", f"{row['of_one_token']:.3f}")
-        for row in result.get("verify", [])
-    ]
-    sums = [(path, f"{us:.1f}") for path, us in result["sum_us"].items()]
-    start = result["start"]
-    parts = ", ".join(
-        f"{k.removesuffix('_s').replace('_', ' ')} {v:.2f} s" for k, v in start.items()
-    )
-    whole = sum(seconds for part, seconds in start.items() if not part.startswith("of_it"))
-    memory = result["memory"]
-    share = f", one rank's share of {result['shard_of']}" if result["shard_of"] else ""
-    with console.capture() as capture:
-        console.print(
-            f"{result['device']}, {result['world_size']} rank(s){share}, {result['dtype']}, "
-            f"{result['threads']} thread(s) a rank, torch {result['torch']}, commit "
-            f"{result['commit']}\n"
-            f"decode: {result['path']}\n"
-            f"ceilings of a rank: reads {result['read_gb_per_s']:.1f} GB/s, products "
-            f"{result['product_tflop_per_s']:.3g} TFLOP/s\n"
-            f"start: {whole:.2f} s ({parts})\n"
-            f"a rank holds {memory['weights_bytes'] / 1e9:.2f} GB of weights, "
-            f"{memory['kv_bytes'] / 1e9:.2f} GB of KV ({memory['kv_bytes_per_token']:,} bytes a "
-            f"token) for a context of {memory['max_seq_len']:,}"
-            + (
-                f", and {memory['graphs_and_workspace_bytes'] / 1e9:.2f} GB besides"
-                if "used_bytes" in memory
-                else ""
-            ),
-            soft_wrap=True,
-        )
-        console.print(table("decode", names, decode))
-        console.print(
-            table("time to first token",
-                  ["prompt", "ms", "TFLOP/s a rank", "of the product ceiling"], first)
-        )  # fmt: skip
-        if verify:
-            title = f"step that scores several tokens, context {VERIFY_CONTEXT}"
-            console.print(table(title, ["tokens", "ms", "of one token"], verify))
-        if sums:
-            console.print(table("sum of one row over ranks, residual, norm", ["path", "us"], sums))
-    return capture.get().rstrip("\n")

@@ -1,18 +1,19 @@
 """The flags of the main job: one table, read into frozen settings before anything is loaded.
 
-argparse does help and types; what it cannot do is done before it: `-` for `_`, values that look
-like flags, suggestions for misspelt names. Imports nothing heavy.
+argparse does help and types (`parser`); what it cannot do is done before it (`words`): `-` for `_`,
+values that look like flags, suggestions for misspelt names. Imports nothing heavy.
 """
 
 import argparse
-import difflib
-import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from mistral_chat.cli import words
+from mistral_chat.cli.parser import make_parser
+from mistral_chat.cli.presets import values_of
+from mistral_chat.cli.words import wants_help
 from mistral_chat.config import (
     COMPLETION_MAX_TOKENS,
     DEVICES,
@@ -25,7 +26,7 @@ from mistral_chat.config import (
 )
 from mistral_chat.errors import UsageError
 
-__all__ = ["COMMANDS", "Options", "help_text", "parse"]
+__all__ = ["COMMANDS", "Options", "help_text", "normalize", "parse", "shared", "wants_help"]
 
 COMMANDS = ("demo", "download", "inspect", "bench", "batch")
 
@@ -174,125 +175,24 @@ class Options:
     save: bool = True
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see mistral-chat --help")
-
-
-def _parser(prog: str, *, positional: bool) -> _Parser:
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} {'MODEL ' if positional else ''}[flags]",
-        description=(
-            "Talk to a Mistral model. Without a prompt, at a terminal: a chat. With --prompt, or "
-            "with text on stdin: one answer on stdout."
-            if positional
-            else "The same on the embedded model, a chat on 2 ranks; --path prints its folder."
-        ),
-        epilog=(
-            "commands: mistral-chat demo talks to a small embedded model, download fetches a "
-            "model, inspect says what one is and whether it fits, bench measures, batch answers a "
-            "file of prompts; each has its --help. Under torchrun: torchrun --nproc-per-node 8 "
-            "--no-python mistral-chat MODEL --instruct. - and _ in flags are the same. Codes: 0 "
-            "answered, 1 failed, 2 wrong usage, 130 interrupted."
-        ),
-        add_help=False,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns - 2)
-        ),
-    )
-    if positional:
-        where = "a model's folder, or a downloaded repository (owner/name)"
-        parser.add_argument("model", nargs="*", metavar="MODEL", help=where)
-    for title, flags in _GROUPS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            text = flag.help.replace("%", "%%")
-            if flag.convert is None:
-                group.add_argument(f"--{flag.name}", action="store_true", help=text)
-            else:
-                group.add_argument(
-                    f"--{flag.name}",
-                    type=flag.convert,
-                    metavar=flag.metavar,
-                    action="append" if flag.repeats else "store",
-                    help=text,
-                )
-    about = parser.add_argument_group("about")
-    about.add_argument("--help", "-h", action="store_true", help="this text")
-    about.add_argument("--version", action="store_true", help="print the version")
-    return parser
-
-
 def help_text(command: str | None = None) -> str:
     """What `--help` prints."""
     prog = "mistral-chat" if command is None else f"mistral-chat {command}"
-    return _parser(prog, positional=command is None).format_help()
+    return make_parser(_GROUPS, prog, positional=command is None).format_help()
 
 
-def normalize(argv: Sequence[str], flags: dict[str, bool] | None = None) -> list[str]:
-    """Write flags as `--name` or `--name=value`, so that a value is never taken for a flag.
-
-    Args:
-        argv: words of the command line.
-        flags: name -> whether it takes a value; None is the main job's.
-
-    Raises:
-        UsageError: an unknown or misspelt flag, or one without its value.
-    """
-    if flags is None:
-        flags = {name: flag.convert is not None for name, flag in _FLAGS.items()}
-        flags |= {"help": False, "version": False}
-    words = list(argv)
-    done: list[str] = []
-    while words:
-        word = words.pop(0)
-        if word == "--":
-            return [*done, "--", *words]
-        if word == "-h":
-            word = "--help"
-        if not word.startswith("-") or word == "-":
-            done.append(word)
-            continue
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in flags or word.startswith("---"):
-            raise UsageError(_unknown(word.partition("=")[0], name, flags))
-        if not flags[name]:
-            if equals:
-                raise UsageError(f"--{name} is a switch and takes no value; found {value!r}")
-            done.append(f"--{name}")
-            continue
-        if name == "resume" and not equals:  # its value may be left out
-            is_id = bool(words) and re.fullmatch(SESSION_ID, words[0]) is not None
-            done.append(f"--resume={words.pop(0) if is_id else LATEST_SESSION}")
-            continue
-        if not equals:
-            if not words or (
-                words[0].partition("=")[0].lstrip("-").replace("-", "_") in flags
-                and (words[0].startswith("--"))
-            ):
-                found = f"the flag {words[0]}" if words else "nothing"
-                raise UsageError(
-                    f"--{name} needs a value; found {found} after it (a text that looks like a "
-                    f"flag is written --{name}=TEXT)"
-                )
-            value = words.pop(0)
-        done.append(f"--{name}={value}")
-    return done
+def shared(*names: str) -> dict[str, bool]:
+    """Flags of the main job that another command takes too: name -> whether it takes a value."""
+    return {name: _FLAGS[name].convert is not None for name in names}
 
 
-def _unknown(word: str, name: str, flags: dict[str, bool]) -> str:
-    close = difflib.get_close_matches(name, flags, n=1, cutoff=0.6)
-    hint = f"did you mean --{close[0]}?" if close else "see mistral-chat --help"
-    return f"unknown flag {word}: {hint}"
-
-
-def wants_help(words: Sequence[str]) -> bool:
-    """Whether normalized words ask for help."""
-    return "--help" in words[: words.index("--") if "--" in words else len(words)]
+def normalize(argv: Sequence[str]) -> list[str]:
+    """Write flags of the main job as `--name` or `--name=value`; see `words.normalize`."""
+    return words.normalize(
+        argv,
+        shared(*_FLAGS) | {"help": False, "version": False},
+        {"resume": (SESSION_ID, LATEST_SESSION)},
+    )
 
 
 def parse(words: Sequence[str]) -> Options:
@@ -301,7 +201,7 @@ def parse(words: Sequence[str]) -> Options:
     Raises:
         UsageError: a value of the wrong kind or out of its range, or flags that exclude each other.
     """
-    given = vars(_parser("mistral-chat", positional=True).parse_args(list(words)))
+    given = vars(make_parser(_GROUPS, "mistral-chat", positional=True).parse_args(list(words)))
     models = given.pop("model", [])
     given = {name: _put_back_dashes(value) for name, value in given.items()}
     if len(models) > 1:
@@ -310,7 +210,7 @@ def parse(words: Sequence[str]) -> Options:
             f"a text belongs in --prompt"
         )
     preset = read_preset(given["config"]) if "config" in given else Preset()
-    values = _from_preset(preset, given.get("config")) | given
+    values = values_of(preset, given.get("config"), _FLAGS) | given
     load_format = values.get("load_format", "auto")
     if not models and load_format != "dummy":
         raise UsageError("MODEL is missing: expected a model's folder, or the command demo")
@@ -324,7 +224,7 @@ def parse(words: Sequence[str]) -> Options:
     if values.get("logprobs"):
         sampling = replace(sampling, logprobs=values["logprobs"])
     if models and "/" in models[0]:
-        from mistral_chat.cli.download import cached_folder, is_repository
+        from mistral_chat.cli.repository import cached_folder, is_repository
 
         if is_repository(models[0]):
             engine = replace(engine, model=cached_folder(models[0]))
@@ -345,34 +245,6 @@ def _put_back_dashes(value: Any) -> Any:
     if isinstance(value, list):
         return [_put_back_dashes(entry) for entry in value] or "--"
     return value
-
-
-def _from_preset(preset: Preset, path: Path | None) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for table, entries in (("run", preset.run), ("generation", preset.generation)):
-        for name, value in entries.items():
-            flag = _FLAGS.get(name)
-            if flag is None or flag.table != table:
-                known = [f.name for f in _FLAGS.values() if f.table == table]
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(known)}"
-                raise UsageError(f"--config {path}: unknown key {name} in [{table}]: {hint}")
-            try:
-                values[name] = _preset_value(flag, value)
-            except argparse.ArgumentTypeError as error:
-                raise UsageError(f"--config {path}: [{table}] {name}: {error}") from error
-    return values
-
-
-def _preset_value(flag: Flag, value: Any) -> Any:
-    if flag.convert is None:
-        if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
-        return value
-    if flag.repeats:
-        listed = value if isinstance(value, list) else [value]
-        return [flag.convert(str(entry)) for entry in listed]
-    return flag.convert(str(value))
 
 
 def _check(values: dict[str, Any]) -> None:

@@ -5,20 +5,18 @@ Every figure of memory is `engine.memory.plan_memory`'s, which refuses or admits
 
 import json
 import re
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli import flags
+from mistral_chat.cli.words import OwnFlag, read_own, whole_from
 from mistral_chat.errors import NotEnoughMemoryError, UsageError
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
 
     from mistral_chat.config import EngineConfig
     from mistral_chat.engine.memory import Plan
@@ -39,10 +37,23 @@ this machine's GPUs are taken to have GPUs like them.
   and of the main job: --nproc_per_node (1, 2, 4 and 8) --device --dtype --max_seq_len --config
   --load_format
 """
-_OWN = {"gpu_memory": True, "max_batch_size": True, "json": False, "help": False}
-_SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
 _UNITS = {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10,
           "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
+    if not match or match[2] not in _UNITS:
+        raise ValueError
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+_OWN = {
+    "gpu_memory": OwnFlag(_bytes, "bytes with a unit, such as 141GB"),
+    "max_batch_size": whole_from(1),
+    "json": OwnFlag(name="as_json"),
+}
+_SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +69,13 @@ def run(words: Sequence[str]) -> int:
     """Run the command; the code to end with."""
     from mistral_chat.engine.launch import launched_rank
 
-    normalized = flags.normalize(words, _OWN | dict.fromkeys(_SHARED, True))
+    values, rest = read_own(words, _OWN, flags.shared(*_SHARED))
     leads = launched_rank() in (None, 0)
-    if flags.wants_help(normalized):
+    if values is None:
         if leads:
             print(HELP, end="")
         return 0
-    asked, rest = _read(normalized)
+    asked = Asked(**values)
     options = flags.parse(rest)
     config = replace(options.engine, max_batch_size=asked.max_batch_size)
     if asked.gpu_memory is not None and config.device == "cpu":
@@ -72,33 +83,10 @@ def run(words: Sequence[str]) -> int:
     if not leads:
         return 0
     result = _inspect(config, options.nproc_per_node, asked.gpu_memory)
-    print(json.dumps(result) if asked.as_json else _text(result))
+    from mistral_chat.cli import inspect_text
+
+    print(json.dumps(result) if asked.as_json else inspect_text.text_of(result))
     return 0
-
-
-def _read(words: Sequence[str]) -> tuple[Asked, list[str]]:
-    values: dict[str, Any] = {}
-    rest = []
-    for word in words:
-        name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in _OWN:
-            rest.append(word)
-        elif name == "json":
-            values["as_json"] = True
-        elif name == "gpu_memory":
-            values["gpu_memory"] = _bytes(value)
-        else:
-            if not value.isdigit() or int(value) < 1:
-                raise UsageError(f"--{name} is {value!r}: expected a whole number of at least 1")
-            values[name] = int(value)
-    return Asked(**values), rest
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
-    if not match or match[2] not in _UNITS:
-        raise UsageError(f"--gpu_memory is {text!r}: expected bytes with a unit, such as 141GB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None) -> dict[str, Any]:
@@ -271,83 +259,3 @@ def _plan_ranks(
         "longest_context": min(row["longest_context"] for row in ranks),
         "ranks": ranks,
     }
-
-
-def _text(result: dict[str, Any]) -> str:
-    from rich.console import Console
-
-    from mistral_chat.cli.terminal import is_fancy
-
-    fancy = is_fancy(sys.stdout)
-    console = Console(file=sys.stdout, highlight=False, no_color=not fancy,
-                      width=None if fancy else 200)  # fmt: skip
-    with console.capture() as capture:
-        for name, text in _lines(result):
-            console.print(f"{name:<13}{text}", markup=False, soft_wrap=True)
-        console.print()
-        console.print(_table(result["plans"], fancy))
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
-
-
-def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
-    shape, weights, tokenizer = result["shape"], result["weights"], result["tokenizer"]
-    parts = [
-        f"{shape['n_layers']} layers",
-        f"dim {shape['dim']:,}",
-        f"{shape['n_heads']} heads of {shape['head_dim']} ({shape['n_kv_heads']} for KV)",
-        f"hidden {shape['hidden_dim']:,}",
-        f"vocabulary {shape['vocab_size']:,}" + (" (tied)" if shape["tied_embeddings"] else ""),
-    ]
-    if shape["sliding_window"]:
-        parts.append(f"sliding window {shape['sliding_window']}")
-    if shape["max_seq_len"]:
-        parts.append(f"{shape['max_seq_len']:,} positions")
-    lines = [
-        ("model", result["model"]),
-        ("architecture", ", ".join(parts)),
-        ("parameters", f"{result['parameters']:,} ({result['parameters'] / 1e9:.2f} B)"),
-    ]
-    if weights:
-        files = f"{weights['files']} file" + ("s" if weights["files"] > 1 else "")
-        kinds = ", ".join(weights["dtypes"])
-        on_disk = f"{weights['layout']}, {files}, {_gb(weights['bytes'])} on disk ({kinds})"
-        lines.append(("weights", on_disk))
-    if tokenizer:
-        lines.append(("tokenizer", f"{tokenizer['file']} ({tokenizer['version']})"))
-    where = {"cpu": "the CPU", "cuda": "GPUs"}[result["device"]]
-    if result["assumed_gpu_bytes"]:
-        where += f" with {_gb(result['assumed_gpu_bytes'])} free (assumed)"
-    n = result["max_batch_size"]
-    lines.append(("planned for", f"{result['dtype']} on {where}, {n} sequence{'s'[: n > 1]}"))
-    return lines
-
-
-def _table(plans: Sequence[dict[str, Any]], fancy: bool) -> "Table":
-    """One row for ranks that hold the same and have the same."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.HEAVY_HEAD if fancy else None)
-    # Words that 80 columns hold; `longest` is the longest context that fits.
-    for name in ("ranks", "rank", "weights", "KV", "context", "work", "free", "fits", "longest"):
-        table.add_column(name, justify="right")
-    for plan in plans:
-        for _, same in groupby(plan["ranks"], key=lambda row: {**row, "rank": None}):
-            rows = list(same)
-            row, last = rows[0], rows[-1]["rank"]
-            table.add_row(
-                str(plan["world_size"]),
-                str(row["rank"]) if row["rank"] == last else f"{row['rank']}-{last}",
-                _gb(row["weights_bytes"]),
-                _gb(row["kv_bytes"]),
-                f"{plan['context']:,}",
-                _gb(row["workspace_bytes"]),
-                _gb(row["free_bytes"]),
-                "yes" if row["fits"] else f"no, {_gb(row['missing_bytes'])} short",
-                f"{row['longest_context']:,}" if row["longest_context"] else "none",
-            )
-    return table
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.2f} GB"

@@ -11,15 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
-from mistral_chat.cli import flags
-from mistral_chat.engine.launch import is_launched, launched_rank, launched_ranks_here
+from mistral_chat.cli import flags, start
+from mistral_chat.engine.launch import is_launched, launched_rank
 from mistral_chat.errors import MistralChatError, OutputError, UsageError
-
-if TYPE_CHECKING:
-    from mistral_chat.engine.group import Group
 
 __all__ = ["main"]
 
@@ -156,59 +152,12 @@ def _demo_progress(quiet: bool) -> Callable[[str], None]:
 
 
 def _main_job(options: flags.Options, words: list[str], started: float) -> int:
-    rank = launched_rank()
-    if rank is None:
-        n_ranks = ranks_to_start(options)
-        if n_ranks > 1:
-            from mistral_chat.engine.launch import start_torchrun
-
-            return start_torchrun(n_ranks, words)
-    elif options.nproc_per_node not in (None, launched_ranks_here()):
-        raise UsageError(
-            f"--nproc_per_node is {options.nproc_per_node}, but torchrun started "
-            f"{launched_ranks_here()} ranks on this node: leave the flag out"
-        )
-    if rank:
-        return _follow(options)
+    code = start.launch(options, words)
+    if code is not None:
+        return code
+    if launched_rank():
+        return start.follow(options.engine)
     return _lead(options, started)
-
-
-def ranks_to_start(options: flags.Options) -> int:
-    """Ranks on this machine: as asked for, else every GPU that the model can use, else one.
-
-    Raises:
-        MistralChatError: the folder cannot be a model's, so that nothing need be started.
-    """
-    from mistral_chat.engine.launch import visible_gpus
-    from mistral_chat.model.args import read_args
-
-    n_heads = 1
-    if options.engine.model is not None:
-        n_heads = read_args(options.engine.model).n_heads
-    elif options.engine.shape is not None:
-        n_heads = int(options.engine.shape.get("n_heads", 1))
-    if options.nproc_per_node is not None:
-        return options.nproc_per_node
-    if options.engine.device == "cpu":
-        return 1
-    return max(1, min(visible_gpus(), n_heads))
-
-
-def _follow(options: flags.Options) -> int:
-    """Any rank but 0: serve rank 0 until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
-    from mistral_chat.engine.group import PeerFailedError
-    from mistral_chat.engine.launch import current_group
-    from mistral_chat.engine.worker import serve
-
-    try:
-        serve(options.engine, current_group())
-    except PeerFailedError:
-        return FAILED
-    except MistralChatError as error:  # this rank is the one to say it
-        print(f"mistral-chat: error: {error}", file=sys.stderr, flush=True)
-        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
-    return 0
 
 
 def _lead(options: flags.Options, started: float) -> int:
@@ -230,16 +179,12 @@ def _lead(options: flags.Options, started: float) -> int:
 
     from mistral_chat.chat.chat import Chat
     from mistral_chat.chat.grammar import choose_grammar, read_grammar
-    from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.chat.tools import read_tools
-    from mistral_chat.cli import render
     from mistral_chat.cli.repl import chat_at_terminal
     from mistral_chat.cli.terminal import QuietTerminal
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.launch import current_group
-    from mistral_chat.engine.runner import load_runner
-    from mistral_chat.model.args import read_args
 
     tools = read_tools(options.tools) if options.tools else []
     grammar = choose_grammar(None, options.json_object)
@@ -248,60 +193,33 @@ def _lead(options: flags.Options, started: float) -> int:
     group = current_group()
     terminal: QuietTerminal | None = None
 
-    def end_process(message: str, code: int = FAILED) -> None:
+    def restore_terminal() -> None:
         if terminal is not None:
             terminal.restore()
-        if message:
-            render.error(message)
-        os._exit(code)
+
+    end_process = start.end_with(group, restore_terminal)
 
     def on_terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
         end_process("", 128 + signum)
 
-    group.set_on_lost(end_process)
     signal.signal(signal.SIGTERM, on_terminate)
     try:
-        if options.engine.model is not None:
-            read_args(options.engine.model)  # a folder without params.json needs no tokenizer
-            tokenizer = Tokenizer.from_folder(options.engine.model)
-        else:
-            tokenizer = Tokenizer.shipped(int((options.engine.shape or {}).get("vocab_size", 0)))
-        with render.loading_bar(quiet=options.quiet) as on_loading:
-            runner = load_runner(options.engine, group, on_loading)
+        loaded = start.load(
+            options.engine, group, started, quiet=options.quiet, stats=options.stats
+        )
     except PeerFailedError:
         return FAILED
-    except (MistralChatError, KeyboardInterrupt):
-        group.expect_end()
-        raise
-    load_s = time.monotonic() - started
-    if runner.notice and not options.quiet:
-        render.note(f"mistral-chat: {runner.notice}")
-    chat = Chat(
-        Engine(runner),
-        tokenizer,
-        instruct=options.instruct,
-        system=system,
-        tools=tools,
-        grammar=grammar,
-    )
-    code = 0
-    try:
-        if prompt is None:
-            with QuietTerminal() as terminal:
-                chat_at_terminal(chat, options, load_s, terminal)
-        else:
-            code = one_shot.answer_once(chat, options, prompt, load_s)
-    except (MistralChatError, BrokenPipeError):
-        _part(group)
-        raise
-    except Exception:
-        group.await_verdict()
-        group.expect_end()
-        raise
-    _part(group)
-    return code
-
-
-def _part(group: "Group") -> None:
-    group.send(None)
-    group.close()
+    with start.parting(group):
+        chat = Chat(
+            Engine(loaded.runner),
+            loaded.tokenizer,
+            instruct=options.instruct,
+            system=system,
+            tools=tools,
+            grammar=grammar,
+        )
+        if prompt is not None:
+            return one_shot.answer_once(chat, options, prompt, loaded.load_s)
+        with QuietTerminal() as terminal:
+            chat_at_terminal(chat, options, loaded.load_s, terminal)
+    return 0

@@ -3,18 +3,23 @@
 transformers is no dependency of the project: it is imported here, when asked for.
 """
 
+import statistics
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mistral_chat.errors import CheckpointError
+from mistral_chat.engine.measure import WARM_UP, prompt
+from mistral_chat.engine.runner import Runner
+from mistral_chat.errors import CheckpointError, UsageError
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, DEFAULT_ROPE_THETA, read_args
 from mistral_chat.model.sharding import Shard
 from mistral_chat.model.transformer import Transformer
 
-__all__ = ["as_transformers", "half_split"]
+__all__ = ["as_transformers", "decode_beside", "half_split"]
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:
@@ -101,3 +106,42 @@ def _translated(model: Transformer) -> dict[str, Tensor]:
             _, layer, part = stem.split(".", 2)
             state[f"model.layers.{layer}.{names[part]}.weight"] = weight
     return state
+
+
+def decode_beside(
+    folder: Path | None, runner: Runner, contexts: Sequence[int], n_tokens: int
+) -> dict[str, Any]:
+    """Milliseconds a token of transformers: same weights, type, threads and contexts.
+
+    Args:
+        folder: the model's.
+        runner: the whole model, on one rank.
+        contexts: to decode at, as far as they fit.
+        n_tokens: to decode at each.
+
+    Raises:
+        UsageError: there is no folder, or the weights lie on several ranks.
+        CheckpointError: a model that this comparison does not cover.
+    """
+    if runner.group.world_size > 1 or folder is None:
+        raise UsageError("--peer transformers compares one rank on a model folder")
+    import transformers
+
+    model = as_transformers(folder, runner.model)
+    decode = []
+    for context in contexts:
+        assert runner.plan is not None
+        if context + n_tokens > runner.plan.max_seq_len:
+            continue
+        ids = torch.tensor([prompt(runner, context - n_tokens // 2)], device=model.device)
+        at = []
+        with torch.inference_mode():
+            out = model(ids, use_cache=True, logits_to_keep=1)
+            for _ in range(n_tokens + WARM_UP):
+                token = out.logits[:, -1:].argmax(-1)
+                int(token)
+                at.append(time.perf_counter())
+                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        steps = [b - a for a, b in zip(at[WARM_UP:], at[WARM_UP + 1 :], strict=False)]
+        decode.append({"context": context, "ms_per_token": statistics.median(steps) * 1e3})
+    return {"name": f"transformers {transformers.__version__}", "decode": decode}

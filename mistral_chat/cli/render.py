@@ -11,12 +11,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from mistral_chat.chat.chat import Answer
+from mistral_chat.cli.progress import byte_columns
 from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.loading import Loading, OnLoading
+from mistral_chat.engine.runner import Runner
 from mistral_chat.errors import OutputError
 
-__all__ = ["answer_json", "error", "loading_bar", "note", "notice_of", "say", "stats_line"]
+__all__ = [
+    "answer_json",
+    "error",
+    "loading_bar",
+    "note",
+    "notice_of",
+    "say",
+    "start_line",
+    "stats_line",
+]
 
 
 def say(text: str) -> None:
@@ -87,6 +98,27 @@ def stats_line(answer: Answer, max_seq_len: int, load_s: float, path: str) -> st
     return ", ".join(parts)
 
 
+def start_line(runner: Runner, load_s: float) -> str:
+    """How long the start took, and what of it."""
+    start_up = runner.start_up
+    assert start_up is not None
+    before = load_s - start_up.load_s - runner.group.meet_s
+    parts = [f"Python and torch {before:.2f} s"]
+    if runner.group.world_size > 1:
+        parts.append(f"meeting of ranks {runner.group.meet_s:.2f} s")
+    parts.append(f"checks {start_up.check_s:.2f} s")
+    n_bytes, seconds = start_up.weights_bytes, start_up.weights_s
+    if n_bytes:
+        parts.append(
+            f"weights {seconds:.2f} s ({n_bytes / 1e9:.2f} GB a rank, "
+            f"{n_bytes / seconds / 1e9:.1f} GB/s), beside them kernels {start_up.kernels_s:.2f} s"
+        )
+    else:
+        parts.append(f"kernels {start_up.kernels_s:.2f} s")
+    parts.append(f"graphs {start_up.capture_s:.2f} s, tokenizer {start_up.meanwhile_s:.2f} s")
+    return f"start {load_s:.2f} s: {', '.join(parts)}"
+
+
 def answer_json(answer: Answer, *, model: str, world_size: int, load_s: float) -> str:
     """The object of `--json`, on one line."""
     value: dict[str, Any] = {
@@ -144,23 +176,9 @@ def loading_bar(*, quiet: bool) -> Iterator[OnLoading]:
         yield only_notices
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import Progress, TaskID
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = byte_columns("{task.description}")
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         tasks: dict[int, TaskID] = {}
 

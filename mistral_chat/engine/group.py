@@ -79,8 +79,10 @@ class Group:
         self._sums: dict[str, dist.ProcessGroup | None] = {}
         self._node_memory: NodeMemory | None = None
         self._shared_memory: list[Any] = []  # kept mapped
+        started = time.monotonic()
         if place.world_size > 1:
             self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
+        self.meet_s = time.monotonic() - started
 
     @property
     def is_leader(self) -> bool:

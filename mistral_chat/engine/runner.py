@@ -215,18 +215,22 @@ class StartUp:
     """Seconds of what loading did; reading weights and making kernels ready run side by side.
 
     Args:
+        load_s: all of it.
         check_s: to read what the model is, check its files and plan memory.
         weights_s: to read this rank's weights.
         weights_bytes: how much that was; 0 for random weights.
         kernels_s: to compile or load kernels, by their first use.
         capture_s: to capture the first graph.
+        meanwhile_s: what else was done beside the reading.
     """
 
+    load_s: float
     check_s: float
     weights_s: float
     weights_bytes: int
-    kernels_s: float = 0.0
-    capture_s: float = 0.0
+    kernels_s: float
+    capture_s: float
+    meanwhile_s: float
 
 
 def _begin(
@@ -319,9 +323,22 @@ def load_model(
 
 
 def load_runner(
-    config: EngineConfig, group: Group, on_loading: OnLoading = lambda loading: None
+    config: EngineConfig,
+    group: Group,
+    on_loading: OnLoading = lambda loading: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Runner:
-    """`load_model`, with its cache; kernels are made ready while weights are read."""
+    """`load_model`, with its cache; kernels are made ready while weights are read.
+
+    Args:
+        config: what to load and where.
+        group: the ranks.
+        on_loading: on rank 0 told of progress, from a thread.
+        meanwhile: what else this rank is to do while weights are read; where it fails, all do.
+
+    Raises:
+        MistralChatError: as `load_model`, or from `meanwhile`.
+    """
 
     def make(args: TransformerArgs) -> Transformer:
         return Transformer(args, Shard(args, group.shards, group.rank), group)
@@ -340,14 +357,20 @@ def load_runner(
         )
         if why_no_decoder(model) is None:
             runner.open_decoder()
+        ready = time.monotonic()
+        with group.together():
+            meanwhile()
+        done = time.monotonic()
         _finish(reading, group)
     decoder = runner.decoder
     runner.start_up = StartUp(
+        load_s=time.monotonic() - started,
         check_s=begun - started,
         weights_s=reading.seconds if reading else 0.0,
         weights_bytes=reading.total if reading else 0,
         kernels_s=decoder.kernels_s if decoder else 0.0,
         capture_s=decoder.capture_s if decoder else 0.0,
+        meanwhile_s=done - ready,
     )
     return runner
 

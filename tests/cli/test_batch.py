@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import jsonschema
 import pytest
 
 from mistral_chat import LLM, SamplingParams
-from mistral_chat.cli import batch, flags
+from mistral_chat.cli import batch, batch_lines, batch_progress, flags, start
 from mistral_chat.cli.main import main
+from mistral_chat.engine.group import PeerFailedError
 from tests.conftest import ROOT, Run, command_env
 
 OPENAI = {"method": "POST", "url": "/v1/completions"}
@@ -184,10 +188,10 @@ def test_stop_text_of_a_line_ends_it_alone(tiny_folder: Path, tmp_path: Path) ->
     assert records[0]["finish_reason"] == "stop"
 
 
-def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch.Line]:
+def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch_lines.Line]:
     options = flags.parse(flags.normalize(["MODEL", *words]))
     lines = [v if isinstance(v, bytes) else json.dumps(v).encode() for v in values]
-    return batch.read_lines(b"\n".join(lines), options, None)
+    return batch_lines.read_lines(b"\n".join(lines), options, None)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +221,30 @@ def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch.Line]:
         ({"prompt": "a", "stop": [1]}, "stop is [1]: expected a text or a list of texts"),
         ({"prompt": "a", "stop": ""}, "stop is ''"),
         ({"prompt": "a", "tools": [{}]}, "tools need messages"),
+        ({"prompt": "a", "json_schema": "{}"}, 'json_schema is "{}": expected a schema'),
+        ({"prompt": "a", "json_object": 1}, "json_object is 1: expected true or false"),
+        ({"prompt": "a", "json_object": True, "json_schema": {}}, "expected one of them"),
+        ({"prompt": "a", "json_object": True, "stop": "}"}, "stop and a JSON schema: expected one"),
+        ({"messages": [], "json_schema": {}, "tools": [{}]}, "tools and a JSON schema"),
+        (
+            {"custom_id": "a", "body": {"prompt": "a", "response_format": "text"}},
+            'response_format is "text": expected the type text, json_object or json_schema',
+        ),
+        (
+            {"custom_id": "a", "body": {"prompt": "a", "response_format": {"type": "xml"}}},
+            'response_format is {"type": "xml"}: expected the type',
+        ),
+        (
+            {"custom_id": "a", "body": {"prompt": "a", "response_format": {"type": "json_schema"}}},
+            "response_format has no json_schema.schema, which is an object",
+        ),
+        (
+            {
+                "custom_id": "a",
+                "body": {"prompt": "a", "response_format": {"type": "text", "x": 1}},
+            },
+            'unknown field "x" in response_format',
+        ),
         ({"custom_id": "a"}, "body is null: expected an object"),
         ({"custom_id": "a", "prompt": "a"}, 'unknown field "prompt" in a line with custom_id'),
         ({"custom_id": 1.5, "body": {}}, "custom_id is 1.5"),
@@ -237,10 +265,153 @@ def test_bad_line_is_named_and_the_rest_is_read(value: Any, said: str) -> None:
     assert said in bad.error
 
 
+@pytest.mark.parametrize(
+    ("words", "line", "is_json"),
+    [
+        ((), {}, False),
+        ((), {"json_object": True}, True),
+        ((), {"json_schema": {}}, True),
+        (("--json_object",), {}, True),
+        (("--json_schema", "s.json"), {}, True),
+        (("--json_schema", "s.json"), {"json_object": False}, False),
+        (("--json_object",), {"json_schema": None, "json_object": None}, True),
+        (("--json_object",), {"response_format": {"type": "text"}}, False),
+        ((), {"response_format": {"type": "json_object"}}, True),
+        ((), {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, True),
+        ((), {"response_format": None}, False),
+    ],
+)
+def test_line_says_whether_it_is_json_before_the_flags_do(
+    words: tuple[str, ...], line: dict[str, Any], is_json: bool
+) -> None:
+    value = {"prompt": "a"} | line
+    (read,) = _read({"body": value} if "response_format" in line else value, words=words)
+    assert read.question is not None, read.error
+    assert read.question.is_json(by_default=bool(words)) == is_json
+
+
+def test_flags_that_a_schema_excludes_are_the_lines_errors() -> None:
+    for words, name in ((("--stop", "x"), "stop"), (("--instruct", "--tools", "t.json"), "tools")):
+        line = {"messages": [{"role": "user", "content": "a"}], "json_object": True}
+        (refused, freed) = _read(line, line | {name: [], "id": "b"}, words=words)
+        assert refused.error == f"line 1: {name} and a JSON schema: expected one of them"
+        assert freed.error is None
+
+
 def test_ids_are_line_numbers_where_there_are_none() -> None:
     lines = _read(b"\xef\xbb\xbf{", b"", {"prompt": "a"}, b" \r", {"prompt": "b", "id": None})
     assert [(line.number, line.id) for line in lines] == [(1, 1), (3, 3), (5, 5)]
     assert lines[1].error is None
+
+
+def _schema(n: int) -> dict[str, Any]:
+    """A schema whose every text is short, so that answers end by themselves."""
+    leaves: list[dict[str, Any]] = [
+        {"enum": ["red", "grün", 'a"b', 3, None]},
+        {"type": "integer", "minimum": -n, "maximum": n},
+        {"type": "string", "pattern": "^[a-f]{2,3}-[0-9]$"},
+        {"type": "boolean"},
+        {"type": "string", "minLength": 1, "maxLength": 1 + n % 4},
+    ]
+    leaf, other = leaves[n % 5], leaves[(n // 5) % 5]
+    return [
+        leaf,
+        {"type": "array", "items": leaf, "minItems": 1, "maxItems": 1 + n % 3},
+        {"type": "object", "properties": {f"p{n}": leaf, "größe": other}, "required": [f"p{n}"],
+         "additionalProperties": False},
+        {"type": "object", "properties": {"in": {"type": "array", "maxItems": 2,
+         "items": {"anyOf": [leaf, other]}}}, "required": ["in"], "additionalProperties": False},
+    ][n % 4]  # fmt: skip
+
+
+def test_every_line_is_valid_against_its_own_schema(tiny_folder: Path, tmp_path: Path) -> None:
+    schemas = {n: _schema(n) for n in range(1, 31)}
+    sampling = {n: {"temperature": 1.5, "seed": n, "max_tokens": 300} for n in schemas}
+    values: list[dict[str, Any]] = []
+    for n, schema in schemas.items():
+        prompt = {"prompt": "Some JSON: " * (1 + n % 4)} | sampling[n]
+        if n % 3:
+            values.append({"id": n, "json_schema": schema} | prompt)
+        else:
+            asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+            values.append({"custom_id": n, "body": {"response_format": asked} | prompt})
+    # between them, answers that no schema binds
+    values[4:4] = [{"id": "free", "prompt": "a", "max_tokens": 30}]
+    texts = []
+    for at_once in (1, 7):
+        words = ("--max_batch_size", at_once)
+        code, records = _run(tiny_folder, tmp_path, *values, words=words)
+        assert code == 0
+        assert {r["finish_reason"] for r in records if r["id"] != "free"} == {"stop"}
+        texts.append(_texts(records))
+    assert texts[0] == texts[1]
+    for n, schema in schemas.items():
+        jsonschema.validate(json.loads(texts[0][n]), schema)
+    assert len({texts[0][n] for n in schemas}) > 20
+
+
+def test_flags_give_the_schema_of_lines_that_have_none(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"enum": ["of the flag"]}')
+    values = [
+        {"prompt": "a", "id": "flag"},
+        {"prompt": "a", "id": "own", "json_schema": {"enum": ["own"]}},
+        {"prompt": "a", "id": "free", "json_object": False, "max_tokens": 3},
+        {"custom_id": "text", "body": {"prompt": "a", "response_format": {"type": "text"},
+                                       "max_tokens": 3}},
+    ]  # fmt: skip
+    code, records = _run(tiny_folder, tmp_path, *values, words=("--json_schema", path))
+    texts = _texts(records)
+    assert code == 0
+    assert [json.loads(texts[name]) for name in ("flag", "own")] == ["of the flag", "own"]
+    assert texts["free"] == texts["text"]
+    assert not texts["free"].lstrip().startswith('"')
+
+
+def test_wrong_schema_of_the_flags_is_named_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = _write(tmp_path / "in", {"prompt": "a"})
+    path = tmp_path / "schema.json"
+    path.write_text('{"not": {}}')
+    words = ["batch", str(_shape(tmp_path)), str(source), str(tmp_path / "out")]
+    assert main([*words, "--json_schema", str(path)]) == 1
+    said = 'answers cannot be kept to this schema: Unimplemented keys: ["not"]'
+    assert capsys.readouterr().err == f"mistral-chat: error: {path}: {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_cut_json_and_refused_schemas_are_errors_of_their_lines(
+    tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cut = {"prompt": "a", "json_object": True, "max_tokens": 4}
+    values = [
+        {"prompt": "a", "json_schema": {"not": {}}, "id": "refused"},
+        cut,
+        {"prompt": "a", "json_schema": {"type": "text"}},
+        {"prompt": "a", "json_schema": {"const": 7}, "id": "whole"},
+    ]
+    code, records = _run(tiny_folder, tmp_path, *values)
+    assert code == 1
+    assert "3 of 4 lines have an error" in capfd.readouterr().err
+    by_id = {record["id"]: record for record in records}
+    assert json.loads(by_id["whole"]["text"]) == 7
+    for id_, number in (("refused", 1), (3, 3)):
+        assert list(by_id[id_]) == ["id", "error"]
+        said = f"line {number}: json_schema: answers cannot be kept to this schema: "
+        assert by_id[id_]["error"].startswith(said)
+    record = by_id[2]
+    assert record["finish_reason"] == "length"
+    assert record["text"].lstrip().startswith("{")
+    assert record["error"] == (
+        "line 2: stopped at --max_tokens 4: the answer is no whole JSON text; give it more room"
+    )
+    # Again: all are done, and the errors are still counted.
+    before = (tmp_path / "out").read_bytes()
+    words = ["batch", str(tiny_folder), str(tmp_path / "in"), str(tmp_path / "out"), "--quiet"]
+    assert main(words) == 1
+    assert "3 of 4 lines have an error" in capfd.readouterr().err
+    assert (tmp_path / "out").read_bytes() == before
 
 
 def test_bad_lines_are_answered_with_their_error(
@@ -397,7 +568,8 @@ def test_full_disk_is_named(tiny_folder: Path, tmp_path: Path, run: Run) -> None
 def test_two_ranks_answer_the_same_and_find_nothing_left(
     tiny_folder: Path, tmp_path: Path, run: Run
 ) -> None:
-    values = [{"prompt": f"Hello {n}", "max_tokens": 1 + n % 4} for n in range(12)]
+    values: list[Any] = [{"prompt": f"Hello {n}", "max_tokens": 1 + n % 4} for n in range(11)]
+    values.append({"prompt": "Hello", "json_schema": {"enum": ["red", "green"]}})
     _, expected = _run(tiny_folder, tmp_path, *values)
     words = [tiny_folder, tmp_path / "in", tmp_path / "two", "--temperature", 0]
     done = run("batch", *words, "--nproc_per_node", 2)
@@ -409,6 +581,19 @@ def test_two_ranks_answer_the_same_and_find_nothing_left(
     again = run("batch", *words, torchrun=2)
     assert again.code == 0, again.err
     assert "mistral-chat: 12 lines answered (12 of them before)\n" in again.err
+
+
+def test_rank_that_cannot_load_says_so_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load = Mock(side_effect=PeerFailedError("rank 1 has failed"))
+    monkeypatch.setattr(start, "load", load)
+    source = _write(tmp_path / "in", {"prompt": "a"})
+    words = ["batch", str(_shape(tmp_path)), str(source), str(tmp_path / "out"), "--device=cpu"]
+    assert main(words) == 1
+    assert capfd.readouterr() == ("", "")
+    assert load.call_count == 1
+    assert (tmp_path / "out").read_bytes() == b""
 
 
 def test_stdin_to_stdout(tiny_folder: Path, run: Run) -> None:
@@ -449,14 +634,29 @@ def test_progress_is_for_terminals(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("mistral_chat.cli.terminal.is_fancy", lambda stream: True)
-    monkeypatch.setattr(batch, "SHOW_EVERY_S", 0)
+    monkeypatch.setattr(batch_progress, "SHOW_EVERY_S", 0)
     source = _write(tmp_path / "in", *[{"prompt": "a", "max_tokens": 2}] * 3, "oops")
     words = ["batch", str(tiny_folder), str(source), str(tmp_path / "out")]
     assert main(words) == 1
     err = capfd.readouterr().err
     shown = err.split("\r")
     assert any(s.startswith("3/4, ") and "tokens/s" in s and " left, 1 with" in s for s in shown)
+    bars = [match for s in shown if (match := re.search(r"^3/4, .* (━+)(─+)\x1b\[K$", s))]
+    assert bars
+    assert all(len(m[1]) == 3 * (len(m[1]) + len(m[2])) // 4 for m in bars)
     assert shown[-1].startswith("\x1b[Kmistral-chat: error: 1 of 4 lines have an error")
+
+
+@pytest.mark.parametrize("columns", [0, 5, 30, 45, 60, 200])
+def test_progress_never_wraps(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((columns, 24)))
+    progress = batch_progress.Progress(9, 3, 0, quiet=False)
+    for text in ("", "x" * 30, "x" * 300):
+        line = progress._fitted(text)
+        assert len(line) <= max(0, columns - 1)
+        bar = line.removeprefix(text).strip()
+        assert len(bar) in (0, *range(8, 31)) or not line.startswith(text)
+        assert bar.count("━") == len(bar) * 3 // 9 or not line.startswith(text)
 
 
 def test_help_is_printed_and_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:

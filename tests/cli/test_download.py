@@ -15,15 +15,10 @@ import pexpect
 import pytest
 from huggingface_hub import constants
 
-from mistral_chat.cli.download import (
-    DownloadError,
-    cached_folder,
-    choose_files,
-    is_repository,
-)
-from mistral_chat.errors import CheckpointError
+from mistral_chat.cli.repository import cached_folder, choose_files, is_repository
+from mistral_chat.errors import CheckpointError, DownloadError
 from tests.conftest import ROOT, Finished, Run, command_env
-from tests.hub_server import COMMIT, Hub, read_repository, serving
+from tests.hub_server import COMMIT, Hub, Repository, commit_of, read_repository, serving
 
 NAME = "acme/tiny"
 WEIGHTS = "consolidated.safetensors"
@@ -235,6 +230,10 @@ def test_unknown_repository_is_refused(run: Run, hub: Hub, env: dict[str, str]) 
         (True, 403, "GatedRepo", ("gated", "/acme/tiny", "HF_TOKEN", "none is set")),
         (False, 401, "RepoNotFound", ("private one looks the same",)),
         (False, 401, "", ("refuses access (401)", "HF_TOKEN")),
+        (False, 403, "", ("refuses access (403)", "HF_TOKEN")),
+        (True, 401, "", ("refuses access (401)", "HF_TOKEN")),
+        (True, 403, "", ("refuses access (403)", "HF_TOKEN")),
+        (True, 500, "", ("failed (500)", "run the same command again")),
         (False, 429, "", ("429", "wait")),
         (False, 500, "", ("failed (500)",)),
         (False, 404, "RevisionNotFound", ("no revision",)),
@@ -249,6 +248,64 @@ def test_refusal_of_the_hub_is_one_line(
     else:
         hub.repositories[NAME].refuse = status, code
     refused(run("download", NAME, env=env), NAME, *said)
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({}, "wait some minutes"),
+        ({"Retry-After": "42"}, "wait 42 s"),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, "wait some minutes"),
+        ({"RateLimit": '"api";r=0;t=1255', "Retry-After": "42"}, "wait 1,255 s"),
+        ({"RateLimit": '"api";r=7;t=1255'}, "wait some minutes"),
+    ],
+)
+def test_too_many_requests_say_how_long_to_wait(
+    run: Run, hub: Hub, env: dict[str, str], headers: dict[str, str], said: str
+) -> None:
+    hub.repositories[NAME].refuse = 429, ""
+    hub.repositories[NAME].refuse_headers = headers
+    done = run("download", NAME, env=env)
+    refused(done, f"{hub.url} says that these are too many requests (429): {said}; what was")
+
+
+def test_wait_between_files_is_said_once_and_ends(run: Run, hub: Hub, env: dict[str, str]) -> None:
+    repository = hub.repositories[NAME]
+    repository.refuse_files, repository.n_refusals = (429, ""), 2
+    repository.refuse_headers = {"Retry-After": "1"}
+    done = run("download", NAME, env=env)
+    assert done.code == 0, done.err
+    folder = Path(done.out.splitlines()[-1])
+    assert (folder / WEIGHTS).read_bytes() == repository.files[WEIGHTS]
+    said = "mistral-chat: too many requests (429): going on in 2 s, as the hub asks\n"
+    assert done.err in (said, said * 2)  # the second where the refusals came one after the other
+
+
+def test_file_that_has_gone_since_it_was_listed_is_named(
+    run: Run, hub: Hub, env: dict[str, str]
+) -> None:
+    for name in (WEIGHTS, "params.json"):
+        hub.repositories[NAME].gone = {name}
+        refused(run("download", NAME, env=env), NAME, "not there (404)", "run the same command")
+    hub.repositories[NAME].gone = set()
+    downloaded(run("download", NAME, env=env))
+
+
+def test_branch_is_fetched_beside_main(
+    run: Run, hub: Hub, env: dict[str, str], tmp_path: Path
+) -> None:
+    repository = hub.repositories[NAME]
+    other = Repository(repository.files | {"params.json": b'{"other": 1}'}, repository.large)
+    repository.branches["v2"] = other
+    main = downloaded(run("download", NAME, env=env))
+    hub.heal()
+    branch = downloaded(run("download", NAME, "--revision", "v2", env=env))
+    assert (main.name, branch.name) == (COMMIT, commit_of("v2"))
+    assert (branch / "params.json").read_bytes() == b'{"other": 1}'
+    assert (main / "params.json").read_bytes() == repository.files["params.json"]
+    assert WEIGHTS not in hub.bytes_of  # both have the same
+    here = downloaded(run("download", NAME, tmp_path / "here", "--revision", "v2", env=env))
+    assert (here / "params.json").read_bytes() == b'{"other": 1}'
 
 
 def test_token_opens_a_gated_repository(run: Run, hub: Hub, env: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mistral_chat.cli import inspect
+from mistral_chat.cli import inspect, inspect_text
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.memory import plan_memory
@@ -235,6 +236,42 @@ def test_inspect_gives_a_terminal_a_table(tiny_folder: Path) -> None:
     assert child.exitstatus == 0
     assert "longest" in str(child.before)
     assert "━" in str(child.before)
+
+
+@pytest.mark.parametrize(("columns", "unit"), [(60, ""), (80, ""), (100, ""), (120, " GB")])
+def test_table_is_as_wide_as_the_terminal_and_cuts_no_figure(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    columns: int,
+    unit: str,
+) -> None:
+    shape = (ROOT / "configs" / "large-2407.toml").read_text()
+    (tmp_path / "large.toml").write_text(re.sub(r"nproc_per_node = \d+\n", "", shape))
+    monkeypatch.setattr(inspect_text, "is_fancy", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    words = ("--config", tmp_path / "large.toml", "--load_format", "dummy", "--gpu_memory", "80GB")
+    assert inspect.run([*map(str, words), "--dtype", "bfloat16"]) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    prose, table = lines[: lines.index("")], lines[lines.index("") + 1 :]
+    assert max(map(len, lines)) <= max(columns, 80)
+    assert max(map(len, prose)) <= columns
+    assert "…" not in "".join(lines)
+    assert re.sub(r"\s+", " ", " ".join(prose)).count("hidden 28,672, vocabulary 32,768") == 1
+    rows = [re.split(r"\s*│\s*|\s{2,}", line.strip("│ ")) for line in table]
+    no = "no, " if unit else ""
+    assert [row for row in rows if len(row) == 9][-4:] == [
+        [n, who, f"{weights}{unit}", f"{kv}{unit}", context, f"{work}{unit}", f"80.00{unit}",
+         f"{no}{short}{unit} short" if short else "yes", longest]
+        for n, who, weights, kv, context, work, short, longest in (
+            ("1", "0", "245.22", "0.18", "512", "2.05", "167.45", "none"),
+            ("2", "0-1", "122.61", "0.09", "512", "1.71", "44.42", "none"),
+            ("4", "0-3", "61.31", "11.81", "131,072", "1.54", "", "131,072"),
+            ("8", "0-7", "30.66", "5.91", "131,072", "1.46", "", "131,072"),
+        )
+    ]  # fmt: skip
+    assert ("in GB" in "".join(table)) == (not unit)
 
 
 @pytest.mark.parametrize("break_it", ["truncate", "tensors", "tokenizer", "params"])

@@ -1,0 +1,288 @@
+"""The lines of a batch's IN: what each asks, ours or OpenAI's, or why it cannot be answered.
+
+Reads all of them before there is a model, so imports nothing heavy. Knows nothing of OUT.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mistral_chat.chat.batch import Question
+from mistral_chat.cli import flags
+from mistral_chat.config import SamplingParams
+from mistral_chat.errors import PromptError, UsageError
+
+__all__ = ["Line", "asks_json", "is_torn", "read_lines", "read_source", "shown"]
+
+_WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p")
+_SAMPLING = (*_WHOLE, *_NUMBERS, "stop")
+_FIELDS = ("id", "prompt", "messages", "tools", "json_schema", "json_object", *_SAMPLING)
+_OPENAI_FIELDS = ("custom_id", "method", "url", "body")
+_CHAT_URL, _COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
+# What OpenAI's bodies may hold and has no meaning here; and what only one value of has.
+_IGNORED = ("model", "user", "metadata", "store", "service_tier")
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "echo": (False,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "tool_choice": ("auto",),
+    "parallel_tool_calls": (True,),
+}
+_BODY_FIELDS = ("prompt", "messages", "tools", "response_format", *_SAMPLING,
+                "max_completion_tokens", "top_logprobs", *_IGNORED, *_NEUTRAL)  # fmt: skip
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of IN.
+
+    Args:
+        number: from 1.
+        id: what its output is called.
+        question: what it asks.
+        error: or why it cannot be read.
+    """
+
+    number: int
+    id: str | int
+    question: Question | None = None
+    error: str | None = None
+
+
+class _LineError(Exception):
+    """What is wrong with a line of IN."""
+
+
+def read_source(source: str) -> tuple[bytes, os.stat_result]:
+    """All of IN, and what kind of file it is."""
+    try:
+        if source != "-":
+            with Path(source).open("rb") as file:
+                return file.read(), os.fstat(file.fileno())
+        if sys.stdin is None:
+            raise PromptError("IN is - and stdin is closed: expected lines on stdin")
+        return sys.stdin.buffer.read(), os.fstat(sys.stdin.fileno())
+    except OSError as error:
+        raise PromptError(f"{source}: cannot be read ({error.strerror})") from error
+
+
+def read_lines(data: bytes, options: flags.Options, system: str | None) -> list[Line]:
+    """The lines of IN, those that cannot be answered included; empty ones are none.
+
+    Args:
+        data: all of IN.
+        options: their sampling is the default; instruct makes a prompt a message.
+        system: put before a conversation that has no system message.
+    """
+    found: list[Line] = []
+    owners: dict[str | int, int] = {}
+    for number, text in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not text.strip():
+            continue
+        id_: str | int = number
+        question = None
+        error = None
+        try:
+            value = _read_object(text)
+            id_ = _read_id(value, number)
+            question = _read_question(value, options, system)
+        except _LineError as fault:
+            error = f"line {number}: {fault}"
+        if id_ in owners:
+            question = None
+            as_json = json.dumps(id_, ensure_ascii=False)
+            error = (
+                f"line {number}: the id {as_json} is that of line {owners[id_]} already: expected "
+                f"one of its own"
+            )
+        owners.setdefault(id_, number)
+        found.append(Line(number=number, id=id_, question=question, error=error))
+    return found
+
+
+def _read_object(text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _LineError(f"not UTF-8 text: byte 0x{text[error.start]:02x}") from error
+    except RecursionError as error:
+        raise _LineError("not JSON that can be read: nested too deeply") from error
+    except ValueError as error:
+        raise _LineError(f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise _LineError("expected a JSON object with prompt or messages")
+    if _SURROGATE.search(text) and is_torn(json.dumps(value, ensure_ascii=False)):
+        raise _LineError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
+    return value
+
+
+def is_torn(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which has no UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _read_id(value: Mapping[str, Any], number: int) -> str | int:
+    name = "custom_id" if "custom_id" in value or "body" in value else "id"
+    id_ = value.get(name)
+    if id_ is None:
+        return number
+    if isinstance(id_, (str, int)) and not isinstance(id_, bool):
+        return id_
+    raise _LineError(f"{name} is {shown(id_)}: expected a text or a whole number")
+
+
+def _read_question(
+    value: Mapping[str, Any], options: flags.Options, system: str | None
+) -> Question:
+    instruct = options.instruct
+    if "custom_id" in value or "body" in value:
+        value, url = _read_body(value)
+        instruct = instruct and url is None  # with a url it has said which of the two it is
+    else:
+        _check_names(value, _FIELDS, "")
+    prompt, messages, tools = (value.get(name) for name in ("prompt", "messages", "tools"))
+    if (prompt is None) == (messages is None):
+        raise _LineError("expected either prompt or messages")
+    if prompt is not None and not isinstance(prompt, str):
+        raise _LineError(f"prompt is {shown(prompt)}: expected a text")
+    if messages is not None and not _is_list_of(messages, dict):
+        raise _LineError(f"messages are {shown(messages)}: expected a list of objects")
+    if tools is not None and not _is_list_of(tools, dict):
+        raise _LineError(f"tools are {shown(tools)}: expected a list of function schemas")
+    params = _read_sampling(value, options.sampling)
+    held = _read_format(value)
+    is_message = prompt is None or instruct
+    if tools and not is_message:
+        raise _LineError("tools need messages, or a prompt with --instruct")
+    if not is_message:
+        question = Question(prompt=prompt, params=params, **held)
+    else:
+        if messages is None:
+            messages = [{"role": "user", "content": prompt}]
+        if system is not None and not any(m.get("role") == "system" for m in messages):
+            messages = [{"role": "system", "content": system}, *messages]
+        question = Question(messages=messages, tools=tools, params=params, **held)
+    if question.is_json(by_default=asks_json(options)):
+        offers_tools = tools or (tools is None and is_message and options.tools is not None)
+        for name, given in (("stop", params.stop), ("tools", offers_tools)):
+            if given:
+                raise _LineError(f"{name} and a JSON schema: expected one of them")
+    return question
+
+
+def asks_json(options: flags.Options) -> bool:
+    """Whether the command line asks for JSON, which a line may change for itself."""
+    return options.json_object or options.json_schema is not None
+
+
+def _read_format(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line says of its answer's form, as arguments of Question."""
+    schema, any_object = value.get("json_schema"), value.get("json_object")
+    if schema is not None and not isinstance(schema, dict):
+        raise _LineError(f"json_schema is {shown(schema)}: expected a schema, which is an object")
+    if any_object is not None and not isinstance(any_object, bool):
+        raise _LineError(f"json_object is {shown(any_object)}: expected true or false")
+    if schema is not None and any_object:
+        raise _LineError("json_schema and json_object: expected one of them")
+    return {"json_schema": schema, "json_object": any_object}
+
+
+def _read_body(value: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The body of a line in OpenAI's form with our names for its fields, and its url."""
+    _check_names(value, _OPENAI_FIELDS, " in a line with custom_id or body")
+    method, url, body = (value.get(name) for name in ("method", "url", "body"))
+    if method not in (None, "POST"):
+        raise _LineError(f"method is {shown(method)}: expected POST")
+    if url not in (None, _CHAT_URL, _COMPLETION_URL):
+        raise _LineError(f"url is {shown(url)}: expected {_CHAT_URL} or {_COMPLETION_URL}")
+    if not isinstance(body, dict):
+        raise _LineError(f"body is {shown(body)}: expected an object")
+    _check_names(body, _BODY_FIELDS, " in body")
+    needed = {_CHAT_URL: "messages", _COMPLETION_URL: "prompt"}.get(url or "")
+    if needed and body.get(needed) is None:
+        raise _LineError(f"body has no {needed}, which {url} needs")
+    for name, neutral in _NEUTRAL.items():
+        if body.get(name) not in (None, *neutral):
+            found = shown(body[name])
+            raise _LineError(f"{name} is {found}: expected {shown(neutral[0])}, or to leave it out")
+    fields = {name: body[name] for name in body if name in _FIELDS}
+    if body.get("max_completion_tokens") is not None:
+        fields["max_tokens"] = body["max_completion_tokens"]
+    if body.get("response_format") is not None:
+        fields |= _read_response_format(body["response_format"])
+    if isinstance(body.get("logprobs"), bool):  # of a chat: a switch, and a number beside it
+        top = body.get("top_logprobs")
+        fields["logprobs"] = (0 if top is None else top) if body["logprobs"] else None
+    elif body.get("top_logprobs") is not None:
+        raise _LineError("top_logprobs needs logprobs to be true")
+    return fields, url
+
+
+def _read_response_format(found: Any) -> dict[str, Any]:
+    """OpenAI's name for json_schema and json_object; its `text` is neither, whatever flags say."""
+    kind = found.get("type") if isinstance(found, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise _LineError(
+            f"response_format is {shown(found)}: expected the type text, json_object or json_schema"
+        )
+    _check_names(found, ("type", "json_schema"), " in response_format")
+    if kind != "json_schema":
+        return {"json_object": kind == "json_object"}
+    named = found.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise _LineError("response_format has no json_schema.schema, which is an object")
+    return {"json_schema": schema}
+
+
+def _check_names(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    unknown = [name for name in value if name not in known]
+    if unknown:
+        raise _LineError(f"unknown field {shown(unknown[0])}{where}: expected {', '.join(known)}")
+
+
+def _read_sampling(value: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
+    changes: dict[str, Any] = {}
+    for name in _SAMPLING:
+        found = value.get(name)
+        if found is None:
+            continue
+        if name in _WHOLE and type(found) is not int:
+            raise _LineError(f"{name} is {shown(found)}: expected a whole number")
+        if name in _NUMBERS:
+            try:
+                if isinstance(found, bool) or not isinstance(found, (int, float)):
+                    raise TypeError
+                found = float(found)
+            except (TypeError, OverflowError):
+                raise _LineError(f"{name} is {shown(found)}: expected a number") from None
+        if name == "stop":
+            found = [found] if isinstance(found, str) else found
+            if not _is_list_of(found, str):
+                raise _LineError(f"stop is {shown(found)}: expected a text or a list of texts")
+        changes[name] = found
+    try:
+        return replace(defaults, **changes)
+    except UsageError as error:
+        raise _LineError(str(error).removeprefix("--")) from error
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,184 @@
+"""A batch's OUT: its records, written whole and synced one by one, and what an earlier run left.
+
+It is its own journal: a run that finds it goes on with the lines that it lacks. Knows nothing of
+models.
+"""
+
+import fcntl
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mistral_chat.cli.batch_lines import Line, shown
+from mistral_chat.errors import OutputError, UsageError
+
+__all__ = ["Output", "error_record"]
+
+_RECORD_START = b'{"id": '
+_ERROR_LINE = re.compile(r"line (\d+): ")
+# JSON lets them be; Python's splitlines and other readers of lines would divide a record there.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+
+def error_record(line: Line, error: str) -> dict[str, Any]:
+    """The record of a line that has an error, which names the line."""
+    named = error if _ERROR_LINE.match(error) else f"line {line.number}: {error}"
+    return {"id": line.id, "error": named}
+
+
+class Output:
+    """OUT: open, locked and known to be this input's, or stdout.
+
+    Args:
+        target: its path, or `-`.
+        source: of IN, which must be another file.
+
+    Raises:
+        OutputError: it cannot be written, or another run is writing it.
+        UsageError: it is IN.
+    """
+
+    def __init__(self, target: str, source: os.stat_result) -> None:
+        self._target = target
+        self._fd: int | None = None
+        if target == "-":
+            if sys.stdout is None:
+                raise OutputError("stdout is closed: expected somewhere to write the answers to")
+            self._is_file = False
+            self._refuse_source(os.fstat(sys.stdout.fileno()), source)
+            return
+        path = Path(target)
+        try:
+            is_new = not path.exists()
+            kind = os.O_RDWR if is_new or path.is_file() else os.O_WRONLY
+            self._fd = os.open(path, kind | os.O_CREAT | os.O_APPEND, 0o666)
+            found = os.fstat(self._fd)
+            self._is_file = stat.S_ISREG(found.st_mode)
+            self._refuse_source(found, source)
+            if self._is_file:
+                self._lock()
+            if is_new and self._is_file:  # the name must outlive a power cut as well
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _refuse_source(self, found: os.stat_result, source: os.stat_result) -> None:
+        if stat.S_ISREG(found.st_mode) and os.path.samestat(found, source):
+            raise UsageError(f"IN and OUT are the same file ({self._target}): expected two")
+
+    def _lock(self) -> None:
+        assert self._fd is not None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{self._target}: another run is writing it: wait for its end, or name another OUT"
+            ) from error
+        except OSError:
+            return  # a file system without locks
+
+    def resume(self, lines: Sequence[Line]) -> tuple[set[int], int]:
+        """Read what an earlier run wrote, and cut off a line that it did not finish.
+
+        Returns:
+            the numbers of the lines that need no run, and how many of them have an error.
+
+        Raises:
+            OutputError: it holds something else than answers to these lines.
+        """
+        if self._fd is None or not self._is_file:
+            return set(), 0
+        by_number = {line.number: line for line in lines}
+        owners = {line.id: line for line in reversed(lines)}
+        done: set[int] = set()
+        n_errors = end = 0
+        torn = b""
+        with Path(self._target).open("rb") as file:
+            for place, text in enumerate(file, 1):
+                if not text.endswith(b"\n"):
+                    torn = text.rstrip(b"\0")  # what a power cut leaves of an append
+                    break
+                end += len(text)
+                id_, error = self._read_record(text, place)
+                # A line whose id is another's has its error by its number.
+                named = _ERROR_LINE.match(error or "")
+                line = by_number.get(int(named[1])) if named else None
+                if line is None or line.id != id_:
+                    line = owners.get(id_)
+                if line is None or line.number in done:
+                    why = "is not in IN" if line is None else "is there twice"
+                    raise self._foreign(place, f"the id {shown(id_)} {why}")
+                done.add(line.number)
+                n_errors += error is not None
+        if not (torn.startswith(_RECORD_START) or _RECORD_START.startswith(torn)):
+            raise self._foreign(len(done) + 1, "it is no answer of ours")
+        try:
+            if os.fstat(self._fd).st_size > end:
+                os.ftruncate(self._fd, end)
+                os.fsync(self._fd)
+        except OSError as error:
+            raise OutputError(f"{self._target}: cannot be written ({error.strerror})") from error
+        return done, n_errors
+
+    def _read_record(self, text: bytes, place: int) -> tuple[str | int, str | None]:
+        try:
+            value = json.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError) as fault:
+            raise self._foreign(place, "it is not JSON") from fault
+        id_ = value.get("id") if isinstance(value, dict) else None
+        if not isinstance(id_, (str, int)) or isinstance(id_, bool):
+            raise self._foreign(place, "it has no id")
+        error = value.get("error")
+        if not isinstance(error if "error" in value else value.get("text"), str):
+            raise self._foreign(place, "it has neither text nor error")
+        return id_, error
+
+    def _foreign(self, place: int, why: str) -> OutputError:
+        return OutputError(
+            f"{self._target}, line {place}: {why}: expected what a run of this IN wrote, or an "
+            f"OUT that is empty or new"
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record as one line, and return when the disk has it.
+
+        Raises:
+            OutputError: it cannot be written, such as to a full disk.
+            BrokenPipeError: the reader has gone.
+        """
+        text = json.dumps(record, ensure_ascii=False).translate(_LINE_ENDS) + "\n"
+        if self._fd is None:
+            from mistral_chat.cli import render
+
+            render.say(text)
+            return
+        left = memoryview(text.encode())
+        try:
+            while left:  # one write, but where a disk fills up or a pipe takes less
+                left = left[os.write(self._fd, left) :]
+            if self._is_file:
+                os.fsync(self._fd)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"{self._target}: cannot be written ({error.strerror}): make room; the same "
+                f"command then goes on"
+            ) from error

@@ -1,0 +1,106 @@
+"""What `mistral-chat bench` prints of its figures: some lines of text, then a table for each kind.
+
+Knows the object of `--json`; measures nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["text_of"]
+
+
+def text_of(result: dict[str, Any], verify_context: int) -> str:
+    """The figures as text.
+
+    Args:
+        result: the object of `--json`.
+        verify_context: positions before the tokens of a verify step.
+    """
+    console = Console(file=sys.stdout, highlight=False)
+    with console.capture() as capture:
+        console.print(_lines(result), soft_wrap=True)
+        for title, names, rows in _tables(result, verify_context):
+            table = Table(title=title)
+            for name in names:
+                table.add_column(name, justify="right")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+    return capture.get().rstrip("\n")
+
+
+def _lines(result: dict[str, Any]) -> str:
+    start, memory = result["start"], result["memory"]
+    parts = ", ".join(
+        f"{k.removesuffix('_s').replace('_', ' ')} {v:.2f} s" for k, v in start.items()
+    )
+    whole = sum(seconds for part, seconds in start.items() if not part.startswith("of_it"))
+    share = f", one rank's share of {result['shard_of']}" if result["shard_of"] else ""
+    return (
+        f"{result['device']}, {result['world_size']} rank(s){share}, {result['dtype']}, "
+        f"{result['threads']} thread(s) a rank, torch {result['torch']}, commit "
+        f"{result['commit']}\n"
+        f"decode: {result['path']}\n"
+        f"ceilings of a rank: reads {result['read_gb_per_s']:.1f} GB/s, products "
+        f"{result['product_tflop_per_s']:.3g} TFLOP/s\n"
+        f"start: {whole:.2f} s ({parts})\n"
+        f"a rank holds {memory['weights_bytes'] / 1e9:.2f} GB of weights, "
+        f"{memory['kv_bytes'] / 1e9:.2f} GB of KV ({memory['kv_bytes_per_token']:,} bytes a "
+        f"token) for a context of {memory['max_seq_len']:,}"
+        + (
+            f", and {memory['graphs_and_workspace_bytes'] / 1e9:.2f} GB besides"
+            if "used_bytes" in memory
+            else ""
+        )
+    )
+
+
+def _tables(
+    result: dict[str, Any], verify_context: int
+) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
+    """Title, headings and rows of each table."""
+    peer = result.get("peer", {"decode": [], "name": None})
+    peers = {row["context"]: row["ms_per_token"] for row in peer["decode"]}
+    decode = []
+    for row in result["decode"]:
+        cells = [
+            str(row["batch"]),
+            f"{row['context']:,}",
+            f"{row['ms_per_token']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['bytes_per_step'] / 1e9:.3f}",
+            f"{row['share_of_read_ceiling']:.0%}",
+        ]
+        if peers:
+            known = row["batch"] == 1 and row["context"] in peers
+            cells.append(f"{peers[row['context']]:.2f}" if known else "")
+        decode.append(cells)
+    names = ["sequences", "context", "ms a step", "tokens/s", "GB a step and rank",
+             "of the read ceiling"]  # fmt: skip
+    if peers:
+        names.append(f"{peer['name']}, ms")
+    first = [
+        (f"{row['prompt']:,}", f"{row['first_token_s'] * 1e3:.1f}", f"{row['tflop_per_s']:.3g}",
+         f"{row['share_of_product_ceiling']:.0%}")
+        for row in result["first_token"]
+    ]  # fmt: skip
+    verify = [
+        (str(row["tokens"]), f"{row['ms']:.2f}", f"{row['of_one_token']:.3f}")
+        for row in result.get("verify", [])
+    ]
+    sums = [(path, f"{us:.1f}") for path, us in result["sum_us"].items()]
+    first_names = ["prompt", "ms", "TFLOP/s a rank", "of the product ceiling"]
+    tables: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
+        ("decode", names, decode),
+        ("time to first token", first_names, first),
+    ]
+    if verify:
+        title = f"step that scores several tokens, context {verify_context}"
+        tables.append((title, ["tokens", "ms", "of one token"], verify))
+    if sums:
+        tables.append(("sum of one row over ranks, residual, norm", ["path", "us"], sums))
+    return tables

@@ -1,0 +1,198 @@
+"""Starting a model and parting from it: what the main job, batch and bench do alike.
+
+Which ranks there are, what the others do, tokenizer and weights of rank 0, and how all end. Knows
+nothing of prompts and answers.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from mistral_chat.cli.flags import Options
+from mistral_chat.engine.launch import launched_rank, launched_ranks_here
+from mistral_chat.errors import MistralChatError, UsageError
+
+if TYPE_CHECKING:
+    from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.config import EngineConfig
+    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.runner import Runner
+
+__all__ = ["Loaded", "end_with", "follow", "launch", "load", "parting", "ranks_to_start"]
+
+FAILED, WRONG_USAGE = 1, 2
+
+
+def launch(options: Options, words: Sequence[str]) -> int | None:
+    """Start the ranks that are asked for, where no launcher has.
+
+    Args:
+        options: as read.
+        words: the command line that each of them is given.
+
+    Returns:
+        the code to end with; None where this process is a rank itself.
+
+    Raises:
+        UsageError: torchrun started another number of ranks than is asked for.
+        MistralChatError: the folder cannot be a model's, so that nothing need be started.
+    """
+    if launched_rank() is None:
+        n_ranks = ranks_to_start(options)
+        if n_ranks > 1:
+            from mistral_chat.engine.launch import start_torchrun
+
+            return start_torchrun(n_ranks, list(words))
+    elif options.nproc_per_node not in (None, launched_ranks_here()):
+        raise UsageError(
+            f"--nproc_per_node is {options.nproc_per_node}, but torchrun started "
+            f"{launched_ranks_here()} ranks on this node: leave the flag out"
+        )
+    return None
+
+
+def ranks_to_start(options: Options) -> int:
+    """Ranks on this machine: as asked for, else every GPU that the model can use, else one.
+
+    Raises:
+        MistralChatError: the folder cannot be a model's, so that nothing need be started.
+    """
+    from mistral_chat.engine.launch import visible_gpus
+    from mistral_chat.model.args import read_args
+
+    n_heads = 1
+    if options.engine.model is not None:
+        n_heads = read_args(options.engine.model).n_heads
+    elif options.engine.shape is not None:
+        n_heads = int(options.engine.shape.get("n_heads", 1))
+    if options.nproc_per_node is not None:
+        return options.nproc_per_node
+    if options.engine.device == "cpu":
+        return 1
+    return max(1, min(visible_gpus(), n_heads))
+
+
+def follow(config: "EngineConfig") -> int:
+    """Any rank but 0: serve rank 0 until it ends; the code to end with."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
+    from mistral_chat.engine.group import PeerFailedError
+    from mistral_chat.engine.launch import current_group
+    from mistral_chat.engine.worker import serve
+
+    try:
+        serve(config, current_group())
+    except PeerFailedError:
+        return FAILED
+    except MistralChatError as error:  # this rank is the one to say it
+        print(f"mistral-chat: error: {error}", file=sys.stderr, flush=True)
+        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+    return 0
+
+
+def end_with(group: "Group", clean_up: Callable[[], None]) -> Callable[[str, int], NoReturn]:
+    """Have rank 0 end when another rank does.
+
+    Args:
+        group: all ranks.
+        clean_up: what to put back first; called from any thread.
+
+    Returns:
+        ends the process in the same way, with a message (or none) and a code.
+    """
+    from mistral_chat.cli import render
+
+    def end_process(message: str, code: int = FAILED) -> NoReturn:
+        clean_up()
+        if message:
+            render.error(message)
+        os._exit(code)
+
+    group.set_on_lost(end_process)
+    return end_process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model on rank 0.
+
+    Args:
+        runner: its share of the weights, and the way to the other ranks.
+        tokenizer: the model's.
+        load_s: seconds from the process's start.
+    """
+
+    runner: "Runner"
+    tokenizer: "Tokenizer"
+    load_s: float
+
+
+def load(
+    config: "EngineConfig", group: "Group", started: float, *, quiet: bool, stats: bool = False
+) -> Loaded:
+    """Load tokenizer and weights on rank 0, with a bar at a terminal.
+
+    Args:
+        config: what to load; the same on every rank.
+        group: all ranks.
+        started: when the process did, in `time.monotonic()`.
+        quiet: no bar and no notice.
+        stats: say what the start took.
+
+    Raises:
+        PeerFailedError: another rank cannot, and says why itself.
+        MistralChatError: this rank cannot; the others end without a word.
+    """
+    from mistral_chat.cli import render
+    from mistral_chat.engine.group import PeerFailedError
+    from mistral_chat.engine.runner import load_runner
+
+    tokenizers: list[Tokenizer] = []
+    try:
+        with render.loading_bar(quiet=quiet) as on_loading:
+            runner = load_runner(
+                config, group, on_loading, lambda: tokenizers.append(_tokenizer_of(config))
+            )
+    except PeerFailedError:
+        raise
+    except (MistralChatError, KeyboardInterrupt):
+        group.expect_end()
+        raise
+    load_s = time.monotonic() - started
+    if runner.notice and not quiet:
+        render.note(f"mistral-chat: {runner.notice}")
+    if stats and not quiet:
+        render.note(f"mistral-chat: {render.start_line(runner, load_s)}")
+    return Loaded(runner=runner, tokenizer=tokenizers[0], load_s=load_s)
+
+
+def _tokenizer_of(config: "EngineConfig") -> "Tokenizer":
+    from mistral_chat.chat.tokenizer import Tokenizer
+
+    if config.model is not None:
+        return Tokenizer.from_folder(config.model)
+    return Tokenizer.shipped(int((config.shape or {}).get("vocab_size", 0)))
+
+
+@contextmanager
+def parting(group: "Group") -> Iterator[None]:
+    """End the other ranks with a block, in peace unless what failed may be theirs."""
+    try:
+        yield
+    except (MistralChatError, BrokenPipeError):
+        _part(group)
+        raise
+    except Exception:
+        group.await_verdict()
+        group.expect_end()
+        raise
+    _part(group)
+
+
+def _part(group: "Group") -> None:
+    group.send(None)
+    group.close()
