@@ -38,8 +38,9 @@ def test_bench_reports_every_figure(run: Run, tiny_folder: Path, n_ranks: int) -
     assert (len(sums) > 0) == (n_ranks > 1)
     start = result["start"]
     assert isinstance(start, dict)
-    assert set(start) == {"python_s", "import_s", "process_group_s", "load_s", "kernels_s",
-                          "capture_s"}  # fmt: skip
+    assert set(start) == {"python_s", "import_s", "process_group_s", "load_s", "of_it_checks_s",
+                          "of_it_weights_s", "of_it_kernels_s",
+                          "of_it_capture_s"}  # fmt: skip
     assert min(start.values()) >= 0
 
 
