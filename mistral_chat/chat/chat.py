@@ -418,6 +418,7 @@ class Chat:
             # left them out the call is written as the template has it.
             has_ids = calls[0].name == UNREADABLE or all(call.id in answer.text for call in calls)
             is_whole = has_ids or not self.tokenizer.calls_have_ids
+            is_whole = is_whole and not answer.stopped_by_text
             self.conversation.add_calls(answer.said, calls, own if is_whole else None)
         else:
             if answer.stopped_by_text or any(map(self.tokenizer.is_special, own or ())):

@@ -209,8 +209,7 @@ def _put_back(
     for end, own in reversed(list(zip(ends, written, strict=True))):
         begin = end
         while begin > 0 and (
-            not tokenizer.is_special(spliced[begin - 1])
-            or tokenizer.is_written(spliced[begin - 1])
+            not tokenizer.is_special(spliced[begin - 1]) or tokenizer.is_written(spliced[begin - 1])
         ):
             begin -= 1
         if own is not None and begin > 0 and spliced[begin - 1] not in outer:

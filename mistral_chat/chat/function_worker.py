@@ -22,6 +22,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Annotated, Any, get_type_hints
@@ -141,7 +142,7 @@ def _describe(name: str, function: Callable[..., Any]) -> Function:
         else:
             value = parameter.default
             defaults[parameter.name] = value
-            made = dataclasses.field(default_factory=lambda value=value: value)
+            made = dataclasses.field(default_factory=partial(_same, value))
             fields.append((parameter.name, hint, made))
     arguments = dataclasses.make_dataclass(
         "Arguments",
@@ -149,7 +150,7 @@ def _describe(name: str, function: Callable[..., Any]) -> Function:
         kw_only=True,
         namespace={"__pydantic_config__": ConfigDict(extra="forbid")},
     )
-    adapter = TypeAdapter(arguments)
+    adapter: TypeAdapter[Any] = TypeAdapter(arguments)
     parameters = _json_schema(adapter)
     parameters.pop("title", None)
     parameters.pop("description", None)  # the dataclass's own signature
@@ -162,10 +163,14 @@ def _describe(name: str, function: Callable[..., Any]) -> Function:
     return Function(function, adapter, schema)
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 def _check_type(which: str, hint: Any) -> None:
     try:
         _json_schema(TypeAdapter(hint))
-    except (PydanticUserError, pydantic_core.SchemaError, TypeError) as error:
+    except (PydanticUserError, pydantic_core.SchemaError, NameError, TypeError) as error:
         shown = getattr(hint, "__name__", None) or str(hint)
         raise RefusedError(
             f"{which} has the type {shown}, which no JSON value is: expected str, int, float, "
@@ -194,8 +199,7 @@ def call_function(function: Function, arguments: str) -> tuple[bool, str]:
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
         listed = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'arguments'}: {fault['msg']}"
-            for fault in faults
+            f"{'.'.join(map(str, fault['loc'])) or 'arguments'}: {fault['msg']}" for fault in faults
         )
         return False, f"wrong arguments: {listed}"
     given = {name: getattr(checked, name) for name in json.loads(arguments)}

@@ -19,6 +19,8 @@ from mistral_chat.engine.launch import is_launched, launched_rank, launched_rank
 from mistral_chat.errors import MistralChatError, OutputError, UsageError
 
 if TYPE_CHECKING:
+    from mistral_common.protocol.instruct.tool_calls import Tool
+
     from mistral_chat.engine.group import Group
 
 __all__ = ["main"]
@@ -229,10 +231,12 @@ def _lead(options: flags.Options, started: float) -> int:
         system = one_shot.read_text_file(options.system_file)
 
     from mistral_chat.chat.chat import Chat
+    from mistral_chat.chat.functions import PythonFunctions
     from mistral_chat.chat.grammar import choose_grammar, read_grammar
     from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.chat.tools import read_tools
     from mistral_chat.cli import render
+    from mistral_chat.cli.calls import print_line
     from mistral_chat.cli.repl import chat_at_terminal
     from mistral_chat.cli.terminal import QuietTerminal
     from mistral_chat.engine.engine import Engine
@@ -241,7 +245,14 @@ def _lead(options: flags.Options, started: float) -> int:
     from mistral_chat.engine.runner import load_runner
     from mistral_chat.model.args import read_args
 
-    tools = read_tools(options.tools) if options.tools else []
+    functions: PythonFunctions | None = None
+    tools: list[Tool] = []
+    if options.tools is not None and options.tools.suffix == ".py":
+        on_printed = (lambda line: None) if options.quiet else print_line
+        functions = PythonFunctions(options.tools, options.tool_timeout, on_printed)
+        tools = functions.tools
+    elif options.tools is not None:
+        tools = read_tools(options.tools)
     grammar = choose_grammar(None, options.json_object)
     if options.json_schema is not None:
         grammar = read_grammar(options.json_schema)
@@ -288,9 +299,10 @@ def _lead(options: flags.Options, started: float) -> int:
     try:
         if prompt is None:
             with QuietTerminal() as terminal:
-                chat_at_terminal(chat, options, load_s, terminal)
+                chat_at_terminal(chat, options, load_s, terminal, functions)
         else:
-            code = one_shot.answer_once(chat, options, prompt, load_s)
+            run = functions if options.yes else None
+            code = one_shot.answer_once(chat, options, prompt, load_s, run)
     except (MistralChatError, BrokenPipeError):
         _part(group)
         raise
@@ -298,6 +310,9 @@ def _lead(options: flags.Options, started: float) -> int:
         group.await_verdict()
         group.expect_end()
         raise
+    finally:
+        if functions is not None:
+            functions.close()
     _part(group)
     return code
 
