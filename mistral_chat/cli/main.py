@@ -4,6 +4,7 @@ Flags are checked before anything heavy is imported; errors become one line and 
 nowhere else.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -250,6 +251,7 @@ def _lead(options: flags.Options, started: float) -> int:
     if options.tools is not None and options.tools.suffix == ".py":
         on_printed = (lambda line: None) if options.quiet else print_line
         functions = PythonFunctions(options.tools, options.tool_timeout, on_printed)
+        atexit.register(functions.close)  # should this process be killed, it ends them, too
         tools = functions.tools
     elif options.tools is not None:
         tools = read_tools(options.tools)
@@ -310,9 +312,6 @@ def _lead(options: flags.Options, started: float) -> int:
         group.await_verdict()
         group.expect_end()
         raise
-    finally:
-        if functions is not None:
-            functions.close()
     _part(group)
     return code
 

@@ -208,8 +208,11 @@ class Repl:
             chat.conversation.undo()
             self._written(Session.undo)
             return
-        if rounds.cancelled or rounds.ended:
-            render.note(f"mistral-chat: {'interrupted' if rounds.cancelled else rounds.ended}")
+        if rounds.ended:
+            render.note(f"mistral-chat: {rounds.ended}")
+        elif rounds.cancelled:
+            if not options.quiet:
+                render.note("mistral-chat: interrupted")
         else:
             report(answer, chat, replace(options, sampling=self._sampling), self._load_s)
         if not answer.text and chat.instruct and not options.quiet:
