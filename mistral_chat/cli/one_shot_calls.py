@@ -65,11 +65,11 @@ def answer_with_functions(
                 poll()
             assert stream.answer is not None
             answers.append(stream.answer)
+            if stream.answer.said and chat.conversation.open_calls and not options.quiet:
+                render.note(stream.answer.said.strip())
             for result in rounds.results(stream.answer):
                 desk.show(result)
             following = rounds.go_on()
-            if following is not None and stream.answer.said and not options.quiet:
-                render.note(stream.answer.said)
     return _summed(answers, cancelled=rounds.cancelled), rounds.ended
 
 

@@ -306,10 +306,19 @@ def _is_message(entry: dict[str, Any]) -> bool:
     if entry.get("role") == "tool":
         return all(isinstance(entry.get(name), str) for name in ("tool_call_id", "name"))
     calls = entry.get("tool_calls", [])
+    return (
+        entry.get("role") in ("user", "assistant")
+        and isinstance(calls, list)
+        and all(map(_is_call, calls))
+    )
+
+
+def _is_call(value: Any) -> bool:
     kinds = {"id": str, "name": str, "arguments": dict}
-    return entry.get("role") in ("user", "assistant") and all(
-        call.keys() == kinds.keys() and all(isinstance(call[k], kinds[k]) for k in kinds)
-        for call in calls
+    return (
+        isinstance(value, dict)
+        and value.keys() == kinds.keys()
+        and all(isinstance(value[name], kind) for name, kind in kinds.items())
     )
 
 

@@ -22,10 +22,8 @@ from tests.chat.test_chat import GREEDY, Talk
 from tests.chat.test_functions import ARGUMENTS, EVERY_TYPE, write
 
 TEMPLATES = ("v3", "small tekken", "v7", "small tekken v7", "v11", "v13")
-TOOLS = [
-    Tool(function=Function(name=name, parameters={"type": "object"}))
-    for name in ("f", "g", "every")
-]
+NAMES = ("f", "g", "every")
+TOOLS = [Tool(function=Function(name=name, parameters={"type": "object"})) for name in NAMES]
 Calls = list[tuple[str, dict[str, Any]]]
 
 
@@ -179,7 +177,8 @@ def test_history_holds_the_ids_of_calls_that_the_template_would_write(name: str)
     exchange = Exchange(talk, [[*own, made.eos_id], say(talk, "Done.")])
     first, second = exchange.prompts
     assert second[: len(first) + len(own) + 1] == [*first, *own, made.eos_id]
-    assert talk.next_prompt()[: len(second)][-20:] == second[-20:]
+    later = talk.next_prompt()
+    assert any(later[n : n + len(own)] == own for n in range(len(later)))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

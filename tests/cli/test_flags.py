@@ -24,6 +24,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "system": ("Be brief", "Be brief"),
     "system_file": ("s.txt", Path("s.txt")),
     "tools": ("t.json", Path("t.json")),
+    "tool_timeout": ("2.5", 2.5),
     "json_schema": ("s.json", Path("s.json")),
     "max_tokens": ("5", 5),
     "temperature": ("0.25", 0.25),
@@ -40,8 +41,9 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_seq_len": ("64", 64),
     "load_format": ("consolidated", "consolidated"),
 }
-SWITCHES = ("instruct", "json_object", "json", "stats", "quiet")
+SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes")
 NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
+         "yes": ["--instruct", "--tools=x.py"], "tool_timeout": ["--instruct", "--tools=x.py"],
          "logprobs": ["--json"], "resume": ["--instruct"]}  # fmt: skip
 _FIELDS = {"file": "files"}
 
@@ -137,8 +139,9 @@ def test_flag_arrives_however_it_is_written(name: str, equals: bool, hyphens: bo
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switch_arrives(name: str) -> None:
-    assert not _arrived(_parse(), name)
-    assert _arrived(_parse(f"--{name}"), name)
+    needed = NEEDS.get(name, [])
+    assert not _arrived(_parse(*needed), name)
+    assert _arrived(_parse(f"--{name}", *needed), name)
 
 
 @pytest.mark.parametrize("name", ["file", "stop"])
