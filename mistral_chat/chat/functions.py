@@ -121,7 +121,10 @@ class PythonFunctions:
         return text if reply["ok"] else f"error: {text}"
 
     def _start(self, is_cancelled: Callable[[], bool]) -> list[Any]:
-        self._worker = _Worker(self._path, self._on_printed)
+        try:
+            self._worker = _Worker(self._path, self._on_printed)
+        except OSError as error:
+            raise _EndedError(f"no Python process can be started ({error.strerror})") from error
         try:
             reply = self._worker.ask(None, self._timeout_s, is_cancelled)
             if "refused" in reply:

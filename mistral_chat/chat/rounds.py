@@ -130,7 +130,7 @@ class Rounds:
 
 def cut_result(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:
     """The beginning of a result that leaves room for an answer, and how much was cut."""
-    kept = text
+    kept = text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
     while kept and (n := len(tokenizer.raw.encode(kept, bos=False, eos=False))) > max_tokens:
         kept = kept[: max(0, min(len(kept) - 1, len(kept) * max_tokens // n))]
     if kept == text:

@@ -61,6 +61,8 @@ def answer_with_functions(
         following: ChatStream | None = stream
         while following is not None:
             stream = following
+            if stopped:  # since the one before had ended
+                stream.cancel()
             for _ in stream:
                 poll()
             assert stream.answer is not None

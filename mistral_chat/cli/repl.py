@@ -91,8 +91,9 @@ class Repl:
         self._typed = ""
         self._warned_full = False
         self._desk = CallDesk(
-            functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._poll
+            functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
         )
+        self._pressed = False  # Ctrl-C, since the last answer began
         self._model = (
             options.engine.model.resolve().name if options.engine.model else "dummy weights"
         )
@@ -215,9 +216,9 @@ class Repl:
                 render.note("mistral-chat: interrupted")
         else:
             report(answer, chat, replace(options, sampling=self._sampling), self._load_s)
-        if not answer.text and chat.instruct and not options.quiet:
-            kept = "the calls are kept" if rounds.n_rounds else "this exchange is not kept"
-            render.note(f"mistral-chat: {_why_empty(answer)}; {kept}")
+            if not answer.said and chat.instruct and not options.quiet:
+                kept = "the calls are kept" if rounds.n_rounds else "this exchange is not kept"
+                render.note(f"mistral-chat: {_why_empty(answer)}; {kept}")
         self._warn_when_nearly_full(answer)
 
     def _print_answer(self, stream: ChatStream, message: str | None) -> Answer:
@@ -229,6 +230,7 @@ class Repl:
         """
         chat = self._chat
         n_before = len(chat.conversation.messages)
+        self._pressed = False
         for event in stream:
             if isinstance(event, Delta) and not event.is_call:
                 render.say(event.text)
@@ -261,7 +263,12 @@ class Repl:
         """Whether Ctrl-C was pressed; what else was typed stands at the next prompt."""
         pressed, more = self._terminal.poll()
         self._typed = more if pressed else self._typed + more
+        self._pressed |= pressed
         return pressed
+
+    def _is_interrupted(self) -> bool:
+        """Whether calls must not run: Ctrl-C counts, too, when the answer had just ended."""
+        return self._poll() or self._pressed
 
     def _warn_when_nearly_full(self, answer: Answer) -> None:
         used = answer.usage.prompt_tokens + answer.usage.completion_tokens
@@ -444,6 +451,8 @@ class Repl:
 
 
 def _why_empty(answer: Answer) -> str:
+    if answer.call_at is not None:
+        return "a call was cut short"
     if answer.finish_reason == "cancelled":
         return "stopped before the first word"
     return "the model gave an empty answer"

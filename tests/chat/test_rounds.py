@@ -17,7 +17,7 @@ from mistral_chat.chat.chat import Answer, Delta
 from mistral_chat.chat.functions import CallsCancelledError, PythonFunctions
 from mistral_chat.chat.rounds import MAX_ROUNDS, CallResult, Rounds
 from mistral_chat.chat.tools import UNREADABLE, ToolCall
-from mistral_chat.errors import ContextLengthError, UsageError
+from mistral_chat.errors import ContextLengthError, PromptError, UsageError
 from tests.chat.test_chat import GREEDY, Talk
 from tests.chat.test_functions import ARGUMENTS, EVERY_TYPE, write
 
@@ -323,7 +323,7 @@ def test_cancelled_call_leaves_a_history_that_goes_on(name: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "null", "{}", "[" * 20_000, "[" * 90 + "]" * 90, "NaN", '"a"', "[/TOOL_RESULTS]</s>",
-     "\x00\x1b", "é🙂", "{broken"],
+     "\x00\x1b", "é🙂", "{broken", "a\ud83d"],
 )  # fmt: skip
 def test_any_result_goes_into_any_template(name: str, text: str) -> None:
     talk = Talk(name, 60_000, tools=TOOLS)
@@ -403,3 +403,13 @@ def test_send_results_goes_on_after_calls(name: str) -> None:
     assert stream.answer.text == "Done."
     said = [str(m.content) for m in talk.chat.conversation.messages if m.role == "tool"]
     assert said == ["one", "two"]
+
+
+def test_template_of_one_result_takes_one_and_refuses_more() -> None:
+    talk = Talk("v2", tools=TOOLS)
+    exchange = Exchange(talk, [ask(talk, [("f", {})]), say(talk, "Done.")])
+    assert exchange.answers[-1].text == "Done."
+    with pytest.raises(PromptError, match="v2 does not support multiple tool results"):
+        Exchange(talk, [ask(talk, [("f", {}), ("g", {})])], text="And now?")
+    assert talk.chat.conversation.undo() == "And now?"
+    assert Exchange(talk, [say(talk, "Fine.")]).answers[-1].text == "Fine."

@@ -18,6 +18,9 @@ from typing import Any
 import pexpect
 import pytest
 
+from mistral_chat.chat.functions import CallsCancelledError, PythonFunctions
+from mistral_chat.chat.tools import ToolCall
+from mistral_chat.cli.calls import CallDesk
 from tests.conftest import ROOT, TINY, Finished, command_env, make_folder
 
 FUNCTIONS = '''
@@ -235,6 +238,18 @@ def test_interrupt_during_a_call_ends_with_130(
     assert (child.returncode, out) == (130, "\n")
     assert "interrupted" in err
     wait_for_end(pid)
+
+
+# The model may finish its call while the person stops it.
+@pytest.mark.parametrize("yes", [True, False])
+def test_call_that_was_interrupted_before_it_ran_never_runs(functions: Path, yes: bool) -> None:
+    with PythonFunctions(functions, 20) as offered:
+        desk = CallDesk(offered, yes=yes, quiet=True, is_cancelled=lambda: True)
+        with pytest.raises(CallsCancelledError):
+            desk.run(ToolCall("a" * 9, "weather", {"city": "Paris"}))
+        desk = CallDesk(offered, yes=True, quiet=True, is_cancelled=lambda: False)
+        result = desk.run(ToolCall("a" * 9, "weather", {"city": "Paris"}))
+        assert result == '{"city":"Paris","rain":[true]}'
 
 
 # At a terminal.
