@@ -119,48 +119,62 @@ def _describe(name: str, function: Callable[..., Any]) -> Function:
     description = "\n\n".join(filter(None, (doc.short_description, doc.long_description)))
     if not description:
         raise RefusedError(f"{name} has no docstring: expected one that says what it does")
+    said = {param.arg_name: param.description for param in doc.params if param.description}
+    arguments, parameters = _arguments_of(name, function, said)
+    schema = {"name": name, "description": description, "parameters": parameters}
+    return Function(function, arguments, schema)
+
+
+def _arguments_of(
+    name: str, function: Callable[..., Any], said: dict[str, str]
+) -> tuple[TypeAdapter[Any], dict[str, Any]]:
+    """What checks a call's arguments, and their JSON schema.
+
+    Args:
+        name: of the function.
+        function: with its types.
+        said: parameter -> what the docstring says of it.
+    """
     try:
         hints = get_type_hints(function, include_extras=True)
     except (NameError, TypeError, SyntaxError) as error:
         raise RefusedError(f"{name}: its annotations cannot be read ({error})") from error
-    said = {param.arg_name.lstrip("*"): param.description for param in doc.params}
     fields: list[Any] = []
     defaults: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
+        each, default = parameter.name, parameter.default
         if parameter.kind in _BY_POSITION:
-            how = _BY_POSITION[parameter.kind].format(parameter.name)
+            how = _BY_POSITION[parameter.kind].format(each)
             raise RefusedError(f"{name} {how}: expected parameters that are given by name")
-        if parameter.name not in hints:
-            raise RefusedError(f"{name}: the parameter {parameter.name} has no type")
-        hint = hints[parameter.name]
-        _check_type(f"{name}: the parameter {parameter.name}", hint)
+        if each not in hints:
+            raise RefusedError(f"{name}: the parameter {each} has no type")
+        hint = hints[each]
+        _check_type(f"{name}: the parameter {each}", hint)
         own = any(getattr(mark, "description", None) for mark in getattr(hint, "__metadata__", ()))
-        if (text := said.get(parameter.name)) and not own:
-            hint = Annotated[hint, Field(description=text)]
-        if parameter.default is inspect.Parameter.empty:
-            fields.append((parameter.name, hint))
+        if each in said and not own:
+            hint = Annotated[hint, Field(description=said[each])]
+        if default is inspect.Parameter.empty:
+            fields.append((each, hint))
         else:
-            value = parameter.default
-            defaults[parameter.name] = value
-            made = dataclasses.field(default_factory=partial(_same, value))
-            fields.append((parameter.name, hint, made))
-    arguments = dataclasses.make_dataclass(
+            defaults[each] = default
+            made = dataclasses.field(default_factory=partial(_same, default))
+            fields.append((each, hint, made))
+    made_class = dataclasses.make_dataclass(
         "Arguments",
         fields,
         kw_only=True,
         namespace={"__pydantic_config__": ConfigDict(extra="forbid")},
     )
-    adapter: TypeAdapter[Any] = TypeAdapter(arguments)
-    parameters = _json_schema(adapter)
-    parameters.pop("title", None)
-    parameters.pop("description", None)  # the dataclass's own signature
+    arguments: TypeAdapter[Any] = TypeAdapter(made_class)
+    schema = _json_schema(arguments)
+    schema.pop("title", None)
+    schema.pop("description", None)  # the dataclass's own signature
     for each, default in defaults.items():
         try:
-            parameters["properties"][each]["default"] = pydantic_core.to_jsonable_python(default)
+            schema["properties"][each]["default"] = pydantic_core.to_jsonable_python(default)
         except ValueError:
             continue  # no JSON: the parameter is optional, its default not told
-    schema = {"name": name, "description": description, "parameters": parameters}
-    return Function(function, adapter, schema)
+    return arguments, schema
 
 
 def _same(value: Any) -> Any:
