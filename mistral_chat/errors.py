@@ -7,6 +7,7 @@
     ├── CheckpointError         params.json or weights: missing, broken, not supported
     ├── TokenizerError          the tokenizer's file or what it refuses
     ├── DownloadError           a repository that cannot be fetched, or holds no model
+    ├── ToolError               calls of functions that came to no answer
     ├── OutputError             stdout takes nothing
     ├── SessionError            a kept chat that cannot be found, read or written
     ├── DeviceError             a device or rank layout that is not there
@@ -30,6 +31,7 @@ __all__ = [
     "RankLostError",
     "SessionError",
     "TokenizerError",
+    "ToolError",
     "UsageError",
 ]
 
@@ -74,6 +76,10 @@ class TokenizerError(MistralChatError):
 
 class DownloadError(MistralChatError):
     """A repository that cannot be fetched, or holds no model that can be run."""
+
+
+class ToolError(MistralChatError):
+    """Calls of functions that came to no answer."""
 
 
 class OutputError(MistralChatError):

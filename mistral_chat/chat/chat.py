@@ -12,10 +12,10 @@ from typing import Any, Literal
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.tool_calls import Tool
 
-from mistral_chat.chat.conversation import Conversation
+from mistral_chat.chat.conversation import NOT_RUN, Conversation
 from mistral_chat.chat.grammar import Grammar, choose_grammar
-from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.chat.tools import ToolCall, parse_tool_calls
+from mistral_chat.chat.tokenizer import TOOL_CALLS, Tokenizer
+from mistral_chat.chat.tools import UNREADABLE, ToolCall, make_id, parse_tool_calls
 from mistral_chat.config import COMPLETION_MAX_TOKENS, SamplingParams
 from mistral_chat.engine.engine import Engine, Prefill, Request, Token
 from mistral_chat.errors import UsageError
@@ -74,6 +74,7 @@ class Answer:
         logprobs: of the chosen tokens, when asked for.
         prompt_logprobs: of the prompt's tokens after the first, when asked for.
         stopped_by_text: a stop text ended it.
+        call_at: where in the text the first call begins, readable or not; None without one.
     """
 
     text: str
@@ -87,13 +88,25 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None
     prompt_logprobs: tuple[float, ...] | None
     stopped_by_text: bool
+    call_at: int | None = None
+
+    @property
+    def said(self) -> str:
+        """The text before any call."""
+        return self.text[: self.call_at]
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of the answer's text, never empty."""
+    """A piece of the answer's text, never empty.
+
+    Args:
+        text: the piece.
+        is_call: it belongs to calls in raw form, which no person needs to see.
+    """
 
     text: str
+    is_call: bool = False
 
 
 class StopTexts:
@@ -149,6 +162,8 @@ class AnswerBuilder:
         self._detokenizer = tokenizer.detokenizer(continues=continues)
         self._stops = StopTexts(request.params.stop)
         self._text: list[str] = []
+        self._n_decoded = 0  # characters, shown or held back
+        self.call_at: int | None = None
         self._tokens: list[Token] = []
         self._prefill: Prefill | None = None
         self._stopped_by_text = False
@@ -165,6 +180,10 @@ class AnswerBuilder:
             self._first = self._last
         self._tokens.append(event)
         text = "" if event.finish_reason == "stop" else self._detokenizer.add(event.id)
+        if event.id == self._tokenizer.tool_calls_id and self.call_at is None:
+            # The token's text may come behind the end of an unfinished character.
+            self.call_at = self._n_decoded + len(text) - len(TOOL_CALLS)
+        self._n_decoded += len(text)
         shown, self._stopped_by_text = self._stops.add(text)
         if self._stopped_by_text:
             self._request.cancelled = True
@@ -206,6 +225,7 @@ class AnswerBuilder:
             logprobs=None if params.logprobs is None else tuple(map(self._logprob, self._tokens)),
             prompt_logprobs=prefill.logprobs if params.prompt_logprobs else None,
             stopped_by_text=self._stopped_by_text,
+            call_at=self.call_at,
         )
         return rest, answer
 
@@ -229,6 +249,7 @@ class AnswerStream:
         self._engine = engine
         self._request = request
         self._builder = builder
+        self._n_shown = 0
         self.answer: Answer | None = None
 
     def cancel(self) -> None:
@@ -240,12 +261,20 @@ class AnswerStream:
             text = self._builder.add(event)
             if isinstance(event, Prefill):
                 yield event
-            elif text:
-                yield Delta(text)
+            yield from self._deltas(text)
         rest, self.answer = self._builder.finish()
-        if rest:
-            yield Delta(rest)
+        yield from self._deltas(rest)
         yield self.answer
+
+    def _deltas(self, text: str) -> Iterator[Delta]:
+        """A piece of text, in two where a call begins inside it."""
+        at = self._builder.call_at
+        n_said = len(text) if at is None else min(len(text), max(0, at - self._n_shown))
+        self._n_shown += len(text)
+        if n_said:
+            yield Delta(text[:n_said])
+        if n_said < len(text):
+            yield Delta(text[n_said:], is_call=True)
 
 
 class Chat:
@@ -295,6 +324,8 @@ class Chat:
     ) -> "ChatStream":
         """Say something and stream the answer, which joins the history when its stream ends.
 
+        Calls of the last answer that got no result (`send_results`) get one that says so.
+
         Args:
             text: the next message, or a plain prompt.
             params: how to sample; a seed of its own is drawn where it has none. Later answers of
@@ -312,16 +343,48 @@ class Chat:
         """
         grammar = choose_grammar(json_schema, json_object) or self.grammar
         check_no_tools(self.conversation.tools, grammar)
-        params = params or SamplingParams()
         if self.instruct:
+            self.conversation.close_calls(NOT_RUN)
             ids = self.conversation.encode(self.tokenizer, [UserMessage(content=text)])
         else:
             ids = self.tokenizer.encode(text)
+        return self._stream(text, ids, params, grammar)
+
+    def send_results(
+        self, results: Mapping[str, str], params: SamplingParams | None = None
+    ) -> "ChatStream":
+        """Say what came of the last answer's calls, and stream what the model makes of it.
+
+        Args:
+            results: text by the call's id. What has got its result before stays as it is.
+            params: how to sample.
+
+        Raises:
+            ContextLengthError: the results leave no room for an answer.
+            PromptError: the template refuses them.
+            UsageError: not the ids of the calls that wait for a result.
+        """
+        calls = self.conversation.open_calls
+        if {call.id for call in calls} != set(results):
+            waiting = ", ".join(call.id for call in calls) or "none"
+            raise UsageError(f"results of {', '.join(results) or 'no call'}: waiting are {waiting}")
+        for call in calls:
+            self.conversation.add_result(call, results[call.id])
+        ids = self.conversation.encode(self.tokenizer)
+        return self._stream(None, ids, params, None)
+
+    def _stream(
+        self,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams | None,
+        grammar: Grammar | None,
+    ) -> "ChatStream":
         request, seed = make_request(
             self.engine,
             self.tokenizer,
             ids,
-            params,
+            params or SamplingParams(),
             seed_offset=self._n_answers if self.instruct else 0,
             instruct=self.instruct,
             tools=bool(self.conversation.tools),
@@ -331,24 +394,52 @@ class Chat:
         builder = AnswerBuilder(self.tokenizer, request, seed, continues=not self.instruct)
         return ChatStream(self, text, request, builder)
 
-    def keep(self, text: str, answer: Answer) -> None:
-        """Add a finished exchange to the history; one whose answer is empty is not kept."""
+    def keep(self, text: str | None, answer: Answer) -> None:
+        """Add a finished answer to the history; one that is empty is not kept.
+
+        Args:
+            text: what it answers; None are results of calls, which are there already.
+            answer: with its calls; calls that cannot be read are kept as one, by the name
+                `UNREADABLE`, so that the model can be told.
+        """
         self._n_answers += 1
-        if not self.instruct or not answer.text:
+        if not self.instruct:
             return
         own: tuple[int, ...] | None = answer.token_ids
         if own and own[-1] == self.tokenizer.eos_id:
             own = own[:-1]
-        if answer.stopped_by_text or any(map(self.tokenizer.is_special, own or ())):
-            own = None
-        self.conversation.add_user(text)
-        self.conversation.add_answer(answer.text, own)
+        calls = self._calls_to_keep(answer)
+        if not calls and not answer.said:
+            return
+        if text is not None:
+            self.conversation.add_user(text)
+        if calls:
+            # The template of some versions writes ids, which results refer to. Where the model
+            # left them out the call is written as the template has it.
+            has_ids = calls[0].name == UNREADABLE or all(call.id in answer.text for call in calls)
+            is_whole = has_ids or not self.tokenizer.calls_have_ids
+            is_whole = is_whole and not answer.stopped_by_text
+            self.conversation.add_calls(answer.said, calls, own if is_whole else None)
+        else:
+            if answer.stopped_by_text or any(map(self.tokenizer.is_special, own or ())):
+                own = None
+            self.conversation.add_answer(answer.said, own)
+
+    def _calls_to_keep(self, answer: Answer) -> tuple[ToolCall, ...]:
+        if answer.call_at is None or answer.finish_reason not in ("stop", "tool_calls"):
+            return ()  # none, or cut short
+        if answer.tool_calls or answer.stopped_by_text:
+            return answer.tool_calls
+        id_ = make_id(answer.seed, 0)
+        return (ToolCall(id_, UNREADABLE, {"text": answer.text[answer.call_at :]}),)
 
 
 class ChatStream(AnswerStream):
     """An answer of a chat on its way; at its end the exchange joins the history."""
 
-    def __init__(self, chat: Chat, text: str, request: Request, builder: AnswerBuilder) -> None:
+    def __init__(
+        self, chat: Chat, text: str | None, request: Request, builder: AnswerBuilder
+    ) -> None:
         super().__init__(chat.engine, request, builder)
         self._chat = chat
         self._text = text

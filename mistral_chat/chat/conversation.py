@@ -3,6 +3,7 @@
 Knows templates only through the tokenizer; knows nothing of generating.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,15 @@ from mistral_common.protocol.instruct.messages import (
     UserMessage,
 )
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.protocol.instruct.tool_calls import Tool
+from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool
+from mistral_common.protocol.instruct.tool_calls import ToolCall as CallOfTemplate
 
 from mistral_chat.chat.tokenizer import Tokenizer
+from mistral_chat.chat.tools import MAX_DEPTH, ToolCall, nests_at_most
 
-__all__ = ["Conversation", "Message"]
+__all__ = ["NOT_RUN", "Conversation", "Message", "calls_of"]
+
+NOT_RUN = "error: this call was not run"
 
 Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 
@@ -48,6 +53,8 @@ class Conversation:
             PromptError: the template refuses the conversation.
         """
         messages: list[Any] = [*self.messages, *new]
+        if not tokenizer.calls_have_text:
+            messages = [_without_text_beside_calls(message) for message in messages]
         request: ChatCompletionRequest[Any] = ChatCompletionRequest(
             messages=messages, tools=self.tools or None
         )
@@ -56,7 +63,8 @@ class Conversation:
         return _put_back(ids, [self._written.get(i) for i in answers], tokenizer)
 
     def add_user(self, text: str) -> None:
-        """Note what the person said."""
+        """Note what the person said. Calls that got no result get one that says so."""
+        self.close_calls(NOT_RUN)
         self.messages.append(UserMessage(content=text))
 
     def add_answer(self, text: str, ids: Sequence[int] | None) -> None:
@@ -69,6 +77,53 @@ class Conversation:
         if ids is not None:
             self._written[len(self.messages)] = tuple(ids)
         self.messages.append(AssistantMessage(content=text))
+
+    def add_calls(self, text: str, calls: Sequence[ToolCall], ids: Sequence[int] | None) -> None:
+        """Note that the model asks for calls; each must get its result.
+
+        Args:
+            text: what it said before them.
+            calls: in its order.
+            ids: its tokens without the end token; None has the template write the calls.
+        """
+        if ids is not None:
+            self._written[len(self.messages)] = tuple(ids)
+        listed = [
+            CallOfTemplate(
+                id=call.id,
+                function=FunctionCall(
+                    name=call.name, arguments=json.dumps(call.arguments, ensure_ascii=False)
+                ),
+            )
+            for call in calls
+        ]
+        self.messages.append(AssistantMessage(content=text or None, tool_calls=listed))
+
+    def add_result(self, call: ToolCall, text: str) -> None:
+        """Note what came of a call. Text that no template could take becomes an error."""
+        self.messages.append(
+            ToolMessage(content=_checked_result(text), tool_call_id=call.id, name=call.name)
+        )
+
+    @property
+    def open_calls(self) -> list[ToolCall]:
+        """Calls of the last answer that have no result yet."""
+        done = set()
+        for message in reversed(self.messages):
+            if isinstance(message, ToolMessage):
+                done.add(message.tool_call_id)
+            elif isinstance(message, AssistantMessage):
+                return [c for c in calls_of(message) if c.id not in done]
+            else:
+                break
+        return []
+
+    def close_calls(self, text: str) -> list[ToolCall]:
+        """Give every open call this result, since templates take none without; the calls."""
+        calls = self.open_calls
+        for call in calls:
+            self.add_result(call, text)
+        return calls
 
     @property
     def system(self) -> str | None:
@@ -111,12 +166,39 @@ class Conversation:
         self._written.clear()
 
 
+def calls_of(message: Message) -> list[ToolCall]:
+    """The calls that a message asks for."""
+    listed = (isinstance(message, AssistantMessage) and message.tool_calls) or []
+    return [
+        ToolCall(call.id, call.function.name, json.loads(call.function.arguments))
+        for call in listed
+    ]
+
+
+def _without_text_beside_calls(message: Any) -> Any:
+    if isinstance(message, AssistantMessage) and message.tool_calls and message.content:
+        return message.model_copy(update={"content": None})
+    return message
+
+
+def _checked_result(text: str) -> str:
+    """The text, unless it is JSON that older templates, which read it, could not write again."""
+    try:
+        deep = not nests_at_most(json.loads(text), MAX_DEPTH)
+    except ValueError:
+        return text
+    except RecursionError:
+        deep = True
+    return f"error: the result is nested deeper than {MAX_DEPTH}" if deep else text
+
+
 def _put_back(
     ids: list[int], written: Sequence[tuple[int, ...] | None], tokenizer: Tokenizer
 ) -> list[int]:
     """Replace each answer between its template's marks by the ids that were chosen for it.
 
-    An answer ends at an end token and begins after the control token before it. Where that is
+    An answer ends at an end token and begins after the control token before it that is not one of
+    its own, such as a call's. Where that is
     the start or another end, the template's marks are plain text (v1), which gives no such place.
     """
     outer = {int(tokenizer.raw.bos_id), tokenizer.eos_id}
@@ -126,7 +208,9 @@ def _put_back(
     spliced = list(ids)
     for end, own in reversed(list(zip(ends, written, strict=True))):
         begin = end
-        while begin > 0 and not tokenizer.is_special(spliced[begin - 1]):
+        while begin > 0 and (
+            not tokenizer.is_special(spliced[begin - 1]) or tokenizer.is_written(spliced[begin - 1])
+        ):
             begin -= 1
         if own is not None and begin > 0 and spliced[begin - 1] not in outer:
             spliced[begin:end] = own

@@ -149,10 +149,7 @@ class LLM:
             ContextLengthError: it leaves no room for an answer.
             UsageError: a schema with tools or stop texts.
         """
-        offered = [
-            tool if isinstance(tool, Tool) else make_tool(dict(tool), f"tool {n}")
-            for n, tool in enumerate(tools, 1)
-        ]
+        offered = _make_tools(tools)
         grammar = choose_grammar(json_schema, json_object)
         check_no_tools(offered, grammar)
         try:
@@ -167,9 +164,19 @@ class LLM:
         ids = self.tokenizer.encode_chat(request)
         return self._answer_all([ids], params, [grammar], instruct=True, tools=bool(offered))[0]
 
-    def conversation(self, system: str | None = None, tools: Sequence[Tool] = ()) -> Chat:
-        """A chat that keeps its history; `for event in chat.send(text)` streams an answer."""
-        return Chat(self.engine, self.tokenizer, system=system, tools=tools)
+    def conversation(
+        self, system: str | None = None, tools: Sequence[Mapping[str, Any] | Tool] = ()
+    ) -> Chat:
+        """A chat that keeps its history; `for event in chat.send(text)` streams an answer.
+
+        Args:
+            system: system prompt.
+            tools: function schemas; what came of a call goes back with `chat.send_results`.
+
+        Raises:
+            PromptError: not a function schema.
+        """
+        return Chat(self.engine, self.tokenizer, system=system, tools=_make_tools(tools))
 
     def _answer_all(
         self,
@@ -204,3 +211,10 @@ class LLM:
         for index, event in self.engine.generate_many(requests):
             builders[index].add(event)
         return [builder.finish()[1] for builder in builders]
+
+
+def _make_tools(tools: Sequence[Mapping[str, Any] | Tool]) -> list[Tool]:
+    return [
+        tool if isinstance(tool, Tool) else make_tool(dict(tool), f"tool {n}")
+        for n, tool in enumerate(tools, 1)
+    ]

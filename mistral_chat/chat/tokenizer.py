@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import Tokenizer as RawTokenizer
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer, is_sentencepiece
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer, is_tekken
@@ -161,7 +162,7 @@ class Tokenizer:
         """
         try:
             return list(self.mistral.encode_chat_completion(request).tokens)
-        except (MistralCommonException, ValueError, AssertionError) as error:
+        except (MistralCommonException, ValueError, AssertionError, RecursionError) as error:
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             raise PromptError(
                 f"the {self.version} template refuses this conversation: {first_line}"
@@ -170,6 +171,21 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         """Whether an id is a control token."""
         return token < self.n_words and self.raw.is_special(token)
+
+    def is_written(self, token: int) -> bool:
+        """Whether a control token is one that models write themselves."""
+        return token in self._written
+
+    @property
+    def calls_have_ids(self) -> bool:
+        """Whether the template writes a call's id beside it: from v3 to v11."""
+        version = self.mistral.version
+        return TokenizerVersion.v3 <= version <= TokenizerVersion.v11
+
+    @property
+    def calls_have_text(self) -> bool:
+        """Whether the template takes text and calls in one answer: from v7 on."""
+        return self.mistral.version >= TokenizerVersion.v7
 
     def begins_with_mark(self, token: int) -> bool:
         """Whether a SentencePiece token writes its first space as a mark, and not as a byte."""

@@ -5,6 +5,7 @@ Calls are found by the control token that starts them, never by searching text. 
 
 import hashlib
 import json
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from pydantic import ValidationError
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.errors import PromptError
 
-__all__ = ["ToolCall", "parse_tool_calls", "read_tools"]
+__all__ = ["ToolCall", "make_id", "make_tool", "nests_at_most", "parse_tool_calls", "read_tools"]
 
+MAX_DEPTH = 64
+UNREADABLE = "unreadable_call"  # stands in the history for calls that cannot be read
 _ID_ALPHABET = string.ascii_letters + string.digits
 
 
@@ -86,7 +89,7 @@ def parse_tool_calls(
         seed: makes the ids of calls that have none, so that a seed repeats an answer whole.
 
     Returns:
-        the calls; None where the answer has none, or none that can be read.
+        the calls, no two with one id; None where the answer has none, or one that cannot be read.
     """
     start = tokenizer.tool_calls_id
     if start is None or start not in ids:
@@ -100,7 +103,9 @@ def parse_tool_calls(
         if found is None:
             return None
         for name, arguments, id_ in found:
-            calls.append(ToolCall(id_ or _make_id(seed, len(calls)), name, arguments))
+            if id_ is None or any(call.id == id_ for call in calls):
+                id_ = make_id(seed, len(calls))
+            calls.append(ToolCall(id_, name, arguments))
     return tuple(calls) or None
 
 
@@ -122,8 +127,8 @@ def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 def _json_calls(text: str) -> list[tuple[str, dict[str, Any], str | None]] | None:
     try:
-        listed = json.loads(text)
-    except ValueError:
+        listed = _load(text)
+    except (ValueError, RecursionError):
         return None
     found = []
     for entry in listed if isinstance(listed, list) else [listed]:
@@ -131,6 +136,8 @@ def _json_calls(text: str) -> list[tuple[str, dict[str, Any], str | None]] | Non
             return None
         arguments = _arguments(entry.get("arguments", {}))
         if arguments is None:
+            return None
+        if not _is_name(entry["name"]):
             return None
         found.append((entry["name"], arguments, _checked_id(entry.get("id"))))
     return found
@@ -148,7 +155,7 @@ def _named_call(
         name, brace, rest = name.partition("{")
         body = brace + rest
     arguments = _arguments(body) if body and len(bodies) <= 1 else None
-    if not name.strip() or arguments is None:
+    if not _is_name(name.strip()) or arguments is None:
         return None
     id_ = _decode(tokenizer, id_parts[0]).strip() if id_parts else None
     return [(name.strip(), arguments, _checked_id(id_))]
@@ -157,10 +164,41 @@ def _named_call(
 def _arguments(value: Any) -> dict[str, Any] | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value or "{}")
-        except ValueError:
+            value = _load(value or "{}")
+        except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
+
+
+def _load(text: str) -> Any:
+    """JSON that can be written again and put into any template.
+
+    Raises:
+        ValueError: it is none: NaN, half of a surrogate pair, or deeper than anybody would write.
+        RecursionError: much deeper.
+    """
+    value = json.loads(text, parse_constant=_refuse_constant)
+    json.dumps(value, ensure_ascii=False).encode()
+    if not nests_at_most(value, MAX_DEPTH):
+        raise ValueError(f"deeper than {MAX_DEPTH}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def nests_at_most(value: Any, depth: int) -> bool:
+    """Whether no list or object lies in more than `depth` others."""
+    if not isinstance(value, (list, dict)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(nests_at_most(entry, depth - 1) for entry in inner)
+
+
+def _is_name(text: str) -> bool:
+    """Whether mistral-common takes it for a function's name."""
+    return re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", text) is not None
 
 
 def _checked_id(value: Any) -> str | None:
@@ -168,6 +206,7 @@ def _checked_id(value: Any) -> str | None:
     return value if ok else None
 
 
-def _make_id(seed: int, index: int) -> str:
+def make_id(seed: int, index: int) -> str:
+    """An id for a call that came without one; a seed repeats it."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     return "".join(_ID_ALPHABET[byte % len(_ID_ALPHABET)] for byte in digest[:9])

@@ -1,24 +1,34 @@
 """What the chat's commands do that needs no terminal: settings, texts, the clipboard."""
 
 import base64
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.messages import (
+    AssistantMessage,
+    SystemMessage,
+    ToolMessage,
+    UserMessage,
+)
 
-from mistral_chat.chat.conversation import Conversation
+from mistral_chat.chat.conversation import Conversation, Message, calls_of
+from mistral_chat.chat.tools import UNREADABLE, ToolCall
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import OutputError, UsageError
 
 __all__ = [
     "TAKE_WORDS",
+    "call_line",
     "clipboard_sequence",
     "last_exchange",
     "n_said",
     "sampling_line",
     "set_sampling",
     "shorten",
+    "visible",
     "write_markdown",
 ]
 
@@ -68,6 +78,21 @@ def shorten(text: str, width: int = 70) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+def call_line(call: ToolCall) -> str:
+    """A call on one line, such as `weather(city="Paris")`, and nothing in it that hides."""
+    if call.name == UNREADABLE:
+        return f"(unreadable) {visible(str(call.arguments.get('text', '')))}"
+    arguments = ", ".join(
+        f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call.arguments.items()
+    )
+    return f"{call.name}({visible(arguments)})"
+
+
+def visible(text: str) -> str:
+    """Text of a model's without what a terminal obeys, or what would turn its direction."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
 def n_said(conversation: Conversation) -> int:
     """Messages but the system prompt."""
     return sum(not isinstance(message, SystemMessage) for message in conversation.messages)
@@ -75,16 +100,33 @@ def n_said(conversation: Conversation) -> int:
 
 def last_exchange(conversation: Conversation) -> Iterator[str]:
     """The last message of each side, to remind of."""
-    for message in conversation.messages[-2:]:
+    said = [i for i, m in enumerate(conversation.messages) if isinstance(m, UserMessage)]
+    for message in conversation.messages[said[-1] if said else 0 :]:
         if isinstance(message, UserMessage):
             yield f"> {shorten(str(message.content), 200)}"
         elif isinstance(message, AssistantMessage):
-            yield shorten(str(message.content or ""), 400)
+            if message.content:
+                yield shorten(str(message.content), 400)
+            for call in calls_of(message):
+                yield f"calls {shorten(call_line(call), 200)}"
 
 
 def clipboard_sequence(text: str) -> str:
     """What tells a terminal to take a text on its clipboard (OSC 52), also over ssh."""
     return f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
+
+
+def _markdown_of(message: Message) -> str:
+    """One message under a heading; what functions gave is fenced, since it is no Markdown."""
+    titles = {"system": "System", "user": "You", "assistant": "Model"}
+    if isinstance(message, ToolMessage):
+        text = str(message.content)
+        runs = re.findall("`+", text)
+        fence = "`" * max(3, 1 + max(map(len, runs), default=0))
+        return f"## Result of {message.name}\n\n{fence}\n{text}\n{fence}\n"
+    parts = [str(message.content)] if message.content else []
+    parts += [f"calls `{call_line(call)}`" for call in calls_of(message)]
+    return f"## {titles[message.role]}\n\n" + "\n\n".join(parts) + "\n"
 
 
 def write_markdown(path: Path, conversation: Conversation) -> None:
@@ -93,11 +135,7 @@ def write_markdown(path: Path, conversation: Conversation) -> None:
     Raises:
         OutputError: there is such a file, or it cannot be written.
     """
-    titles = {"system": "System", "user": "You", "assistant": "Model"}
-    parts = [
-        f"## {titles.get(message.role, message.role)}\n\n{message.content or ''}\n"
-        for message in conversation.messages
-    ]
+    parts = [_markdown_of(message) for message in conversation.messages]
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write("\n".join(parts))

@@ -5,6 +5,7 @@ values that look like flags, suggestions for misspelt names. Imports nothing hea
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,10 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("file", Path, "put this text before the prompt (repeatable)", "PATH", repeats=True),
         Flag("system", str, "system prompt", "TEXT"),
         Flag("system_file", Path, "system prompt from a file", "PATH"),
-        Flag("tools", Path, "function schemas to offer (.json)", "FILE"),
+        Flag("tools", Path, "functions to offer: schemas (.json), or Python to run (.py)", "FILE"),
+        Flag("yes", None, "run the functions of --tools FILE.py without asking"),
+        Flag("tool_timeout", _number, "seconds that a call of a Python function may take (60)",
+             "SECONDS"),
     ),
     "how to choose words": (
         Flag("max_tokens", _whole,
@@ -147,7 +151,9 @@ class Options:
         files: texts put before the prompt.
         system: system prompt.
         system_file: or the file that holds it.
-        tools: file of function schemas.
+        tools: file of function schemas, or of Python functions.
+        yes: run Python functions without asking.
+        tool_timeout: seconds that a call of one may take.
         json_schema: file of the schema that answers are valid against.
         json_object: answers are JSON objects.
         json: one object on stdout.
@@ -166,6 +172,8 @@ class Options:
     system: str | None = None
     system_file: Path | None = None
     tools: Path | None = None
+    yes: bool = False
+    tool_timeout: float = 60.0
     json_schema: Path | None = None
     json_object: bool = False
     json: bool = False
@@ -229,7 +237,7 @@ def parse(words: Sequence[str]) -> Options:
         if is_repository(models[0]):
             engine = replace(engine, model=cached_folder(models[0]))
     names = ("nproc_per_node", "instruct", "prompt", "system", "system_file", "tools", "json",
-             "json_schema", "json_object",
+             "json_schema", "json_object", "yes", "tool_timeout",
              "stats", "quiet", "resume")  # fmt: skip
     return Options(
         engine=engine,
@@ -267,10 +275,17 @@ def _check(values: dict[str, Any]) -> None:
         raise UsageError(
             f"--nproc_per_node is {values['nproc_per_node']}: expected a whole number of at least 1"
         )
-    if "tools" in values and values["tools"].suffix != ".json":
+    tools = values.get("tools")
+    if tools is not None and tools.suffix not in (".json", ".py"):
         raise UsageError(
-            f"--tools {values['tools']}: expected a .json file of function schemas "
-            f"(running .py functions is not built yet)"
+            f"--tools {tools}: expected a .json file of schemas, or a .py file of functions"
+        )
+    for name in ("yes", "tool_timeout"):
+        if name in values and (tools is None or tools.suffix != ".py"):
+            raise UsageError(f"--{name} needs --tools FILE.py: it says how Python functions run")
+    if not 0 < values.get("tool_timeout", 1) < math.inf:
+        raise UsageError(
+            f"--tool_timeout is {values['tool_timeout']!r}: expected a number above 0, of seconds"
         )
     if values.get("stats") and values.get("quiet"):
         raise UsageError("--stats and --quiet: expected one of them")

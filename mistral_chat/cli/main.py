@@ -4,6 +4,7 @@ Flags are checked before anything heavy is imported; errors become one line and 
 nowhere else.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -11,11 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
 from mistral_chat.cli import flags, start
 from mistral_chat.engine.launch import is_launched, launched_rank
 from mistral_chat.errors import MistralChatError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from mistral_common.protocol.instruct.tool_calls import Tool
 
 __all__ = ["main"]
 
@@ -178,15 +183,25 @@ def _lead(options: flags.Options, started: float) -> int:
         system = one_shot.read_text_file(options.system_file)
 
     from mistral_chat.chat.chat import Chat
+    from mistral_chat.chat.functions import PythonFunctions
     from mistral_chat.chat.grammar import choose_grammar, read_grammar
     from mistral_chat.chat.tools import read_tools
+    from mistral_chat.cli.calls import print_line
     from mistral_chat.cli.repl import chat_at_terminal
     from mistral_chat.cli.terminal import QuietTerminal
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.launch import current_group
 
-    tools = read_tools(options.tools) if options.tools else []
+    functions: PythonFunctions | None = None
+    tools: list[Tool] = []
+    if options.tools is not None and options.tools.suffix == ".py":
+        on_printed = (lambda line: None) if options.quiet else print_line
+        functions = PythonFunctions(options.tools, options.tool_timeout, on_printed)
+        atexit.register(functions.close)  # should this process be killed, it ends them, too
+        tools = functions.tools
+    elif options.tools is not None:
+        tools = read_tools(options.tools)
     grammar = choose_grammar(None, options.json_object)
     if options.json_schema is not None:
         grammar = read_grammar(options.json_schema)
@@ -219,7 +234,8 @@ def _lead(options: flags.Options, started: float) -> int:
             grammar=grammar,
         )
         if prompt is not None:
-            return one_shot.answer_once(chat, options, prompt, loaded.load_s)
+            run = functions if options.yes else None
+            return one_shot.answer_once(chat, options, prompt, loaded.load_s, run)
         with QuietTerminal() as terminal:
-            chat_at_terminal(chat, options, loaded.load_s, terminal)
+            chat_at_terminal(chat, options, loaded.load_s, terminal, functions)
     return 0

@@ -2,19 +2,20 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from mistral_chat.chat.chat import Answer, AnswerStream, Chat, Delta
+from mistral_chat.chat.chat import Answer, Chat, Delta
+from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.cli import render
 from mistral_chat.cli.flags import Options
+from mistral_chat.cli.one_shot_calls import answer_with_functions
 from mistral_chat.cli.terminal import QuietTerminal, is_fancy, is_terminal
-from mistral_chat.errors import OutputError, PromptError
+from mistral_chat.errors import OutputError, PromptError, ToolError
 
-__all__ = ["answer_once", "read_prompt", "read_text_file"]
+__all__ = ["answer_once", "read_prompt", "read_text_file", "report", "report_figures"]
 
 INTERRUPTED = 130
 
@@ -79,22 +80,42 @@ def _decode(data: bytes, where: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def answer_once(chat: Chat, options: Options, prompt: str, load_s: float) -> int:
+def answer_once(
+    chat: Chat,
+    options: Options,
+    prompt: str,
+    load_s: float,
+    functions: PythonFunctions | None = None,
+) -> int:
     """Answer and print; the code to end with.
 
+    Args:
+        chat: to ask.
+        options: of the command line.
+        prompt: what to ask.
+        load_s: seconds that loading took.
+        functions: to run as the model calls them; what it calls is answered for it without asking.
+
     Raises:
-        ContextLengthError: the prompt does not fit.
+        ContextLengthError: the prompt, or what functions gave, does not fit.
         OutputError: an answer that was to be JSON was cut; what was written stays.
+        ToolError: calls, and no answer.
         BrokenPipeError: the reader of stdout has gone.
     """
     stream = chat.send(prompt, options.sampling)
-    with _interruptible(stream) as poll:
-        for event in stream:
-            if isinstance(event, Delta) and not options.json:
-                render.say(event.text)
-            poll()
-    answer = stream.answer
-    assert answer is not None
+    ended: str | None = None
+    if functions is not None:
+        answer, ended = answer_with_functions(chat, options, stream, functions, interruptible)
+        if not options.json:
+            render.say(answer.said)
+    else:
+        with interruptible(stream.cancel) as poll:
+            for event in stream:
+                if isinstance(event, Delta) and not options.json:
+                    render.say(event.text)
+                poll()
+        assert stream.answer is not None
+        answer = stream.answer
     if options.json:
         model = str(options.engine.model or options.engine.shape)
         world_size = chat.engine.runner.group.world_size
@@ -103,9 +124,11 @@ def answer_once(chat: Chat, options: Options, prompt: str, load_s: float) -> int
     else:
         render.say("\n")
     if chat.grammar is not None and answer.finish_reason == "length":
-        _report_figures(answer, chat, options, load_s)
+        report_figures(answer, chat, options, load_s)
         cut = render.notice_of(answer, options.sampling, chat.engine.max_seq_len)
         raise OutputError(f"{cut}: the answer is no whole JSON text; give it more room")
+    if ended is not None:
+        raise ToolError(f"{ended}: there is no answer; a clearer prompt may help")
     report(answer, chat, options, load_s)
     return INTERRUPTED if answer.finish_reason == "cancelled" else 0
 
@@ -118,10 +141,11 @@ def report(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
     notice = render.notice_of(answer, options.sampling, max_seq_len)
     if notice:
         render.note(_dim(f"mistral-chat: {notice}"))
-    _report_figures(answer, chat, options, load_s)
+    report_figures(answer, chat, options, load_s)
 
 
-def _report_figures(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
+def report_figures(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
+    """Figures of one answer, where they were asked for."""
     if options.stats:
         path = chat.engine.runner.path
         line = render.stats_line(answer, chat.engine.max_seq_len, load_s, path)
@@ -133,11 +157,15 @@ def _dim(line: str) -> str:
 
 
 @contextmanager
-def _interruptible(stream: AnswerStream) -> Iterator[Any]:
-    """Have Ctrl-C, as a signal or as a key, end the answer and keep what was said."""
+def interruptible(cancel: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Have Ctrl-C, as a signal or as a key, end what runs; gives what looks for the key.
+
+    Args:
+        cancel: ends it, and keeps what was said.
+    """
 
     def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        stream.cancel()
+        cancel()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait
 
     before = signal.signal(signal.SIGINT, on_signal)
@@ -148,7 +176,7 @@ def _interruptible(stream: AnswerStream) -> Iterator[Any]:
 
                 def poll() -> None:
                     if terminal.poll()[0]:
-                        stream.cancel()
+                        cancel()
 
                 yield poll
         else:

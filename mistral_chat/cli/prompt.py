@@ -20,7 +20,7 @@ from prompt_toolkit.output import create_output
 from mistral_chat.cli import render
 from mistral_chat.cli.terminal import is_fancy
 
-__all__ = ["BLOCK", "make_prompt", "unwrap_block"]
+__all__ = ["BLOCK", "make_prompt", "make_question", "unwrap_block"]
 
 BLOCK = '"""'
 WITH_PATHS = ("/file", "/save", "/load")
@@ -55,6 +55,36 @@ def make_prompt(commands: Mapping[str, str], bottom: Callable[[], str]) -> Promp
         commands: their names and meanings, to complete.
         bottom: gives the line at the bottom of the window.
     """
+    return PromptSession(
+        history=_history(),
+        key_bindings=_keys(),
+        multiline=True,
+        completer=_Completer(commands),
+        complete_while_typing=False,
+        enable_history_search=False,
+        bottom_toolbar=bottom if is_fancy(sys.stderr) else None,
+        prompt_continuation="  ",
+        input=create_input(sys.stdin),
+        output=create_output(stdout=sys.stderr),  # stdout carries answers alone
+        tempfile_suffix=".md",
+    )
+
+
+def make_question() -> PromptSession[str]:
+    """A line to answer a question of the program's on; several lines as in a message."""
+    return PromptSession(
+        history=InMemoryHistory(),  # a "y" is no message to come back to
+        key_bindings=_keys(),
+        multiline=True,
+        prompt_continuation="  ",
+        input=create_input(sys.stdin),
+        output=create_output(stdout=sys.stderr),
+        tempfile_suffix=".md",
+    )
+
+
+def _keys() -> KeyBindings:
+    """Enter sends, Alt-Enter and an open block make a new line, Ctrl-G opens the editor."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -73,19 +103,7 @@ def make_prompt(commands: Mapping[str, str], bottom: Callable[[], str]) -> Promp
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.open_in_editor()
 
-    return PromptSession(
-        history=_history(),
-        key_bindings=keys,
-        multiline=True,
-        completer=_Completer(commands),
-        complete_while_typing=False,
-        enable_history_search=False,
-        bottom_toolbar=bottom if is_fancy(sys.stderr) else None,
-        prompt_continuation="  ",
-        input=create_input(sys.stdin),
-        output=create_output(stdout=sys.stderr),  # stdout carries answers alone
-        tempfile_suffix=".md",
-    )
+    return keys
 
 
 def _in_block(text: str) -> bool:

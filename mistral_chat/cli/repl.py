@@ -7,14 +7,18 @@ import difflib
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mistral_common.protocol.instruct.messages import UserMessage
 
-from mistral_chat.chat.chat import Answer, Chat, Delta
+from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
+from mistral_chat.chat.functions import PythonFunctions
+from mistral_chat.chat.rounds import Rounds
 from mistral_chat.cli import commands, render
+from mistral_chat.cli.calls import CallDesk
 from mistral_chat.cli.flags import Options
-from mistral_chat.cli.one_shot import read_text_file, report
+from mistral_chat.cli.one_shot import read_text_file, report, report_figures
 from mistral_chat.cli.prompt import make_prompt, unwrap_block
 from mistral_chat.cli.sessions import Session, summaries
 from mistral_chat.cli.terminal import QuietTerminal
@@ -23,7 +27,7 @@ from mistral_chat.errors import MistralChatError, PromptError, SessionError, Usa
 __all__ = ["chat_at_terminal"]
 
 KEYS = {
-    "Ctrl-C": "during an answer: stop it, keep what was said; at the prompt: clear the line",
+    "Ctrl-C": "stop an answer or a call, keep what was said; at the prompt: clear the line",
     "Ctrl-D": "leave",
     "Alt-Enter": 'a new line in a message; so does Enter between """ and """',
     "Ctrl-G": "write the message in $EDITOR",
@@ -32,7 +36,13 @@ KEYS = {
 NEARLY_FULL = 0.9
 
 
-def chat_at_terminal(chat: Chat, options: Options, load_s: float, terminal: QuietTerminal) -> None:
+def chat_at_terminal(
+    chat: Chat,
+    options: Options,
+    load_s: float,
+    terminal: QuietTerminal,
+    functions: PythonFunctions | None = None,
+) -> None:
     """Ask and answer until the person leaves.
 
     Args:
@@ -40,11 +50,12 @@ def chat_at_terminal(chat: Chat, options: Options, load_s: float, terminal: Quie
         options: of the command line.
         load_s: seconds that loading took.
         terminal: quiet already.
+        functions: that the model may have called.
 
     Raises:
         SessionError: the chat to go on with is not there.
     """
-    Repl(chat, options, load_s, terminal).run()
+    Repl(chat, options, load_s, terminal, functions).run()
 
 
 class _LeaveError(Exception):
@@ -59,10 +70,16 @@ class Repl:
         options: of the command line.
         load_s: seconds that loading took.
         terminal: quiet already.
+        functions: that the model may have called; None has the person say what calls give.
     """
 
     def __init__(
-        self, chat: Chat, options: Options, load_s: float, terminal: QuietTerminal
+        self,
+        chat: Chat,
+        options: Options,
+        load_s: float,
+        terminal: QuietTerminal,
+        functions: PythonFunctions | None = None,
     ) -> None:
         self._chat = chat
         self._options = options
@@ -73,6 +90,10 @@ class Repl:
         self._answer: Answer | None = None
         self._typed = ""
         self._warned_full = False
+        self._desk = CallDesk(
+            functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
+        )
+        self._pressed = False  # Ctrl-C, since the last answer began
         self._model = (
             options.engine.model.resolve().name if options.engine.model else "dummy weights"
         )
@@ -176,29 +197,78 @@ class Repl:
         self._files = []
         if chat.instruct:
             self._written(lambda session: session.add_user(message))
+        answer = self._print_answer(stream, message)
+        rounds = Rounds(chat, self._sampling, self._desk.run)
+        try:
+            while following := self._run_calls(rounds, answer):
+                if options.stats:
+                    report_figures(answer, chat, options, self._load_s)
+                answer = self._print_answer(following, None)
+        except PromptError as error:  # such as results that fill the context
+            render.error(f"{error}; this exchange is taken back")
+            chat.conversation.undo()
+            self._written(Session.undo)
+            return
+        if rounds.ended:
+            render.note(f"mistral-chat: {rounds.ended}")
+        elif rounds.cancelled:
+            if not options.quiet:
+                render.note("mistral-chat: interrupted")
+        else:
+            report(answer, chat, replace(options, sampling=self._sampling), self._load_s)
+            if not answer.said and chat.instruct and not options.quiet:
+                kept = "the calls are kept" if rounds.n_rounds else "this exchange is not kept"
+                render.note(f"mistral-chat: {_why_empty(answer)}; {kept}")
+        self._warn_when_nearly_full(answer)
+
+    def _print_answer(self, stream: ChatStream, message: str | None) -> Answer:
+        """Print an answer as it comes, and keep it.
+
+        Args:
+            stream: of the answer.
+            message: that it answers; None are results of calls.
+        """
+        chat = self._chat
         n_before = len(chat.conversation.messages)
+        self._pressed = False
         for event in stream:
-            if isinstance(event, Delta):
+            if isinstance(event, Delta) and not event.is_call:
                 render.say(event.text)
-            pressed, more = self._terminal.poll()
-            self._typed = more if pressed else self._typed + more
-            if pressed:
+            if self._poll():
                 stream.cancel()
         self._typed = self._typed.rstrip("\n")
         answer = stream.answer
         assert answer is not None
         self._answer = answer
-        render.say("\n")
+        if answer.said or answer.call_at is None:
+            render.say("\n")
         if len(chat.conversation.messages) > n_before:
-            ids = chat.conversation.last_ids
-            reason = answer.finish_reason
-            self._written(lambda session: session.add_answer(answer.text, ids, reason))
-        elif chat.instruct:
+            ids, reason = chat.conversation.last_ids, answer.finish_reason
+            if calls := chat.conversation.open_calls:
+                self._written(lambda session: session.add_calls(answer.said, calls, ids))
+            else:
+                self._written(lambda session: session.add_answer(answer.said, ids, reason))
+        elif chat.instruct and message is not None:
             self._written(Session.drop_user)
-        report(answer, chat, replace(options, sampling=self._sampling), self._load_s)
-        if not answer.text and chat.instruct and not options.quiet:
-            render.note(f"mistral-chat: {_why_empty(answer)}; this exchange is not kept")
-        self._warn_when_nearly_full(answer)
+        return answer
+
+    def _run_calls(self, rounds: Rounds, answer: Answer) -> ChatStream | None:
+        """Run the calls of an answer, keep their results, and have the model go on."""
+        for result in rounds.results(answer):
+            self._written(partial(Session.add_result, call=result.call, text=result.text))
+            self._desk.show(result)
+        return rounds.go_on()
+
+    def _poll(self) -> bool:
+        """Whether Ctrl-C was pressed; what else was typed stands at the next prompt."""
+        pressed, more = self._terminal.poll()
+        self._typed = more if pressed else self._typed + more
+        self._pressed |= pressed
+        return pressed
+
+    def _is_interrupted(self) -> bool:
+        """Whether calls must not run: Ctrl-C counts, too, when the answer had just ended."""
+        return self._poll() or self._pressed
 
     def _warn_when_nearly_full(self, answer: Answer) -> None:
         used = answer.usage.prompt_tokens + answer.usage.completion_tokens
@@ -318,10 +388,10 @@ class Repl:
         render.note(f"{words[0]} comes before the next message")
 
     def _copy(self, _: str) -> None:
-        if self._answer is None or not self._answer.text:
+        if self._answer is None or not self._answer.said:
             render.note("there is no answer to copy")
         else:
-            render.note(commands.clipboard_sequence(self._answer.text) + "answer copied")
+            render.note(commands.clipboard_sequence(self._answer.said) + "answer copied")
 
     def _save(self, rest: str) -> None:
         words = shlex.split(rest) if rest else []
@@ -381,6 +451,8 @@ class Repl:
 
 
 def _why_empty(answer: Answer) -> str:
+    if answer.call_at is not None:
+        return "a call was cut short"
     if answer.finish_reason == "cancelled":
         return "stopped before the first word"
     return "the model gave an empty answer"

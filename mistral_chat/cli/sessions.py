@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,12 +18,14 @@ from typing import Any
 import platformdirs
 
 from mistral_chat.chat.conversation import Conversation
+from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli.flags import LATEST_SESSION
 from mistral_chat.errors import SessionError
 
 __all__ = ["Session", "Summary", "sessions_folder", "summaries"]
 
 VERSION = 1
+INTERRUPTED = "error: the chat ended before there was a result"
 
 
 def sessions_folder() -> Path:
@@ -129,6 +131,18 @@ class Session:
              "model": self.model, "ids": ids}
         )  # fmt: skip
 
+    def add_calls(self, text: str, calls: Sequence[ToolCall], ids: tuple[int, ...] | None) -> None:
+        """Keep that the model asks for calls, before any is run."""
+        listed = [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in calls]
+        self._write(
+            {"role": "assistant", "content": text, "tool_calls": listed,
+             "finish_reason": "tool_calls", "model": self.model, "ids": ids}
+        )  # fmt: skip
+
+    def add_result(self, call: ToolCall, text: str) -> None:
+        """Keep what came of a call."""
+        self._write({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text})
+
     def drop_user(self) -> None:
         """The last thing that the person said got no answer and is not part of the chat."""
         self._write({"type": "unsaid"})
@@ -153,6 +167,7 @@ class Session:
 
         Returns:
             a message that never got its answer, to be asked again; it is not in the conversation.
+            Calls that never got their result get one that says so.
         """
         state = _read(self.path)
         messages = state.messages
@@ -166,9 +181,17 @@ class Session:
         for message in messages:
             if message["role"] == "user":
                 conversation.add_user(message["content"])
+            elif message["role"] == "tool":
+                conversation.add_result(_call_of(message), message["content"])
             else:
                 ids = message.get("ids") if message.get("model") == self.model else None
-                conversation.add_answer(message["content"], ids)
+                if message.get("tool_calls"):
+                    calls = [ToolCall(**call) for call in message["tool_calls"]]
+                    conversation.add_calls(message["content"], calls, ids)
+                else:
+                    conversation.add_answer(message["content"], ids)
+        for call in conversation.close_calls(INTERRUPTED):
+            self.add_result(call, INTERRUPTED)
         return unanswered
 
     def branch(self) -> "Session":
@@ -272,6 +295,33 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         yield entry
 
 
+def _call_of(result: dict[str, Any]) -> ToolCall:
+    """The call that a result belongs to; its arguments stand with the call itself."""
+    return ToolCall(result["tool_call_id"], result["name"], {})
+
+
+def _is_message(entry: dict[str, Any]) -> bool:
+    if not isinstance(entry.get("content"), str):
+        return False
+    if entry.get("role") == "tool":
+        return all(isinstance(entry.get(name), str) for name in ("tool_call_id", "name"))
+    calls = entry.get("tool_calls", [])
+    return (
+        entry.get("role") in ("user", "assistant")
+        and isinstance(calls, list)
+        and all(map(_is_call, calls))
+    )
+
+
+def _is_call(value: Any) -> bool:
+    kinds = {"id": str, "name": str, "arguments": dict}
+    return (
+        isinstance(value, dict)
+        and value.keys() == kinds.keys()
+        and all(isinstance(value[name], kind) for name, kind in kinds.items())
+    )
+
+
 def _read(path: Path) -> _State:
     """What the lines of a session's file add up to.
 
@@ -287,7 +337,7 @@ def _read(path: Path) -> _State:
             state.model, state.system = str(entry.get("model")), entry.get("system")
             continue
         kind = entry.get("type")
-        if entry.get("role") in ("user", "assistant") and isinstance(entry.get("content"), str):
+        if _is_message(entry):
             state.messages.append(entry)
             state.model = str(entry.get("model", state.model))
         elif kind == "undo":

@@ -152,6 +152,13 @@ def test_chat_offers_tools(llm: LLM) -> None:
     assert bare == llm.chat(messages, GREEDY, [WEATHER]).usage.prompt_tokens
 
 
+def test_conversation_takes_tools_in_any_form(llm: LLM) -> None:
+    made = llm.conversation(tools=[WEATHER]).conversation.tools
+    assert llm.conversation(tools=[WEATHER["function"], *made]).conversation.tools == made * 2
+    with pytest.raises(PromptError, match="tool 1: not a function schema"):
+        llm.conversation(tools=[{"nothing": 1}])
+
+
 @pytest.mark.parametrize(
     "messages",
     [

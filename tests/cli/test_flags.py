@@ -24,6 +24,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "system": ("Be brief", "Be brief"),
     "system_file": ("s.txt", Path("s.txt")),
     "tools": ("t.json", Path("t.json")),
+    "tool_timeout": ("2.5", 2.5),
     "json_schema": ("s.json", Path("s.json")),
     "max_tokens": ("5", 5),
     "temperature": ("0.25", 0.25),
@@ -40,8 +41,9 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_seq_len": ("64", 64),
     "load_format": ("consolidated", "consolidated"),
 }
-SWITCHES = ("instruct", "json_object", "json", "stats", "quiet")
+SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes")
 NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
+         "yes": ["--instruct", "--tools=x.py"], "tool_timeout": ["--instruct", "--tools=x.py"],
          "logprobs": ["--json"], "resume": ["--instruct"]}  # fmt: skip
 _FIELDS = {"file": "files"}
 
@@ -137,8 +139,9 @@ def test_flag_arrives_however_it_is_written(name: str, equals: bool, hyphens: bo
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switch_arrives(name: str) -> None:
-    assert not _arrived(_parse(), name)
-    assert _arrived(_parse(f"--{name}"), name)
+    needed = NEEDS.get(name, [])
+    assert not _arrived(_parse(*needed), name)
+    assert _arrived(_parse(f"--{name}", *needed), name)
 
 
 @pytest.mark.parametrize("name", ["file", "stop"])
@@ -238,7 +241,16 @@ def test_value_out_of_range_is_refused_by_name(
         (["--logprobs", "2"], "--logprobs needs --json"),
         (["--logprobs", "0"], "--logprobs needs --json"),
         (["--instruct", "--system", "x", "--system_file", "y"], "--system and --system_file"),
-        (["--instruct", "--tools", "x.py"], "expected a .json file"),
+        (["--tools", "x.py"], "--tools needs --instruct"),
+        (["--instruct", "--tools", "x.txt"], "expected a .json file of schemas, or a .py file"),
+        (["--instruct", "--yes"], "--yes needs --tools FILE.py"),
+        (["--instruct", "--tools", "x.json", "--yes"], "--yes needs --tools FILE.py"),
+        (["--instruct", "--tool_timeout", "3"], "--tool_timeout needs --tools FILE.py"),
+        (["--instruct", "--tools=x.json", "--tool-timeout=3"], "--tool_timeout needs --tools"),
+        (["--instruct", "--tools=x.py", "--tool_timeout=0"], "--tool_timeout is 0.0: expected"),
+        (["--instruct", "--tools=x.py", "--tool_timeout=inf"], "--tool_timeout is inf: expected"),
+        (["--instruct", "--tools=x.py", "--tool_timeout=nan"], "--tool_timeout is nan: expected"),
+        (["--instruct", "--tools=x.py", "--tool_timeout=x"], "'x' is no number"),
         (["--stats", "--quiet"], "--stats and --quiet"),
         (["--json_schema", "x", "--json_object"], "--json_schema and --json_object"),
         (["again"], "expected one MODEL"),

@@ -187,7 +187,8 @@ def test_same_seed_gives_the_same_answer_as_json_and_as_text(run: Run, tiny_fold
     assert all(seconds > 0 for seconds in value["timings"].values())
     assert len(value["logprobs"]) == 6
     assert all(len(entry["top"]) == 3 for entry in value["logprobs"])
-    notice, stats = as_json.err.splitlines()
+    start, notice, stats = as_json.err.splitlines()
+    assert start.startswith("mistral-chat: start ")
     assert notice == "mistral-chat: stopped at --max_tokens 6"
     assert "context left 504" in stats
     assert "seed 11" in stats

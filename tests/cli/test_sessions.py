@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mistral_chat.chat.conversation import Conversation
+from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli import commands
 from mistral_chat.cli.flags import SESSION_ID
 from mistral_chat.cli.sessions import Session, sessions_folder, summaries
@@ -284,3 +285,113 @@ def test_session_line_that_the_disk_takes_half_of_is_an_error_and_cut_off(
     conversation, unanswered = replayed(session.id)
     assert said(conversation) == [("user", "question 0"), ("assistant", "answer 0")]
     assert unanswered == "next"
+
+
+CALLS = [ToolCall("aaaaaaaa1", "f", {"a": [1, None, AWKWARD]}), ToolCall("aaaaaaaa2", "g", {})]
+
+
+def make_session_of_calls() -> Session:
+    session = make_session(1)
+    session.add_user("with calls")
+    session.add_calls("Let me see.", CALLS, (5, 6))
+    for call in CALLS:
+        session.add_result(call, f"result of {call.name}, {AWKWARD}")
+    session.add_answer("done", (7,), "stop")
+    return session
+
+
+def test_session_gives_back_calls_and_results() -> None:
+    conversation, unanswered = replayed(make_session_of_calls().id)
+    wanted = Conversation()
+    wanted.add_user("question 0")
+    wanted.add_answer("answer 0", (0, 1))
+    wanted.add_user("with calls")
+    wanted.add_calls("Let me see.", CALLS, (5, 6))
+    for call in CALLS:
+        wanted.add_result(call, f"result of {call.name}, {AWKWARD}")
+    wanted.add_answer("done", (7,))
+    assert (conversation.messages, unanswered) == (wanted.messages, None)
+    assert conversation._written == wanted._written
+    assert conversation.undo() == "with calls"
+    assert said(conversation) == [("user", "question 0"), ("assistant", "answer 0")]
+
+
+# Wherever a kill falls: what the file holds is a history that every template takes.
+def test_session_of_calls_cut_at_any_line_goes_on() -> None:
+    session = make_session_of_calls()
+    lines = session.path.read_bytes().splitlines(keepends=True)
+    for n_lines in range(4, len(lines) + 1):
+        session.path.write_bytes(b"".join(lines[:n_lines]) + b'{"role": "tool", "content": "to')
+        conversation, unanswered = replayed(session.id)
+        assert not conversation.open_calls
+        roles = [message.role for message in conversation.messages]
+        n_calls = 2 if n_lines >= 5 else 0
+        assert roles.count("tool") == n_calls
+        assert unanswered == ("with calls" if n_lines == 4 else None)
+        again, _ = replayed(session.id)  # and what was added then is kept
+        assert again.messages == conversation.messages
+        taken_back = Session.open(session.id, "m")
+        if n_calls:
+            taken_back.undo()
+        assert said(replayed(session.id)[0])[-1] == ("assistant", "answer 0")
+
+
+def test_session_of_calls_can_be_branched_and_taken_back() -> None:
+    session = make_session_of_calls()
+    branch = session.branch()
+    session.undo()
+    assert said(replayed(session.id)[0])[-1] == ("assistant", "answer 0")
+    roles = [message.role for message in replayed(branch.id)[0].messages]
+    assert roles[2:] == ["user", "assistant", "tool", "tool", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"role": "tool", "content": "x"}',
+        '{"role": "tool", "content": "x", "tool_call_id": 3, "name": "f"}',
+        '{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}',
+        '{"role": "assistant", "content": "", "tool_calls": [3]}',
+        '{"role": "assistant", "content": "", "tool_calls": 3}',
+        '{"role": "assistant", "content": "", '
+        '"tool_calls": [{"id": "a", "name": "f", "arguments": []}]}',
+    ],
+)
+def test_session_refuses_calls_that_are_none(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_text('{"type": "session", "version": 1}\n' + line + "\n")
+    with pytest.raises(SessionError, match="line 2"):
+        Session.open(str(path), "m")
+
+
+def test_write_markdown_shows_calls_and_results(tmp_path: Path) -> None:
+    conversation = Conversation()
+    conversation.add_user("question")
+    conversation.add_calls("Let me see.", CALLS, None)
+    conversation.add_result(CALLS[0], "# no heading\n```\nfenced\n```")
+    conversation.add_result(CALLS[1], "two")
+    conversation.add_answer("answer", None)
+    path = tmp_path / "chat.md"
+    commands.write_markdown(path, conversation)
+    text = path.read_text(encoding="utf-8")
+    assert "## Model\n\nLet me see.\n\ncalls `f(a=[1, null, " in text
+    assert "calls `g()`" in text
+    assert "## Result of f\n\n````\n# no heading\n```\nfenced\n```\n````\n" in text
+    assert text.index("## Result of g") < text.index("answer")
+    lines = list(commands.last_exchange(conversation))
+    assert lines[0] == "> question"
+    assert lines[-1] == "answer"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({}, "f()"),
+        ({"city": "Paris", "days": 2}, 'f(city="Paris", days=2)'),
+        ({"a": None, "b": [True, 1.5], "c": {"d": "é日"}},
+         'f(a=null, b=[true, 1.5], c={"d": "é日"})'),
+        ({"a": "\x1b[2J\x9b\u202e\n"}, 'f(a="\\u001b[2J\\u009b\\u202e\\n")'),
+    ],
+)  # fmt: skip
+def test_call_line_hides_nothing(arguments: dict[str, object], shown: str) -> None:
+    assert commands.call_line(ToolCall("aaaaaaaaa", "f", arguments)) == shown

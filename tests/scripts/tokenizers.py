@@ -36,7 +36,7 @@ def shipped_file(name: str) -> Path:
 def small_tekken(version: str) -> str:
     """Text of a tekken.json with few words and, from v11 on, the marks of tool calls."""
     names = [SpecialTokens(t["token_str"]).value for t in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
-    if version == "v11":
+    if version in ("v11", "v13"):
         names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"]
     data = json.loads(shipped_file("tekken").read_text(encoding="utf-8"))
     data["vocab"] = data["vocab"][:N_SMALL]
@@ -54,7 +54,7 @@ def small_tekken(version: str) -> str:
 
 @cache
 def tokenizer(name: str) -> Tokenizer:
-    versions = {"small tekken": "v3", "small tekken v7": "v7", "v11": "v11"}
+    versions = {"small tekken": "v3", "small tekken v7": "v7", "v11": "v11", "v13": "v13"}
     if name not in versions:
         return Tokenizer(shipped_file(name))
     with tempfile.TemporaryDirectory() as folder:

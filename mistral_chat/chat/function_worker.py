@@ -1,0 +1,318 @@
+"""A process of its own for a person's Python file: says what its functions take, and calls them.
+
+Started by `functions.py` as a plain script, so that nothing of this package or of torch is loaded:
+
+    python -P function_worker.py FILE REQUESTS REPLIES LIFELINE MAX_CHARS
+
+Requests and replies are JSON lines on pipes of their own; stdin is empty, and what the file prints
+goes to stdout and stderr, which `functions.py` reads. Arguments are checked against the types of
+the function before it is called, and nothing is ever evaluated.
+"""
+
+import dataclasses
+import fcntl
+import importlib.util
+import inspect
+import json
+import os
+import re
+import select
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Annotated, Any, get_type_hints
+
+import docstring_parser
+import pydantic_core
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+MODULE_NAME = "mistral_chat_functions"
+_BY_POSITION = {
+    inspect.Parameter.VAR_POSITIONAL: "takes *{}",
+    inspect.Parameter.VAR_KEYWORD: "takes **{}",
+    inspect.Parameter.POSITIONAL_ONLY: "takes {} by its position only",
+}
+
+
+class RefusedError(Exception):
+    """The file or one of its functions cannot be offered, and why."""
+
+
+class _Schema(GenerateJsonSchema):
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False  # a name once more, and tokens of every prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function to offer.
+
+    Args:
+        call: the function.
+        arguments: checks what it is to be called with.
+        schema: name, description and parameters, as models are told.
+    """
+
+    call: Callable[..., Any]
+    arguments: TypeAdapter[Any]
+    schema: dict[str, Any]
+
+
+def load_functions(path: Path) -> dict[str, Function]:
+    """The public functions that a file defines, by name and in its order.
+
+    Raises:
+        RefusedError: the file cannot be imported, or a function not offered; it is named.
+    """
+    module = _import_file(path)
+    functions = {
+        name: _describe(name, value)
+        for name, value in vars(module).items()
+        if _is_own_function(module, name, value)
+    }
+    if not functions:
+        raise RefusedError("found no public function: expected typed functions with docstrings")
+    return functions
+
+
+def _import_file(path: Path) -> ModuleType:
+    sys.path.insert(0, str(path.parent))  # as if the file were run
+    spec = importlib.util.spec_from_file_location(MODULE_NAME, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[MODULE_NAME] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise RefusedError(f"line {error.lineno} is no Python ({error.msg})") from error
+    except BaseException as error:  # SystemExit, too: the file is somebody else's
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f" at line {frames[-1].lineno}" if frames else ""
+        raise RefusedError(f"cannot be imported{where} ({_in_short(error)})") from error
+    return module
+
+
+def _is_own_function(module: ModuleType, name: str, value: Any) -> bool:
+    return (
+        not name.startswith("_")
+        and (inspect.isfunction(value) or hasattr(value, "__wrapped__"))
+        and getattr(value, "__module__", None) == module.__name__
+        and getattr(value, "__name__", None) == name  # not an imported or second name
+    )
+
+
+def _describe(name: str, function: Callable[..., Any]) -> Function:
+    if not re.fullmatch(r"[a-zA-Z0-9_]{1,64}", name):
+        raise RefusedError(f"{name}: expected a name of at most 64 ASCII letters, digits and _")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        kind = "async" if inspect.iscoroutinefunction(function) else "a generator"
+        raise RefusedError(f"{name} is {kind}: expected a plain function that returns its result")
+    doc = docstring_parser.parse(inspect.getdoc(function) or "")
+    description = "\n\n".join(filter(None, (doc.short_description, doc.long_description)))
+    if not description:
+        raise RefusedError(f"{name} has no docstring: expected one that says what it does")
+    said = {param.arg_name: param.description for param in doc.params if param.description}
+    arguments, parameters = _arguments_of(name, function, said)
+    schema = {"name": name, "description": description, "parameters": parameters}
+    return Function(function, arguments, schema)
+
+
+def _arguments_of(
+    name: str, function: Callable[..., Any], said: dict[str, str]
+) -> tuple[TypeAdapter[Any], dict[str, Any]]:
+    """What checks a call's arguments, and their JSON schema.
+
+    Args:
+        name: of the function.
+        function: with its types.
+        said: parameter -> what the docstring says of it.
+    """
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, SyntaxError) as error:
+        raise RefusedError(f"{name}: its annotations cannot be read ({error})") from error
+    fields: list[Any] = []
+    defaults: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        each, default = parameter.name, parameter.default
+        if parameter.kind in _BY_POSITION:
+            how = _BY_POSITION[parameter.kind].format(each)
+            raise RefusedError(f"{name} {how}: expected parameters that are given by name")
+        if each not in hints:
+            raise RefusedError(f"{name}: the parameter {each} has no type")
+        hint = hints[each]
+        _check_type(f"{name}: the parameter {each}", hint)
+        own = any(getattr(mark, "description", None) for mark in getattr(hint, "__metadata__", ()))
+        if each in said and not own:
+            hint = Annotated[hint, Field(description=said[each])]
+        if default is inspect.Parameter.empty:
+            fields.append((each, hint))
+        else:
+            defaults[each] = default
+            made = dataclasses.field(default_factory=partial(_same, default))
+            fields.append((each, hint, made))
+    made_class = dataclasses.make_dataclass(
+        "Arguments",
+        fields,
+        kw_only=True,
+        namespace={"__pydantic_config__": ConfigDict(extra="forbid")},
+    )
+    arguments: TypeAdapter[Any] = TypeAdapter(made_class)
+    schema = _json_schema(arguments)
+    schema.pop("title", None)
+    schema.pop("description", None)  # the dataclass's own signature
+    for each, default in defaults.items():
+        try:
+            schema["properties"][each]["default"] = pydantic_core.to_jsonable_python(default)
+        except ValueError:
+            continue  # no JSON: the parameter is optional, its default not told
+    return arguments, schema
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _check_type(which: str, hint: Any) -> None:
+    try:
+        _json_schema(TypeAdapter(hint))
+    except (PydanticUserError, pydantic_core.SchemaError, NameError, TypeError) as error:
+        shown = getattr(hint, "__name__", None) or str(hint)
+        raise RefusedError(
+            f"{which} has the type {shown}, which no JSON value is: expected str, int, float, "
+            f"bool, None, list, dict, Literal, an Enum, a dataclass, or unions of them"
+        ) from error
+
+
+def _json_schema(adapter: TypeAdapter[Any]) -> JsonSchemaValue:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of defaults in a person's own classes that are no JSON
+        return adapter.json_schema(schema_generator=_Schema)
+
+
+def call_function(function: Function, arguments: str) -> tuple[bool, str]:
+    """Check arguments and call.
+
+    Args:
+        function: what to call.
+        arguments: a JSON object.
+
+    Returns:
+        whether it gave a result, and the result or what went wrong, as text.
+    """
+    try:
+        checked = function.arguments.validate_json(arguments, strict=True)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        listed = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'arguments'}: {fault['msg']}" for fault in faults
+        )
+        return False, f"wrong arguments: {listed}"
+    given = {name: getattr(checked, name) for name in json.loads(arguments)}
+    process = os.getpid()
+    try:
+        value = function.call(**given)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt of the function, too
+        if os.getpid() == process:
+            own = error.__traceback__.tb_next if error.__traceback__ else None
+            traceback.print_exception(type(error), error, own)
+        return False, _in_short(error)
+    finally:
+        if os.getpid() != process:
+            os._exit(0)  # a fork that the function left behind answers nobody
+    try:
+        text = value if type(value) is str else _to_json(value)
+    except BaseException as error:  # its objects have methods of their own
+        return False, f"the result, of type {type(value).__name__}, is no JSON: {_in_short(error)}"
+    return True, text
+
+
+def _to_json(value: Any) -> str:
+    return pydantic_core.to_json(value, inf_nan_mode="strings").decode()
+
+
+def _in_short(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"sys.exit({error.code!r}) was called"
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # the exception is somebody else's, too
+        lines = []
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _die_with(lifeline: int) -> None:
+    """Have the kernel kill this process and all it started once the other end is closed.
+
+    That takes no thread and no lock of the interpreter, which a hanging function may hold.
+    """
+    os.set_inheritable(lifeline, False)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # closed before that
+        os._exit(1)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # closed or taken away by the file
+            continue
+
+
+def serve(path: Path, requests: IO[bytes], replies: IO[bytes], max_chars: int) -> None:
+    """Say what there is, then answer calls until the other end is closed.
+
+    Args:
+        path: the person's file.
+        requests: lines of `{"n", "name", "arguments"}`; arguments are JSON in a text.
+        replies: takes `{"n": 0, "tools"}` or `{"n": 0, "refused"}`, then `{"n", "ok", "text",
+            "n_chars"}` for each call.
+        max_chars: most characters of a text; n_chars says how many there were.
+    """
+
+    def reply(value: dict[str, Any]) -> None:
+        _flush()
+        replies.write(json.dumps(value).encode() + b"\n")
+        replies.flush()
+
+    try:
+        functions = load_functions(path)
+    except RefusedError as error:
+        reply({"n": 0, "refused": str(error)})
+        return
+    reply({"n": 0, "tools": [function.schema for function in functions.values()]})
+    for line in requests:
+        asked = json.loads(line)
+        if asked["name"] in functions:
+            ok, text = call_function(functions[asked["name"]], asked["arguments"])
+        else:  # the file has changed since
+            ok, text = False, f"there is no function {asked['name']}"
+        reply({"n": asked["n"], "ok": ok, "text": text[:max_chars], "n_chars": len(text)})
+
+
+def main() -> None:
+    """Take the pipes by their numbers and serve."""
+    file, requests, replies, lifeline, max_chars = sys.argv[1:]
+    for handle in (int(requests), int(replies)):
+        os.set_inheritable(handle, False)
+    _die_with(int(lifeline))
+    path = Path(file)
+    sys.argv = [file]
+    with open(int(requests), "rb") as asked, open(int(replies), "wb") as said:  # noqa: PTH123
+        serve(path, asked, said, int(max_chars))
+
+
+if __name__ == "__main__":
+    main()

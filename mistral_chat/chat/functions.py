@@ -1,0 +1,299 @@
+"""The functions of a person's Python file, run in a process of their own under a time limit.
+
+The file is never imported here: `function_worker.py` does that, so that whatever a function does,
+this process goes on. Knows nothing of who asked for a call or where its result goes.
+"""
+
+import codecs
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mistral_common.protocol.instruct.tool_calls import Tool
+
+from mistral_chat.chat.tools import ToolCall, make_tool
+from mistral_chat.errors import PromptError
+
+__all__ = ["CallsCancelledError", "PythonFunctions"]
+
+MAX_CHARS = 20_000  # of a result: some 5,000 tokens
+MAX_PRINTED_LINES = 200  # shown of one call
+POLL_S = 0.05
+WORKER = Path(__file__).with_name("function_worker.py")
+
+
+class CallsCancelledError(Exception):
+    """The person stopped a call, or would not say what is to become of it."""
+
+
+class _EndedError(Exception):
+    """The process is no more, and why."""
+
+
+class PythonFunctions:
+    """Functions of a file, described and ready to be called; a context manager.
+
+    Args:
+        path: the Python file.
+        timeout_s: most seconds of one call, and of importing the file.
+        on_printed: takes each line that the file prints.
+
+    Raises:
+        PromptError: a file that cannot be imported, or a function that cannot be offered.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        timeout_s: float = 60.0,
+        on_printed: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._path = path
+        self._timeout_s = timeout_s
+        self._on_printed = on_printed
+        if not path.is_file():
+            raise PromptError(f"{path}: no such file: expected a Python file of functions")
+        self._worker: _Worker | None = None
+        try:
+            entries = self._start(lambda: False)
+        except _EndedError as error:
+            raise PromptError(f"{path}: {error}") from error
+        self.tools: list[Tool] = [make_tool(entry, str(path)) for entry in entries]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process; a later call would start another."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+    def call(self, call: ToolCall, is_cancelled: Callable[[], bool] = lambda: False) -> str:
+        """Call a function and wait for its result.
+
+        Args:
+            call: what to call; its arguments are checked against the function's types.
+            is_cancelled: asked some 20 times a second.
+
+        Returns:
+            the result as text: a text as it is, else JSON; or `error: ` and what went wrong.
+
+        Raises:
+            CallsCancelledError: it was stopped half-way.
+        """
+        try:
+            if self._worker is None:
+                self._start(is_cancelled)
+            assert self._worker is not None
+            reply = self._worker.ask(
+                {"name": call.name, "arguments": json.dumps(call.arguments)},
+                self._timeout_s,
+                is_cancelled,
+            )
+        except _EndedError as error:
+            self.close()
+            return f"error: {error}"
+        except CallsCancelledError:
+            self.close()
+            raise
+        text, n_chars = str(reply["text"]), int(reply["n_chars"])
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+        if n_chars > len(text):
+            text += f"\n[cut: the first {len(text):,} of {n_chars:,} characters]"
+        return text if reply["ok"] else f"error: {text}"
+
+    def _start(self, is_cancelled: Callable[[], bool]) -> list[Any]:
+        try:
+            self._worker = _Worker(self._path, self._on_printed)
+        except OSError as error:
+            raise _EndedError(f"no Python process can be started ({error.strerror})") from error
+        try:
+            reply = self._worker.ask(None, self._timeout_s, is_cancelled)
+            if "refused" in reply:
+                raise _EndedError(str(reply["refused"]))
+        except (_EndedError, CallsCancelledError):
+            self.close()
+            raise
+        return list(reply["tools"])
+
+
+class _Worker:
+    """One process, its pipes, and the one question that it may be asked at a time.
+
+    Args:
+        path: the Python file.
+        on_printed: takes each line that it prints.
+    """
+
+    def __init__(self, path: Path, on_printed: Callable[[str], None]) -> None:
+        self._printed = _Lines(on_printed)
+        self._n_asked = -1
+        self._held = b""
+        asked, self._requests = os.pipe()
+        self._replies, said = os.pipe()
+        held, self._lifeline = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER), str(path.resolve()), str(asked), str(said),
+             str(held), str(MAX_CHARS)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(asked, said, held),
+            start_new_session=True,  # no terminal, no Ctrl-C, and one group to kill
+        )  # fmt: skip
+        for handle in (asked, said, held):
+            os.close(handle)
+        assert self._process.stdout is not None
+        self._out = self._process.stdout.fileno()
+        for handle in (self._requests, self._replies, self._out):
+            os.set_blocking(handle, False)
+
+    def ask(
+        self, request: dict[str, Any] | None, timeout_s: float, is_cancelled: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """Wait for the answer to a request; None is the question what there is.
+
+        Raises:
+            _EndedError: no answer came, in time or at all.
+            CallsCancelledError: `is_cancelled` said so.
+        """
+        self._n_asked += 1
+        self._printed.begin()
+        left = b""
+        if request is not None:
+            left = json.dumps({"n": self._n_asked, **request}).encode() + b"\n"
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                left = self._write(left)
+                for reply in self._read_replies():
+                    if reply.get("n") == self._n_asked:
+                        return reply
+                self._show_printed()
+                if self._process.poll() is not None:
+                    raise _EndedError(self._why_ended())
+                if is_cancelled():
+                    raise CallsCancelledError
+                if time.monotonic() > deadline:
+                    raise _EndedError(
+                        f"no result after {timeout_s:g} s (--tool_timeout); it was stopped"
+                    )
+                self._wait(bool(left))
+        finally:
+            self._show_printed()
+            self._printed.end()
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        for handle in (self._requests, self._replies, self._lifeline):
+            os.close(handle)
+
+    def _wait(self, writes: bool) -> None:
+        """Until something can be read or written, or it is time to look about."""
+        poller = select.poll()
+        for handle in (self._replies, self._out):
+            poller.register(handle, select.POLLIN)
+        if writes:
+            poller.register(self._requests, select.POLLOUT)
+        events = poller.poll(POLL_S * 1000)
+        if any(event & select.POLLHUP and not event & select.POLLIN for _, event in events):
+            time.sleep(POLL_S / 5)  # a closed pipe is always ready
+
+    def _write(self, data: bytes) -> bytes:
+        """Write what goes in now; what is left."""
+        try:
+            return data[os.write(self._requests, data) :] if data else data
+        except BlockingIOError:
+            return data
+        except BrokenPipeError:
+            return b""  # it has ended, and the loop finds that
+
+    def _read_replies(self) -> Iterator[dict[str, Any]]:
+        self._held += _read(self._replies)
+        *lines, self._held = self._held.split(b"\n")
+        for line in lines:
+            try:
+                value = json.loads(line)
+            except ValueError:  # the file itself wrote there
+                continue
+            if isinstance(value, dict):
+                yield value
+
+    def _show_printed(self) -> None:
+        self._printed.add(_read(self._out))
+
+    def _why_ended(self) -> str:
+        code = self._process.returncode
+        if code < 0:
+            return f"its Python process was killed by {signal.Signals(-code).name}"
+        return f"its Python process ended with code {code}"
+
+
+class _Lines:
+    """Makes lines of what is printed, fit to be shown, and not too many of one call."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self._n_shown = 0
+
+    def begin(self) -> None:
+        self._n_shown = 0
+
+    def add(self, data: bytes) -> None:
+        self._held += self._decoder.decode(data)
+        *lines, self._held = self._held.split("\n")
+        for line in lines:
+            self._show_line(line)
+        self._held = self._held[: 2 * MAX_CHARS]  # a line without end
+
+    def end(self) -> None:
+        if self._held:
+            self._show_line(self._held)
+            self._held = ""
+
+    def _show_line(self, line: str) -> None:
+        self._n_shown += 1
+        if self._n_shown <= MAX_PRINTED_LINES:
+            line = line.rstrip("\r").expandtabs()[:1000]
+            self._show("".join(c if c.isprintable() else "\ufffd" for c in line))
+        elif self._n_shown == MAX_PRINTED_LINES + 1:
+            self._show("… (the rest of what it prints is not shown)")
+
+
+def _read(handle: int) -> bytes:
+    """What a pipe holds now, at most a megabyte."""
+    data = b""
+    while len(data) < 1 << 20:
+        try:
+            part = os.read(handle, 1 << 16)
+        except BlockingIOError:
+            break
+        if not part:
+            break
+        data += part
+    return data

@@ -1,0 +1,60 @@
+"""The real command on the real model, whose answers are written beforehand.
+
+    python -m tests.scripts.scripted ANSWERS.json WORDS
+
+ANSWERS.json is a list of answers, each a list of texts and marks such as "[TOOL_CALLS]". Steps run
+as ever; only the scores of the next scripted token are raised above all others.
+"""
+
+import json
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mistral_chat.chat.tokenizer import Tokenizer
+from mistral_chat.cli.main import main
+from mistral_chat.engine.engine import Engine, Request
+from mistral_chat.engine.runner import Runner
+from mistral_chat.engine.step import Step
+
+
+def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
+    ids: list[int] = []
+    for part in parts:
+        if part.startswith("[") and part.endswith("]") and part[1:-1].replace("_", "").isupper():
+            ids.append(tokenizer.raw.get_special_token(part))
+        else:
+            ids += tokenizer.raw.encode(part, bos=False, eos=False)
+    return [*ids, tokenizer.eos_id]
+
+
+def play(answers: list[list[str]], folder: Path) -> None:
+    """Have every answer from now on be the next of the script; then empty ones."""
+    tokenizer = Tokenizer.from_folder(folder)
+    left = deque(ids_of(tokenizer, parts) for parts in answers)
+    script: deque[int] = deque()
+    run, generate = Runner.run, Engine.generate
+
+    def generate_next(self: Engine, request: Request) -> Iterator[Any]:
+        script.clear()
+        script.extend(left.popleft() if left else [tokenizer.eos_id])
+        return generate(self, request)
+
+    def run_scripted(self: Runner, step: Step) -> torch.Tensor | None:
+        logits = run(self, step)
+        if logits is not None:
+            logits = logits.clone()  # it may be an inference tensor
+            logits[-1, script.popleft() if script else tokenizer.eos_id] = 1e4
+        return logits
+
+    Engine.generate = generate_next  # type: ignore[method-assign]
+    Runner.run = run_scripted  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    play(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    sys.exit(main(sys.argv[2:]))
