@@ -38,7 +38,10 @@ can do at most.
   --contexts N,N       contexts to decode at (512,8192,32768 as far as they fit)
   --prompts N,N        prompt lengths for the time to first token (128,512,2048,8192)
   --shard_of N         one process: measure one rank's share of N, with nobody to sum with
-  --peer transformers  measure transformers on the same weights too (one rank)
+  --peer NAME          measure transformers on the same weights too (one rank), or safetensors
+                       beside --loading
+  --loading            measure how fast the folder's weights are read, and nothing else
+  --cold               with --loading: have the system forget the files before each reading
   --plot FILE          draw the figures (.svg, .png; needs matplotlib)
   --json               one JSON object on stdout instead of tables
   and of the main job: --nproc_per_node --device --dtype --max_seq_len --config --load_format
@@ -52,10 +55,10 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _is_transformers(text: str) -> bool:
-    if text != "transformers":
+def _peer(text: str) -> str:
+    if text not in ("transformers", "safetensors"):
         raise ValueError
-    return True
+    return text
 
 
 _SOME = OwnFlag(_whole_numbers, "whole numbers like 128,512")
@@ -64,7 +67,9 @@ _OWN = {
     "contexts": _SOME,
     "prompts": _SOME,
     "shard_of": whole_from(2),
-    "peer": OwnFlag(_is_transformers, "transformers"),
+    "peer": OwnFlag(_peer, "transformers or safetensors"),
+    "loading": OwnFlag(),
+    "cold": OwnFlag(),
     "plot": OwnFlag(str),
     "json": OwnFlag(name="as_json"),
 }
@@ -79,7 +84,9 @@ class Asked:
     contexts: tuple[int, ...] = CONTEXTS
     prompts: tuple[int, ...] = PROMPTS
     shard_of: int | None = None
-    peer: bool = False
+    peer: str | None = None
+    loading: bool = False
+    cold: bool = False
     plot: str | None = None
     as_json: bool = False
 
@@ -95,6 +102,12 @@ def run(words: list[str], started: float) -> int:
         return 0
     asked = Asked(**values)
     options = flags.parse(rest)
+    if asked.cold and not asked.loading:
+        raise UsageError("--cold belongs to --loading")
+    if asked.peer and asked.loading != (asked.peer == "safetensors"):
+        raise UsageError("--peer safetensors belongs to --loading, --peer transformers does not")
+    if asked.loading and asked.plot:
+        raise UsageError("--loading and --plot: there is nothing to draw")
     if asked.plot:
         from mistral_chat.cli import plot
 
@@ -121,19 +134,35 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     group = Group(Place(), shards=asked.shard_of) if asked.shard_of else current_group()
     joined = time.monotonic()
     device = choose_device(options.engine.device, group.place.local_rank)
-    ceiling = group.minimum(int(measure.read_bandwidth(device)))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    loading = time.monotonic()
-    runner = load_runner(options.engine, group)
-    loaded = time.monotonic()
-    result: dict[str, Any] = {
+    about = {
         "device": _device_name(device),
         "model": str(options.engine.model or "dummy weights"),
         "commit": _commit(),
         "command": " ".join(["mistral-chat", *sys.argv[1:]]),
         "world_size": group.world_size,
         "shard_of": asked.shard_of,
+    }
+    if asked.loading:
+        from mistral_chat.cli import bench_loading
+
+        with group.together():
+            bench_loading.run(
+                options.engine,
+                group,
+                about,
+                cold=asked.cold,
+                peer=asked.peer is not None,
+                as_json=asked.as_json,
+            )
+        group.close()
+        return 0
+    ceiling = group.minimum(int(measure.read_bandwidth(device)))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    loading = time.monotonic()
+    runner = load_runner(options.engine, group)
+    loaded = time.monotonic()
+    result: dict[str, Any] = about | {
         "dtype": str(runner.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
