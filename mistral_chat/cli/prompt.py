@@ -20,7 +20,7 @@ from prompt_toolkit.output import create_output
 from mistral_chat.cli import render
 from mistral_chat.cli.terminal import is_fancy
 
-__all__ = ["BLOCK", "make_prompt", "unwrap_block"]
+__all__ = ["BLOCK", "ask_for_paste", "make_prompt", "unwrap_block"]
 
 BLOCK = '"""'
 WITH_PATHS = ("/file", "/save", "/load")
@@ -86,6 +86,33 @@ def make_prompt(commands: Mapping[str, str], bottom: Callable[[], str]) -> Promp
         output=create_output(stdout=sys.stderr),  # stdout carries answers alone
         tempfile_suffix=".md",
     )
+
+
+def ask_for_paste() -> str:
+    """Lines as they are, up to Ctrl-D or Alt-Enter; empty where Ctrl-C dropped them."""
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-d")
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    session: PromptSession[str] = PromptSession(
+        history=_history(),
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation="  ",
+        input=create_input(sys.stdin),
+        output=create_output(stdout=sys.stderr),
+    )
+    try:
+        return session.prompt("  ")
+    except KeyboardInterrupt:
+        return ""
 
 
 def _in_block(text: str) -> bool:

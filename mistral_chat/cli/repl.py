@@ -13,9 +13,10 @@ from mistral_common.protocol.instruct.messages import UserMessage
 
 from mistral_chat.chat.chat import Answer, Chat, Delta
 from mistral_chat.cli import commands, render
+from mistral_chat.cli.answer_view import make_view
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.one_shot import read_text_file, report
-from mistral_chat.cli.prompt import make_prompt, unwrap_block
+from mistral_chat.cli.prompt import ask_for_paste, make_prompt, unwrap_block
 from mistral_chat.cli.sessions import Session, summaries
 from mistral_chat.cli.terminal import QuietTerminal
 from mistral_chat.errors import MistralChatError, PromptError, SessionError, UsageError
@@ -87,6 +88,7 @@ class Repl:
             "/edit": ("take back the last message and change it", self._edit),
             "/branch": ("go on in a copy of this chat", self._branch),
             "/file": ("begin the next message with a file: /file PATH", self._file),
+            "/paste": ("one message of several lines, as they are, up to Ctrl-D", self._paste),
             "/copy": ("put the last answer on the terminal's clipboard", self._copy),
             "/save": ("write the chat as Markdown: /save PATH", self._save),
             "/load": ("go on with a kept chat: /load ID or PATH", self._load),
@@ -177,9 +179,11 @@ class Repl:
         if chat.instruct:
             self._written(lambda session: session.add_user(message))
         n_before = len(chat.conversation.messages)
+        # What a schema or a plain completion gives is no Markdown.
+        view = make_view(plain=options.plain or not chat.instruct or chat.grammar is not None)
         for event in stream:
             if isinstance(event, Delta):
-                render.say(event.text)
+                view.add(event.text)
             pressed, more = self._terminal.poll()
             self._typed = more if pressed else self._typed + more
             if pressed:
@@ -188,7 +192,7 @@ class Repl:
         answer = stream.answer
         assert answer is not None
         self._answer = answer
-        render.say("\n")
+        view.finish()
         if len(chat.conversation.messages) > n_before:
             ids = chat.conversation.last_ids
             reason = answer.finish_reason
@@ -316,6 +320,14 @@ class Repl:
             raise UsageError("/file takes one path")
         self._files.append(read_text_file(Path(words[0]).expanduser()))
         render.note(f"{words[0]} comes before the next message")
+
+    def _paste(self, _: str) -> None:
+        render.note("paste or type; Ctrl-D or Alt-Enter sends it, Ctrl-C drops it")
+        text = ask_for_paste()
+        if text.strip():
+            self._say(text)
+        else:
+            render.note("nothing was sent")
 
     def _copy(self, _: str) -> None:
         if self._answer is None or not self._answer.text:
