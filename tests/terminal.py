@@ -45,7 +45,7 @@ class Terminal:
     def __init__(self, command: Sequence[str], size: tuple[int, int], env: dict[str, str]) -> None:
         columns, rows = size
         self.screen = pyte.HistoryScreen(columns, rows, history=100_000)
-        self._stream = pyte.ByteStream(self.screen)
+        self.stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self.child: pexpect.spawn[bytes] = pexpect.spawn(
             command[0],
@@ -79,7 +79,7 @@ class Terminal:
         except pexpect.EOF:
             return False
         self.raw += data
-        self._stream.feed(data)
+        self.stream.feed(data)
         return True
 
     def wait_for(self, seen: str | Callable[[str], bool], timeout_s: float = 60) -> None:

@@ -40,7 +40,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_seq_len": ("64", 64),
     "load_format": ("consolidated", "consolidated"),
 }
-SWITCHES = ("instruct", "json_object", "json", "stats", "quiet")
+SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "plain")
 NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
          "logprobs": ["--json"], "resume": ["--instruct"]}  # fmt: skip
 _FIELDS = {"file": "files"}
