@@ -19,7 +19,7 @@ import pyte
 from tests.conftest import command_env
 from tests.terminal import Terminal
 
-COLUMNS, ROWS = 96, 32
+COLUMNS, ROWS = 96, 29
 COMMAND = "mistral-chat demo --temperature 0"
 SHOWN_EVERY_S = 0.25
 LONGEST_PAUSE_S = 1.2
@@ -110,12 +110,14 @@ def record() -> list[Frame]:
     """Run the session; its frames."""
     with tempfile.TemporaryDirectory() as home:
         env = command_env(
-            TERM="xterm-256color", PS1="$ ", XDG_DATA_HOME=home, PROMPT_TOOLKIT_NO_CPR="1",
+            TERM="xterm-256color", PS1="$ ", XDG_DATA_HOME=home,
             PYTHONWARNINGS="ignore", PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin",
         )  # fmt: skip
         shell = ["bash", "--norc", "--noprofile"]
         terminal = Terminal(shell, (COLUMNS, ROWS), env)
         terminal.screen = _GreyForDim(COLUMNS, ROWS, history=10_000)
+        # The prompt asks where the cursor is, and shows its bottom line when it is told.
+        terminal.screen.write_process_input = terminal.child.send
         terminal.stream = pyte.ByteStream(terminal.screen)
         film = Recorder(terminal)
         film.watch(lambda: "$" in terminal.text)
@@ -123,9 +125,9 @@ def record() -> list[Frame]:
         film.wait_for_prompt()
         film.type("Write a Python function that reverses a string, with a short example.")
         film.wait_for_prompt()
-        film.type("Tell me a long story about a river.")
+        film.type("Write a long story about a river.")
         film.wait_for("The river")
-        film.wait(4)
+        film.wait(3)
         terminal.child.send("\x03")
         film.wait_for_prompt()
         for line in ("/undo", "What is the capital of France?", "/tokens"):
@@ -145,6 +147,7 @@ def draw(frames: list[Frame]) -> str:
     total_s = begins[-1] + LAST_S
     ids: dict[Row, str] = {}
     pictures, moments = [], []
+    block = f'width="{CELL:g}" height="{LINE - 2}"'
     for n, frame in enumerate(frames):
         uses = []
         for y, row in enumerate(frame.rows):
@@ -152,7 +155,7 @@ def draw(frames: list[Frame]) -> str:
                 name = ids.setdefault(row, f"r{len(ids)}")
                 uses.append(f'<use href="#{name}" y="{y * LINE}"/>')
         x, y = frame.cursor
-        uses.append(f'<rect class="c" x="{x * CELL:g}" y="{y * LINE}"/>')
+        uses.append(f'<rect class="c" x="{x * CELL:g}" y="{y * LINE}" {block}/>')
         pictures.append(f'<g class="f f{n}">{"".join(uses)}</g>')
         start = 100 * begins[n] / total_s
         end = 100 * (begins[n + 1] if n + 1 < len(frames) else total_s) / total_s
@@ -172,7 +175,7 @@ def draw(frames: list[Frame]) -> str:
         f"<style>text{{font:{SIZE}px ui-monospace,SFMono-Regular,Menlo,Consolas,"
         f"'DejaVu Sans Mono',monospace;fill:{INK};white-space:pre}}"
         f".b{{font-weight:bold}}.i{{font-style:italic}}.u{{text-decoration:underline}}"
-        f".c{{fill:{INK};opacity:.5;width:{CELL:g}px;height:{LINE - 2}px}}"
+        f".c{{fill:{INK};opacity:.5}}"
         f".f{{visibility:hidden;animation:{total_s:.1f}s step-end infinite}}"
         f".f{len(frames) - 1}{{visibility:visible}}\n"
         f"{styles}\n"
