@@ -110,7 +110,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("quiet", None, "nothing on stderr but errors", table="run"),
     ),
     "the chat": (
-        Flag("plain", None, "answers as raw text, not as Markdown", table="run"),
+        Flag("plain", None, "answers of a chat as raw text, not as Markdown", table="run"),
         Flag("resume", str, "go on with an earlier chat (the last one)", "ID"),
         Flag("no_save", None, "keep nothing of this chat on disk", table="run"),
     ),

@@ -249,9 +249,6 @@ def test_200_turns_grow_nothing_but_the_context(roomy_folder: Path, tmp_path: Pa
             terminal.screen.history.top.clear()
         assert terminal.leave() == 0
     assert len(messages(tmp_path)) == 2 * n_turns
-    print(
-        f"{[round(s / 2**20) for s in sizes[::20]]} MiB, {[round(t * 1e3) for t in times[::20]]} ms"
-    )
     grown = sizes[-1] - sizes[40]
     assert grown < 8 * 2**20, f"{grown / 2**20:.1f} MiB in 160 turns"
     early, late = (sorted(part)[len(part) // 2] for part in (times[20:60], times[-40:]))

@@ -4,7 +4,9 @@ A real shell in a pseudo-terminal runs the real command on the embedded model; w
 screen shows of it becomes an animated SVG. Only pauses are shortened. Nothing is drawn by hand.
 """
 
+import getpass
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -222,7 +224,8 @@ def main(path: str) -> None:
     """Record, check, write."""
     picture = draw(record())
     shown = re.sub(r"<[^>]*>", "\n", picture)
-    for private in ("/home", "/root", "/tmp", "/work", "site-packages", "Traceback", "error"):
+    places = ("/home", "/root", "/tmp", "/usr", str(Path.cwd()), "site-packages")
+    for private in (*places, socket.gethostname(), getpass.getuser(), "Traceback", "error"):
         if private in shown:
             raise SystemExit(f"{private!r} is in the picture: expected nothing of this machine")
     if len(picture.encode()) > MOST_BYTES:
