@@ -5,7 +5,7 @@ pyte plays the terminal: it cuts lines where a window narrows, and keeps what sc
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,8 @@ def rows_of(screen: pyte.HistoryScreen) -> list[str]:
     def row(cells: Any) -> str:
         return "".join(cells[x].data for x in range(screen.columns)).rstrip()
 
-    return [row(cells) for cells in (*screen.history.top, *map(screen.buffer.get, _each(screen)))]
-
-
-def _each(screen: pyte.HistoryScreen) -> Iterable[int]:
-    for y in range(screen.lines):
-        screen.buffer[y]  # rows come into being when they are looked at
-        yield y
+    shown = (screen.buffer[y] for y in range(screen.lines))
+    return [row(cells) for cells in (*screen.history.top, *shown)]
 
 
 class Terminal:

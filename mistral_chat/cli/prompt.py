@@ -89,7 +89,11 @@ def make_prompt(commands: Mapping[str, str], bottom: Callable[[], str]) -> Promp
 
 
 def ask_for_paste() -> str:
-    """Lines as they are, up to Ctrl-D or Alt-Enter; empty where Ctrl-C dropped them."""
+    """Lines as they are, up to Ctrl-D or Alt-Enter; empty where Ctrl-C dropped them.
+
+    Raises:
+        EOFError: the terminal has gone.
+    """
     keys = KeyBindings()
 
     @keys.add("enter")

@@ -323,7 +323,10 @@ class Repl:
 
     def _paste(self, _: str) -> None:
         render.note("paste or type; Ctrl-D or Alt-Enter sends it, Ctrl-C drops it")
-        text = ask_for_paste()
+        try:
+            text = ask_for_paste()
+        except EOFError:
+            raise _LeaveError from None
         if text.strip():
             self._say(text)
         else:
