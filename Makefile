@@ -6,7 +6,7 @@ PROMPT ?= What is the capital of France?
 # GPUs take torch's normal build. Where there are none, this release has a small CPU build.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo torch==2.13.0)
 
-.PHONY: install demo check test test-gpu bench clean
+.PHONY: install demo check test test-gpu bench recording clean
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,10 @@ test-gpu:
 bench: install
 	$(BIN)/mistral-chat bench "$$($(BIN)/mistral-chat demo --path)" --device cpu --contexts 128,512 \
 	  --prompts 128,512 --peer transformers
+
+# The README's picture of a session, from a real one.
+recording: install
+	$(BIN)/python -m tests.scripts.record docs/session.svg
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

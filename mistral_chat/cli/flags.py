@@ -115,6 +115,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("quiet", None, "nothing on stderr but errors", table="run"),
     ),
     "the chat": (
+        Flag("plain", None, "answers of a chat as raw text, not as Markdown", table="run"),
         Flag("resume", str, "go on with an earlier chat (the last one)", "ID"),
         Flag("no_save", None, "keep nothing of this chat on disk", table="run"),
     ),
@@ -159,6 +160,7 @@ class Options:
         json: one object on stdout.
         stats: figures after each answer.
         quiet: nothing on stderr but errors.
+        plain: answers of a chat as raw text, not as Markdown.
         resume: the kept chat to go on with: its id, or `latest`; None begins a new one.
         save: keep the chat on disk as it goes.
     """
@@ -179,6 +181,7 @@ class Options:
     json: bool = False
     stats: bool = False
     quiet: bool = False
+    plain: bool = False
     resume: str | None = None
     save: bool = True
 
@@ -238,7 +241,7 @@ def parse(words: Sequence[str]) -> Options:
             engine = replace(engine, model=cached_folder(models[0]))
     names = ("nproc_per_node", "instruct", "prompt", "system", "system_file", "tools", "json",
              "json_schema", "json_object", "yes", "tool_timeout",
-             "stats", "quiet", "resume")  # fmt: skip
+             "stats", "quiet", "plain", "resume")  # fmt: skip
     return Options(
         engine=engine,
         sampling=sampling,

@@ -20,7 +20,7 @@ from prompt_toolkit.output import create_output
 from mistral_chat.cli import render
 from mistral_chat.cli.terminal import is_fancy
 
-__all__ = ["BLOCK", "make_prompt", "make_question", "unwrap_block"]
+__all__ = ["BLOCK", "ask_for_paste", "make_prompt", "make_question", "unwrap_block"]
 
 BLOCK = '"""'
 WITH_PATHS = ("/file", "/save", "/load")
@@ -104,6 +104,37 @@ def _keys() -> KeyBindings:
         event.current_buffer.open_in_editor()
 
     return keys
+
+
+def ask_for_paste() -> str:
+    """Lines as they are, up to Ctrl-D or Alt-Enter; empty where Ctrl-C dropped them.
+
+    Raises:
+        EOFError: the terminal has gone.
+    """
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-d")
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    session: PromptSession[str] = PromptSession(
+        history=_history(),
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation="  ",
+        input=create_input(sys.stdin),
+        output=create_output(stdout=sys.stderr),
+    )
+    try:
+        return session.prompt("  ")
+    except KeyboardInterrupt:
+        return ""
 
 
 def _in_block(text: str) -> bool:

@@ -16,10 +16,11 @@ from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
 from mistral_chat.cli import commands, render
+from mistral_chat.cli.answer_view import make_view
 from mistral_chat.cli.calls import CallDesk
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.one_shot import read_text_file, report, report_figures
-from mistral_chat.cli.prompt import make_prompt, unwrap_block
+from mistral_chat.cli.prompt import ask_for_paste, make_prompt, unwrap_block
 from mistral_chat.cli.sessions import Session, summaries
 from mistral_chat.cli.terminal import QuietTerminal
 from mistral_chat.errors import MistralChatError, PromptError, SessionError, UsageError
@@ -108,6 +109,7 @@ class Repl:
             "/edit": ("take back the last message and change it", self._edit),
             "/branch": ("go on in a copy of this chat", self._branch),
             "/file": ("begin the next message with a file: /file PATH", self._file),
+            "/paste": ("one message of several lines, as they are, up to Ctrl-D", self._paste),
             "/copy": ("put the last answer on the terminal's clipboard", self._copy),
             "/save": ("write the chat as Markdown: /save PATH", self._save),
             "/load": ("go on with a kept chat: /load ID or PATH", self._load),
@@ -230,10 +232,13 @@ class Repl:
         """
         chat = self._chat
         n_before = len(chat.conversation.messages)
+        # What a schema or a plain completion gives is no Markdown.
+        plain = self._options.plain or not chat.instruct or chat.grammar is not None
+        view = make_view(plain=plain)
         self._pressed = False
         for event in stream:
             if isinstance(event, Delta) and not event.is_call:
-                render.say(event.text)
+                view.add(event.text)
             if self._poll():
                 stream.cancel()
         self._typed = self._typed.rstrip("\n")
@@ -241,7 +246,7 @@ class Repl:
         assert answer is not None
         self._answer = answer
         if answer.said or answer.call_at is None:
-            render.say("\n")
+            view.finish()
         if len(chat.conversation.messages) > n_before:
             ids, reason = chat.conversation.last_ids, answer.finish_reason
             if calls := chat.conversation.open_calls:
@@ -386,6 +391,17 @@ class Repl:
             raise UsageError("/file takes one path")
         self._files.append(read_text_file(Path(words[0]).expanduser()))
         render.note(f"{words[0]} comes before the next message")
+
+    def _paste(self, _: str) -> None:
+        render.note("paste or type; Ctrl-D or Alt-Enter sends it, Ctrl-C drops it")
+        try:
+            text = ask_for_paste()
+        except EOFError:
+            raise _LeaveError from None
+        if text.strip():
+            self._say(text)
+        else:
+            render.note("nothing was sent")
 
     def _copy(self, _: str) -> None:
         if self._answer is None or not self._answer.said:

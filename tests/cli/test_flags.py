@@ -41,7 +41,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_seq_len": ("64", 64),
     "load_format": ("consolidated", "consolidated"),
 }
-SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes")
+SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes", "plain")
 NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
          "yes": ["--instruct", "--tools=x.py"], "tool_timeout": ["--instruct", "--tools=x.py"],
          "logprobs": ["--json"], "resume": ["--instruct"]}  # fmt: skip

@@ -79,7 +79,7 @@ class Script:
     def words(self, answers: list[list[str]], *words: str | Path) -> list[str]:
         path = self._folder / "answers.json"
         path.write_text(json.dumps(answers))
-        script = ["-m", "tests.scripts.scripted", str(path), str(self._model), "--instruct"]
+        script = ["-m", "tests.scripts.scripted", str(path), "0", str(self._model), "--instruct"]
         return [sys.executable, *script, *map(str, words)]
 
     def ask(self, answers: list[list[str]], *words: str | Path) -> Finished:

@@ -1,13 +1,15 @@
 """The real command on the real model, whose answers are written beforehand.
 
-    python -m tests.scripts.scripted ANSWERS.json WORDS
+    python -m tests.scripts.scripted ANSWERS.json GAP_S MODEL WORDS
 
-ANSWERS.json is a list of answers, each a list of texts and marks such as "[TOOL_CALLS]". Steps run
-as ever; only the scores of the next scripted token are raised above all others.
+ANSWERS.json is a list of answers, each a text or a list of texts and marks such as "[TOOL_CALLS]".
+Steps run as ever; only the scores of the next scripted token are raised above all others, and that
+takes GAP_S. An answer that is cut short is followed by the next one, the last by empty ones.
 """
 
 import json
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +34,11 @@ def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
     return [*ids, tokenizer.eos_id]
 
 
-def play(answers: list[list[str]], folder: Path) -> None:
+def play(answers: list[str | list[str]], gap_s: float, folder: Path) -> None:
     """Have every answer from now on be the next of the script; then empty ones."""
     tokenizer = Tokenizer.from_folder(folder)
-    left = deque(ids_of(tokenizer, parts) for parts in answers)
+    listed = [[answer] if isinstance(answer, str) else answer for answer in answers]
+    left = deque(ids_of(tokenizer, parts) for parts in listed)
     script: deque[int] = deque()
     run, generate = Runner.run, Engine.generate
 
@@ -47,6 +50,7 @@ def play(answers: list[list[str]], folder: Path) -> None:
     def run_scripted(self: Runner, step: Step) -> torch.Tensor | None:
         logits = run(self, step)
         if logits is not None:
+            time.sleep(gap_s)
             logits = logits.clone()  # it may be an inference tensor
             logits[-1, script.popleft() if script else tokenizer.eos_id] = 1e4
         return logits
@@ -56,5 +60,6 @@ def play(answers: list[list[str]], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    play(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
-    sys.exit(main(sys.argv[2:]))
+    _, answers, gap_s, *words = sys.argv
+    play(json.loads(Path(answers).read_text()), float(gap_s), Path(words[0]))
+    sys.exit(main(words))

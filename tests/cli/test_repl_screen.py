@@ -1,0 +1,256 @@
+"""The chat in a window: what a person sees of answers, pastes, interrupts and a changed size."""
+
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mistral_chat.cli.markdown import render
+from tests.cli.test_markdown import SAMPLE, visible
+from tests.conftest import TINY, make_folder
+from tests.terminal import Terminal, chat_terminal
+
+INTERRUPTED = "mistral-chat: interrupted"
+LONG = "\n".join(f"{n}. the item number {n} of a list that is long" for n in range(1, 61))
+
+
+@pytest.fixture(scope="session")
+def roomy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a context for long texts; read only."""
+    return make_folder(tmp_path_factory.mktemp("models") / "roomy", replace(TINY, max_seq_len=8192))
+
+
+def written(folder: Path, *answers: str) -> Path:
+    path = folder / "answers.json"
+    path.write_text(json.dumps(answers))
+    return path
+
+
+def rendered(text: str, columns: int) -> list[str]:
+    return [line.plain.rstrip() for line in render(visible(text), columns)]
+
+
+def answer_rows(terminal: Terminal, question: str, after: str = "> ") -> list[str]:
+    """The rows between a question, where it stood last, and what comes after its answer."""
+    rows = terminal.rows
+    start = max(n for n, row in enumerate(rows) if row.startswith(f"> {question}"))
+    end = next(n for n in range(start + 1, len(rows)) if rows[n].startswith(after.rstrip()))
+    return rows[start + 1 : end]
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 50)])
+def test_answers_are_rendered_as_markdown(
+    roomy_folder: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    script = written(tmp_path, SAMPLE, LONG)
+    words = [roomy_folder, "--instruct"]
+    with chat_terminal(tmp_path, *words, size=size, script=script) as terminal:
+        terminal.ask_and_wait("first")
+        assert answer_rows(terminal, "first") == rendered(SAMPLE, size[0])
+        terminal.ask_and_wait("second")
+        assert answer_rows(terminal, "second") == rendered(LONG, size[0])
+        assert terminal.text.count("the item number 7 ") == 1
+        assert terminal.leave() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "env"),
+    [
+        (["--plain"], {}),
+        ([], {"NO_COLOR": "1"}),
+        ([], {"TERM": "dumb"}),
+        (["--json_object"], {}),  # JSON is no Markdown
+    ],
+)
+def test_answers_stay_raw_text(
+    roomy_folder: Path, tmp_path: Path, words: list[str], env: dict[str, str]
+) -> None:
+    text = "# Head\n\n- **a**\n\n\n```\nx\n```" if "--json_object" not in words else '{"*a*": [1]}'
+    script = written(tmp_path, text)
+    with chat_terminal(
+        tmp_path, roomy_folder, "--instruct", *words, script=script, env=env
+    ) as terminal:
+        terminal.ask("hello")
+        # Exactly the text, and one line end: \r is the terminal's.
+        expected = (text + "\n").replace("\n", "\r\n").encode()
+        terminal.wait_for(lambda _: expected in terminal.raw)
+        assert terminal.leave() == 0
+
+
+def test_answers_of_plain_completion_stay_raw_text(roomy_folder: Path, tmp_path: Path) -> None:
+    text = "# Head\n\n- **a**"
+    with chat_terminal(tmp_path, roomy_folder, script=written(tmp_path, text)) as terminal:
+        terminal.ask("hello")
+        terminal.wait_for(lambda _: text.replace("\n", "\r\n").encode() in terminal.raw)
+        assert terminal.leave() == 0
+
+
+def test_paste_of_300_lines_is_one_message(roomy_folder: Path, tmp_path: Path) -> None:
+    lines = [f"line {n} /undo 中文" for n in range(300)]
+    script = written(tmp_path, "seen")
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
+        terminal.wait_for_prompt()
+        terminal.child.send(f"\x1b[200~{chr(13).join(lines)}\x1b[201~")
+        terminal.wait_for("line 299")
+        terminal.child.send("\r")
+        terminal.wait_for_answer()
+        terminal.wait_for("seen")
+        assert terminal.leave() == 0
+    assert messages(tmp_path) == ["\n".join(lines), "seen"]
+
+
+def messages(data_home: Path) -> list[str]:
+    """Texts of the only chat that is kept."""
+    (path,) = (data_home / "mistral-chat" / "sessions").iterdir()
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [entry["content"] for entry in entries if "role" in entry]
+
+
+@pytest.mark.parametrize("end", ["\x04", "\x1b\r"])
+def test_paste_command_takes_lines_as_they_are(
+    roomy_folder: Path, tmp_path: Path, end: str
+) -> None:
+    script = written(tmp_path, "one", "two")
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
+        terminal.ask_and_wait("/paste")
+        terminal.child.send('/undo\rsecond line\r"""\r  last')
+        terminal.wait_for("  last")
+        terminal.child.send(end)
+        terminal.wait_for_answer()
+        terminal.wait_for("one")
+        terminal.ask_and_wait("/paste")
+        terminal.child.send("dropped\x03")
+        terminal.wait_for("nothing was sent")
+        terminal.ask("after")
+        terminal.wait_for("two")
+        assert terminal.leave() == 0
+    assert messages(tmp_path) == ['/undo\nsecond line\n"""\n  last', "one", "after", "two"]
+
+
+def test_interrupt_in_every_state(roomy_folder: Path, tmp_path: Path) -> None:
+    script = written(tmp_path, "never seen", LONG, "```python\nx = 1\n" * 40, "the end")
+    words = [roomy_folder, "--instruct"]
+    with chat_terminal(tmp_path, *words, size=(80, 12), script=script, gap_s=0.02) as terminal:
+        # At the prompt: the line is cleared.
+        terminal.wait_for_prompt()
+        terminal.child.send("half a line")
+        terminal.wait_for("> half a line")
+        terminal.child.sendintr()
+        terminal.wait_for(lambda text: "\n> half" in text and text.endswith("\n>"))
+        # While a long prompt is run: nothing is said, nothing kept.
+        terminal.child.send(f"\x1b[200~{'word ' * 7000}\x1b[201~\r")
+        terminal.wait_for_answer()
+        terminal.child.sendintr()
+        terminal.wait_for("this exchange is not kept")
+        # While an answer is said: what stands there is the rendering of what was kept.
+        for question, mark in (("list", " 3. "), ("code", "x = 1")):
+            terminal.ask(question)
+            terminal.wait_for(mark)
+            terminal.child.sendintr()
+            terminal.wait_for_prompt()
+            said = messages(tmp_path)[-1]
+            shown = answer_rows(terminal, question, after=INTERRUPTED)
+            assert shown == rendered(said, 80)
+            assert 0 < len(said) < 800
+        terminal.ask("last")
+        terminal.wait_for("the end")
+        assert terminal.leave() == 0
+
+
+def test_resize_while_streaming_goes_on_at_the_new_width(
+    roomy_folder: Path, tmp_path: Path
+) -> None:
+    paragraph = " ".join(f"word{n}" for n in range(120))
+    text = f"# Head\n\n{paragraph}\n\n{LONG}\n\n{paragraph}"
+    script = written(tmp_path, text)
+    words = [roomy_folder, "--instruct"]
+    with chat_terminal(tmp_path, *words, size=(100, 20), script=script, gap_s=0.004) as terminal:
+        terminal.ask("go")
+        terminal.wait_for("word40")
+        terminal.resize(40, 20)  # lines that may be drawn again no longer fit
+        terminal.wait_for(" 9. ")
+        terminal.resize(120, 30)
+        terminal.wait_for("60. the item")
+        terminal.resize(60, 30)
+        terminal.wait_for("word119")
+        terminal.wait_for_prompt()
+        rows = terminal.rows
+        whole = rendered(text, 60)
+        bottom = next(n for n, row in reversed([*enumerate(rows)]) if row == ">")
+        last_paragraph = whole[max(n for n, row in enumerate(whole) if not row) + 1 :]
+        assert rows[bottom - len(last_paragraph) : bottom] == last_paragraph
+        # Each item once: those were finished, and no change of width brings them back but on
+        # the clean screen that the first one asks for.
+        for n in range(12, 40):
+            assert sum(row.startswith(f"{n}. the") for row in rows) == 1, n
+        assert terminal.leave() == 0
+
+
+def test_undo_regen_and_branch_go_on_where_they_should(roomy_folder: Path, tmp_path: Path) -> None:
+    script = written(tmp_path, "**one**", "**two**", "**again**", "**left**")
+    words = [roomy_folder, "--instruct", "--stats"]
+    with chat_terminal(tmp_path, *words, size=(200, 40), script=script) as terminal:
+        terminal.ask_and_wait("first")
+        terminal.ask_and_wait("second")
+        terminal.ask_and_wait("/regen")
+        prompt, cached = map(int, re.findall(r"prompt (\d+) \((\d+) cached\)", terminal.text)[-1])
+        assert cached == prompt - 1  # all but the token that is always run
+        assert answer_rows(terminal, "/regen", after="mistral-chat:") == ["again"]
+        terminal.ask_and_wait("/undo")
+        terminal.wait_for("taken back: second")
+        terminal.ask_and_wait("/branch")
+        terminal.wait_for("stays as it is")
+        terminal.ask_and_wait("third")
+        assert answer_rows(terminal, "third", after="mistral-chat:") == ["left"]
+        assert terminal.leave() == 0
+    folder = tmp_path / "mistral-chat" / "sessions"
+    texts = sorted(path.read_text() for path in folder.iterdir())
+    assert [("again" in text, "left" in text) for text in texts].count((True, True)) == 0
+    assert len(texts) == 2
+
+
+def test_resume_after_kill_9_in_an_answer_asks_again(roomy_folder: Path, tmp_path: Path) -> None:
+    script = written(tmp_path, "**one**", LONG)
+    words = [roomy_folder, "--instruct"]
+    with chat_terminal(tmp_path, *words, size=(120, 24), script=script, gap_s=0.02) as terminal:
+        terminal.ask_and_wait("first")
+        terminal.ask("second")
+        terminal.wait_for(" 2. ")
+        terminal.child.kill(9)
+    script = written(tmp_path, "**two**")
+    with chat_terminal(tmp_path, *words, "--resume", size=(120, 24), script=script) as terminal:
+        terminal.wait_for("its last message had no answer and stands at the prompt")
+        terminal.wait_for("> second")
+        terminal.ask_and_wait("")  # it stands there: Enter sends it
+        assert answer_rows(terminal, "second") == ["two"]
+        assert terminal.leave() == 0
+    # The file is only ever added to: between the two a line takes the unanswered one back.
+    assert messages(tmp_path) == ["first", "**one**", "second", "second", "**two**"]
+
+
+def test_200_turns_grow_nothing_but_the_context(roomy_folder: Path, tmp_path: Path) -> None:
+    n_turns = 200
+    answers = [f"- **{n}**\n- `b`" for n in range(n_turns)]
+    script = written(tmp_path, *answers)
+    times, sizes = [], []
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
+        terminal.wait_for_prompt()
+        process = psutil.Process(terminal.child.pid)
+        for n in range(n_turns):
+            started = time.monotonic()
+            terminal.ask_and_wait(f"turn {n}")
+            times.append(time.monotonic() - started)
+            sizes.append(process.memory_info().rss)
+            # The emulator's own rows are no part of what is measured.
+            terminal.screen.history.top.clear()
+        assert terminal.leave() == 0
+    assert len(messages(tmp_path)) == 2 * n_turns
+    grown = sizes[-1] - sizes[40]
+    assert grown < 8 * 2**20, f"{grown / 2**20:.1f} MiB in 160 turns"
+    early, late = (sorted(part)[len(part) // 2] for part in (times[20:60], times[-40:]))
+    # 6,000 tokens of context cost the tiny model a few ms; the rest would be the chat's own.
+    assert late < 2 * early + 0.05, f"{early * 1e3:.0f} ms a turn, then {late * 1e3:.0f} ms"

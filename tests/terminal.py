@@ -1,0 +1,158 @@
+"""A command in a pseudo-terminal, and what a person would see on its screen and above it.
+
+pyte plays the terminal: it cuts lines where a window narrows, and keeps what scrolls away.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pyte
+
+from tests.conftest import ROOT, command_env
+
+__all__ = ["Terminal", "chat_terminal", "rows_of"]
+
+
+def rows_of(screen: pyte.HistoryScreen) -> list[str]:
+    """All rows, those that scrolled away first; a wide letter's second cell holds nothing."""
+
+    def row(cells: Any) -> str:
+        return "".join(cells[x].data for x in range(screen.columns)).rstrip()
+
+    shown = (screen.buffer[y] for y in range(screen.lines))
+    return [row(cells) for cells in (*screen.history.top, *shown)]
+
+
+class Terminal:
+    """One command and its window.
+
+    Args:
+        command: and its words.
+        size: columns and rows.
+        env: of the command.
+    """
+
+    def __init__(self, command: Sequence[str], size: tuple[int, int], env: dict[str, str]) -> None:
+        columns, rows = size
+        self.screen = pyte.HistoryScreen(columns, rows, history=100_000)
+        self.stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        self.child: pexpect.spawn[bytes] = pexpect.spawn(
+            command[0],
+            list(command[1:]),
+            dimensions=(rows, columns),
+            cwd=str(ROOT),
+            env=env,  # type: ignore[arg-type]
+            timeout=60,
+        )
+        self.child.delaybeforesend = None
+
+    @property
+    def rows(self) -> list[str]:
+        """All rows, those that scrolled away first, without the empty ones at the end."""
+        rows = rows_of(self.screen)
+        while rows and not rows[-1]:
+            rows.pop()
+        return rows
+
+    @property
+    def text(self) -> str:
+        """All rows."""
+        return "\n".join(self.rows)
+
+    def read(self, timeout_s: float = 0.05) -> bool:
+        """Take what the command writes now; False when it has ended."""
+        try:
+            data = self.child.read_nonblocking(65536, timeout_s)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self.raw += data
+        self.stream.feed(data)
+        return True
+
+    def wait_for(self, seen: str | Callable[[str], bool], timeout_s: float = 60) -> None:
+        """Until a text is on the screen or above it."""
+        holds = seen if callable(seen) else lambda text: seen in text
+        end = time.monotonic() + timeout_s
+        alive = True
+        while not holds(self.text):
+            assert alive, f"ended before {seen!r}:\n{self.text}"
+            assert time.monotonic() < end, f"no {seen!r} in {timeout_s} s:\n{self.text}"
+            alive = self.read()
+
+    def wait_for_prompt(self) -> None:
+        """Until the chat can be typed at: it has asked for pastes to be marked since last time."""
+        end = time.monotonic() + 60
+        while self.raw.rfind(b"\x1b[?2004h") <= self.raw.rfind(b"\x1b[?2004l"):
+            assert time.monotonic() < end, f"no prompt:\n{self.text}"
+            assert self.read(), f"ended before a prompt:\n{self.text}"
+
+    def wait_for_answer(self) -> None:
+        """Until the prompt has let go of the terminal."""
+        end = time.monotonic() + 60
+        while self.raw.rfind(b"\x1b[?2004l") < self.raw.rfind(b"\x1b[?2004h"):
+            assert time.monotonic() < end, f"still at the prompt:\n{self.text}"
+            assert self.read(), f"ended at the prompt:\n{self.text}"
+
+    def ask(self, text: str) -> None:
+        """Type a line at the prompt."""
+        self.wait_for_prompt()
+        self.child.send(text + "\r")
+        self.wait_for_answer()
+
+    def ask_and_wait(self, text: str) -> None:
+        """Type a line at the prompt, and wait for the next prompt."""
+        self.ask(text)
+        self.wait_for_prompt()
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Give the window another size."""
+        self.screen.resize(rows, columns)
+        self.child.setwinsize(rows, columns)
+
+    def leave(self) -> int | None:
+        """Press Ctrl-D at the prompt; the command's code."""
+        self.wait_for_prompt()
+        self.child.sendeof()
+        while self.read(1):
+            pass
+        self.child.close()
+        return self.child.exitstatus
+
+
+@contextmanager
+def chat_terminal(
+    data_home: Path,
+    *words: str | Path,
+    size: tuple[int, int] = (80, 24),
+    script: Path | None = None,
+    gap_s: float = 0.0,
+    env: dict[str, str] | None = None,
+) -> Iterator[Terminal]:
+    """The chat in a window; it has ended when the block is left.
+
+    Args:
+        data_home: where it keeps chats.
+        words: of the command line.
+        size: columns and rows.
+        script: a JSON list of answers that the model is made to give; None leaves it to itself.
+        gap_s: seconds before each token of those.
+        env: more variables.
+    """
+    command = [sys.executable, "-m", "mistral_chat"]
+    if script is not None:
+        command = [sys.executable, "-m", "tests.scripts.scripted", str(script), str(gap_s)]
+    changes = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    changes |= {"XDG_DATA_HOME": str(data_home), **(env or {})}
+    terminal = Terminal([*command, *map(str, words)], size, command_env(**changes))
+    try:
+        yield terminal
+    finally:
+        terminal.child.close(force=True)
