@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
 from mistral_chat.cli import flags, start
-from mistral_chat.engine.launch import is_launched, launched_rank
+from mistral_chat.engine.launch import is_launched, launched_rank, set_up_environment
 from mistral_chat.errors import MistralChatError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     started = time.monotonic()
+    set_up_environment()
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

@@ -64,6 +64,24 @@ def test_bench_measures_one_share_alone(run: Run, tiny_folder: Path) -> None:
     assert share["memory"]["weights_bytes"] < 0.6 * whole["memory"]["weights_bytes"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("cold", [[], ["--cold"]])
+def test_bench_measures_loading(run: Run, tiny_folder: Path, n_ranks: int, cold: list[str]) -> None:
+    done = run("bench", tiny_folder, "--loading", "--peer", "safetensors", "--json", *cold,
+               "--device", "cpu", "--nproc_per_node", n_ranks)  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    size = sum(path.stat().st_size for path in tiny_folder.glob("*.safetensors"))
+    assert (result["world_size"], result["files_bytes"]) == (n_ranks, size)
+    assert result["cold"] is bool(cold)
+    assert result["bytes_wanted"] == size
+    assert size / n_ranks * 0.9 < result["share_bytes"] <= size
+    assert result["ours_bytes_per_s"] == pytest.approx(size / result["ours_s"])
+    share = result["ours_bytes_per_s"] / result["plain_read_bytes_per_s"]
+    assert result["share_of_lower_ceiling"] == pytest.approx(share)
+    assert min(result["read_once_s"], result["safetensors_s"]) > 0
+
+
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_bench_draws_its_figures(run: Run, tiny_folder: Path, tmp_path: Path, suffix: str) -> None:
     picture = tmp_path / f"figures{suffix}"
