@@ -79,6 +79,7 @@ class Group:
         self._sums: dict[str, dist.ProcessGroup | None] = {}
         self._node_memory: NodeMemory | None = None
         self._shared_memory: list[Any] = []  # kept mapped
+        self._n_topics = 0
         started = time.monotonic()
         if place.world_size > 1:
             self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
@@ -276,13 +277,18 @@ class Group:
             self._lifeline.await_an_end(SPEAK_TIMEOUT_S)
         raise PeerFailedError(f"rank {first_failed} has failed")
 
+    def new_topic(self) -> int:
+        """A number for lines that are told: all ranks that begin topics together get the same."""
+        self._n_topics += 1
+        return self._n_topics
+
     def tell(self, text: str) -> None:
-        """Other ranks: let rank 0 know how it goes, in one line, from any thread."""
-        if self._lifeline and not self.is_leader:
+        """Let rank 0 know something in one line, or as rank 0 all others; from any thread."""
+        if self._lifeline:
             self._lifeline.tell(text)
 
     def told(self) -> dict[int, str]:
-        """Rank 0: the last line that each other rank told."""
+        """The last line that each other rank told: on rank 0 of all others, else rank 0's."""
         return dict(self._lifeline.told) if self._lifeline else {}
 
     def fail(self, message: str) -> None:
