@@ -108,6 +108,11 @@ def _read(words: Sequence[str], at_once: int | None) -> Asked:
         raise UsageError(f"found {found}: expected MODEL IN.jsonl OUT.jsonl")
     *model, source, target = places
     options = flags.parse(["--json", *given, "--", *model])
+    if options.tools is not None and options.tools.suffix == ".py":
+        raise UsageError(
+            f"--tools {options.tools}: batch runs no functions, it reports calls: expected a .json "
+            f"file of function schemas"
+        )
     return Asked(options=options, source=source, target=target, at_once=at_once)
 
 
