@@ -34,6 +34,7 @@ START_TIMEOUT = timedelta(minutes=10)
 HEADER = 64
 VERDICT_S = 1.0
 SPEAK_TIMEOUT_S = 5.0
+OTHERS_CANNOT_SHARE = "another rank cannot share its memory"
 
 
 class PeerFailedError(RankLostError):
@@ -189,13 +190,19 @@ class Group:
         """
         from torch.distributed import _symmetric_memory as symmetric_memory
 
+        why_not = ""
+        try:
+            memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
+            memory.zero_()
+        except RuntimeError as error:
+            why_not = str(error).splitlines()[0]
+        if not self.minimum(int(not why_not)):  # the others would wait for it in `rendezvous`
+            return why_not or OTHERS_CANNOT_SHARE
         world = dist.group.WORLD
         assert world is not None
         found: Tensor | str
         try:
-            memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
             handle = symmetric_memory.rendezvous(memory, world)
-            memory.zero_()
             torch.cuda.synchronize(device)
             self._shared_memory.append((memory, handle))  # stays mapped
             found = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
@@ -204,7 +211,7 @@ class Group:
         # Nobody writes before all have cleared theirs, nor where one cannot.
         if self.minimum(int(isinstance(found, Tensor))):
             return found
-        return found if isinstance(found, str) else "another rank cannot share its memory"
+        return found if isinstance(found, str) else OTHERS_CANNOT_SHARE
 
     # What rank 0 tells, and what ranks agree on.
 
