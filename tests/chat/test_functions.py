@@ -352,10 +352,10 @@ def test_process_that_cannot_be_started_leaves_no_pipes(
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    before = os.listdir("/proc/self/fd")
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(PromptError, match="no Python process can be started"):
         PythonFunctions(path)
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_close_ends_all_that_calls_have_started(tmp_path: Path) -> None:

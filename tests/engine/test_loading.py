@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +16,11 @@ from typing import Any
 
 import pytest
 
+from mistral_chat.config import EngineConfig
+from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.runner import load_runner
+from mistral_chat.errors import PromptError
+from mistral_chat.model import loading
 from tests.conftest import ROOT, command_env
 
 STALL_S = 1.5
@@ -200,3 +206,26 @@ def test_file_that_changes_after_the_check_ends_all_with_one_line(
     (line,) = ranks.err.splitlines()
     assert line.startswith(f"mistral-chat: error: {path}: reading ")
     assert said in line
+
+
+@pytest.mark.parametrize("error", [PromptError("no tokenizer"), KeyboardInterrupt()])
+def test_failure_beside_the_reading_ends_it(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    whole, n_read = os.preadv, 0
+
+    def slow(fd: int, buffers: Any, offset: int) -> int:
+        nonlocal n_read
+        n_read += 1
+        time.sleep(0.05)
+        return whole(fd, buffers, offset)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(loading, "CPU_PIECE_BYTES", 2**14)
+    with pytest.raises(type(error)):
+        load_runner(EngineConfig(model=tiny_folder, device="cpu"), Group(Place()), meanwhile=fail)
+    assert n_read < 100
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
