@@ -24,7 +24,7 @@ from mistral_chat.errors import PromptError, UsageError
 if TYPE_CHECKING:
     from mistral_common.protocol.instruct.tool_calls import Tool
 
-    from mistral_chat.chat.chat import Answer
+    from mistral_chat.chat.answer import Answer
     from mistral_chat.chat.grammar import Grammar
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import Group
@@ -208,8 +208,8 @@ def _answer(
     """
     if not lines and launched_rank() is None:
         return True
+    from mistral_chat.chat.answer import Answer
     from mistral_chat.chat.batch import answer_many
-    from mistral_chat.chat.chat import Answer
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.launch import current_group, visible_gpus
