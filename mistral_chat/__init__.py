@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mistral_chat.chat.chat import Answer, Delta
+    from mistral_chat.chat.answer import Answer, Delta
     from mistral_chat.chat.llm import LLM
     from mistral_chat.config import SamplingParams
 
@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "Answer", "Delta", "SamplingParams", "__version__"]
 
 _HOMES = {
-    "Answer": "mistral_chat.chat.chat",
-    "Delta": "mistral_chat.chat.chat",
+    "Answer": "mistral_chat.chat.answer",
+    "Delta": "mistral_chat.chat.answer",
     "LLM": "mistral_chat.chat.llm",
     "SamplingParams": "mistral_chat.config",
 }

@@ -34,7 +34,7 @@ def test_package_has_these_names_and_no_others() -> None:
 
 
 def test_package_names_are_the_classes_at_their_homes() -> None:
-    from mistral_chat.chat.chat import Answer, Delta
+    from mistral_chat.chat.answer import Answer, Delta
     from mistral_chat.chat.llm import LLM
     from mistral_chat.config import SamplingParams
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mistral_common.protocol.instruct.tool_calls import Tool
     from torch import Tensor
 
-    from mistral_chat.chat.chat import Answer, AnswerBuilder
+    from mistral_chat.chat.answer import Answer, AnswerBuilder
     from mistral_chat.chat.grammar import Grammar
     from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.engine.engine import Engine, Request, Token, TokenMask
@@ -161,7 +161,8 @@ def _prepare(
             answer can be kept to.
         UsageError: a schema with tools or stop texts.
     """
-    from mistral_chat.chat.chat import AnswerBuilder, check_no_tools, make_request
+    from mistral_chat.chat.answer import AnswerBuilder
+    from mistral_chat.chat.chat import check_no_tools, make_request
     from mistral_chat.chat.grammar import choose_grammar
     from mistral_chat.chat.tools import make_tool
 

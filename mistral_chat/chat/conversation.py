@@ -198,8 +198,8 @@ def _put_back(
     """Replace each answer between its template's marks by the ids that were chosen for it.
 
     An answer ends at an end token and begins after the control token before it that is not one of
-    its own, such as a call's. Where that is
-    the start or another end, the template's marks are plain text (v1), which gives no such place.
+    its own, such as a call's. Where that is the start or another end, the template's marks are
+    plain text (v1), which gives no such place.
     """
     outer = {int(tokenizer.raw.bos_id), tokenizer.eos_id}
     ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_id]

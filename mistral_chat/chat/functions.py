@@ -150,17 +150,22 @@ class _Worker:
         asked, self._requests = os.pipe()
         self._replies, said = os.pipe()
         held, self._lifeline = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), str(path.resolve()), str(asked), str(said),
-             str(held), str(MAX_CHARS)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(asked, said, held),
-            start_new_session=True,  # no terminal, no Ctrl-C, and one group to kill
-        )  # fmt: skip
-        for handle in (asked, said, held):
-            os.close(handle)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(WORKER), str(path.resolve()), str(asked), str(said),
+                 str(held), str(MAX_CHARS)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(asked, said, held),
+                start_new_session=True,  # no terminal, no Ctrl-C, and one group to kill
+            )  # fmt: skip
+        except OSError:
+            self._close_pipes()
+            raise
+        finally:
+            for handle in (asked, said, held):
+                os.close(handle)
         assert self._process.stdout is not None
         self._out = self._process.stdout.fileno()
         for handle in (self._requests, self._replies, self._out):
@@ -208,6 +213,9 @@ class _Worker:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         for handle in (self._requests, self._replies, self._lifeline):
             os.close(handle)
 

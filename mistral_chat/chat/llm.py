@@ -11,7 +11,8 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
 from pydantic import ValidationError
 
-from mistral_chat.chat.chat import Answer, AnswerBuilder, Chat, check_no_tools, make_request
+from mistral_chat.chat.answer import Answer, AnswerBuilder
+from mistral_chat.chat.chat import Chat, check_no_tools, make_request
 from mistral_chat.chat.grammar import Grammar, choose_grammar
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import make_tool

@@ -7,7 +7,8 @@ nothing of how a call is run or shown.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mistral_chat.chat.chat import Answer, Chat, ChatStream
+from mistral_chat.chat.answer import Answer
+from mistral_chat.chat.chat import Chat, ChatStream
 from mistral_chat.chat.functions import CallsCancelledError
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import UNREADABLE, ToolCall

@@ -24,7 +24,7 @@ from mistral_chat.errors import PromptError, UsageError
 if TYPE_CHECKING:
     from mistral_common.protocol.instruct.tool_calls import Tool
 
-    from mistral_chat.chat.chat import Answer
+    from mistral_chat.chat.answer import Answer
     from mistral_chat.chat.grammar import Grammar
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import Group
@@ -108,6 +108,11 @@ def _read(words: Sequence[str], at_once: int | None) -> Asked:
         raise UsageError(f"found {found}: expected MODEL IN.jsonl OUT.jsonl")
     *model, source, target = places
     options = flags.parse(["--json", *given, "--", *model])
+    if options.tools is not None and options.tools.suffix == ".py":
+        raise UsageError(
+            f"--tools {options.tools}: batch runs no functions, it reports calls: expected a .json "
+            f"file of function schemas"
+        )
     return Asked(options=options, source=source, target=target, at_once=at_once)
 
 
@@ -203,8 +208,8 @@ def _answer(
     """
     if not lines and launched_rank() is None:
         return True
+    from mistral_chat.chat.answer import Answer
     from mistral_chat.chat.batch import answer_many
-    from mistral_chat.chat.chat import Answer
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.launch import current_group, visible_gpus

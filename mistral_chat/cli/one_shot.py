@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from mistral_chat.chat.chat import Answer, Chat, Delta
+from mistral_chat.chat.answer import Answer, Delta
+from mistral_chat.chat.chat import Chat
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.cli import render
 from mistral_chat.cli.flags import Options

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from mistral_chat.chat.chat import Answer, Chat, ChatStream, Usage
+from mistral_chat.chat.answer import Answer, Usage
+from mistral_chat.chat.chat import Chat, ChatStream
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
 from mistral_chat.cli import render

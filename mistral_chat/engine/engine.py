@@ -328,7 +328,7 @@ class Engine:
         choosing = [Choosing(s.request.params, self._allowed(s.request)) for s in running]
         for chunk in chunks:
             assert len(chunk.tokens) == 1
-            del self._held[chunk.slot][chunk.start :]
+            assert len(self._held[chunk.slot]) == chunk.start
         pending: deque[Pending] = deque()
         going = list(running)
         n_asked = 0

@@ -34,6 +34,7 @@ START_TIMEOUT = timedelta(minutes=10)
 HEADER = 64
 VERDICT_S = 1.0
 SPEAK_TIMEOUT_S = 5.0
+OTHERS_CANNOT_SHARE = "another rank cannot share its memory"
 
 
 class PeerFailedError(RankLostError):
@@ -79,6 +80,7 @@ class Group:
         self._sums: dict[str, dist.ProcessGroup | None] = {}
         self._node_memory: NodeMemory | None = None
         self._shared_memory: list[Any] = []  # kept mapped
+        self._n_topics = 0
         started = time.monotonic()
         if place.world_size > 1:
             self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
@@ -188,13 +190,19 @@ class Group:
         """
         from torch.distributed import _symmetric_memory as symmetric_memory
 
+        why_not = ""
+        try:
+            memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
+            memory.zero_()
+        except RuntimeError as error:
+            why_not = str(error).splitlines()[0]
+        if not self.minimum(int(not why_not)):  # the others would wait for it in `rendezvous`
+            return why_not or OTHERS_CANNOT_SHARE
         world = dist.group.WORLD
         assert world is not None
         found: Tensor | str
         try:
-            memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
             handle = symmetric_memory.rendezvous(memory, world)
-            memory.zero_()
             torch.cuda.synchronize(device)
             self._shared_memory.append((memory, handle))  # stays mapped
             found = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
@@ -203,7 +211,7 @@ class Group:
         # Nobody writes before all have cleared theirs, nor where one cannot.
         if self.minimum(int(isinstance(found, Tensor))):
             return found
-        return found if isinstance(found, str) else "another rank cannot share its memory"
+        return found if isinstance(found, str) else OTHERS_CANNOT_SHARE
 
     # What rank 0 tells, and what ranks agree on.
 
@@ -276,13 +284,18 @@ class Group:
             self._lifeline.await_an_end(SPEAK_TIMEOUT_S)
         raise PeerFailedError(f"rank {first_failed} has failed")
 
+    def new_topic(self) -> int:
+        """A number for lines that are told: all ranks that begin topics together get the same."""
+        self._n_topics += 1
+        return self._n_topics
+
     def tell(self, text: str) -> None:
-        """Other ranks: let rank 0 know how it goes, in one line, from any thread."""
-        if self._lifeline and not self.is_leader:
+        """Let rank 0 know something in one line, or as rank 0 all others; from any thread."""
+        if self._lifeline:
             self._lifeline.tell(text)
 
     def told(self) -> dict[int, str]:
-        """Rank 0: the last line that each other rank told."""
+        """The last line that each other rank told: on rank 0 of all others, else rank 0's."""
         return dict(self._lifeline.told) if self._lifeline else {}
 
     def fail(self, message: str) -> None:

@@ -101,13 +101,13 @@ class Lifeline:
         self._closing = True
 
     def tell(self, text: str) -> None:
-        """Other ranks: have rank 0 find this line in `told`."""
+        """Have the other end, of rank 0 all others, find this line in `told`."""
         self._send(_TOLD + text.encode() + _END)
 
     def fail(self, message: str) -> None:
         """Tell rank 0 why this rank is about to end."""
         self._closing = True
-        self._send(message.encode())
+        self._send(message.encode(errors="replace"))  # a path need not be text
 
     def _send(self, data: bytes) -> None:
         for connection in self._connections.values():

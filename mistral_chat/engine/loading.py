@@ -2,7 +2,8 @@
 
 Every rank watches its own reading and tells rank 0, which adds up and speaks. A rank that reads
 nothing for a while is named together with what it waits for; nothing is ended for it, since a
-network disk may come back. Knows nothing of files' contents.
+network disk may come back. Where a read has failed, rank 0 has all others stop reading, so that
+nobody waits for what is of no more use. Knows nothing of files' contents.
 """
 
 import json
@@ -69,6 +70,8 @@ class _Rank:
 class Watch:
     """A context in which a reading's progress is told, on rank 0 to `on_loading`.
 
+    All ranks enter it together. A block that fails ends the reading.
+
     Args:
         reading: of this rank.
         group: the ranks.
@@ -81,7 +84,8 @@ class Watch:
         self._on_loading = on_loading
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch-loading", daemon=True)
-        self._begun = time.monotonic()
+        self._topic = group.new_topic()  # an earlier reading's lines are still there
+        self._begun = self._looked = time.monotonic()
         self._ranks = [_Rank(moved=self._begun, spoke=self._begun) for _ in range(group.world_size)]
         self._heard: dict[int, str] = {}
         self._count = 0
@@ -98,6 +102,8 @@ class Watch:
     ) -> None:
         self._ended.set()
         self._thread.join()
+        if error is not None:
+            self._reading.abandon()
 
     def _run(self) -> None:
         while True:
@@ -106,23 +112,39 @@ class Watch:
                 self._look()
             else:
                 self._group.tell(self._own_line())
+                if self._group.told().get(0) == self._stop_line():
+                    self._reading.stop()
             if ended:
                 return
 
     def _own_line(self) -> str:
         reading = self._reading
         self._count += 1  # so that a line that says the same is another line
-        return json.dumps([self._count, reading.read, reading.total, reading.waits_for()])
+        state = [reading.read, reading.total, reading.failed, reading.waits_for()]
+        return json.dumps([self._topic, self._count, *state])
+
+    def _stop_line(self) -> str:
+        """What rank 0 tells once a read has failed."""
+        return json.dumps([self._topic, "stop"])
 
     def _look(self) -> None:
         """Rank 0: hear the others, name who stalls, and tell each node's progress."""
         now = time.monotonic()
         place = self._group.place
+        if (away := now - self._looked) > STALL_S / 2:  # stopped itself: that is nobody's stall
+            for known in self._ranks:
+                known.moved, known.spoke = known.moved + away, known.spoke + away
+        self._looked = now
         for rank, line in {**self._group.told(), 0: self._own_line()}.items():
             if self._heard.get(rank) == line:
                 continue
             self._heard[rank] = line
-            _, read, total, waits_for = json.loads(line)
+            topic, _, read, total, failed, waits_for = json.loads(line)
+            if topic != self._topic:
+                continue
+            if failed:
+                self._group.tell(self._stop_line())
+                self._reading.stop()
             known = self._ranks[rank]
             if read != known.read or total != known.total:
                 known.moved = now
@@ -140,7 +162,7 @@ class Watch:
         """What is to be said of a rank, once each time that it stalls or goes on."""
         known = self._ranks[rank]
         is_done = 0 < known.total == known.read
-        stalled = not is_done and now - known.moved > STALL_S
+        stalled = now - (known.spoke if is_done else known.moved) > STALL_S
         if stalled == known.is_named:
             return None
         known.is_named = stalled

@@ -265,27 +265,34 @@ def _begin(
             max_seq_len=config.max_seq_len,
         )
     plan = replace(plan, max_seq_len=group.minimum(plan.max_seq_len))
-    reading = None
-    with group.together():
-        with device, _default_dtype(dtype):
-            model = make(args)
-        if headers is None:
-            model.init_weights(config.seed)
-        else:
-            if why_no_decoder(model) is None:  # its kernels run before the weights are there
-                for parameter in model.parameters():
-                    parameter.data.zero_()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)  # threads that read have streams of their own
-            reading = Reading(model, headers, reading_threads(device, group.place))
-            reading.start()
+    reading: Reading | None = None
+    try:
+        with group.together():
+            with device, _default_dtype(dtype):
+                model = make(args)
+            if headers is None:
+                model.init_weights(config.seed)
+            else:
+                if why_no_decoder(model) is None:  # its kernels run before the weights are there
+                    for parameter in model.parameters():
+                        parameter.data.zero_()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)  # threads that read have their own streams
+                reading = Reading(model, headers, reading_threads(device, group.place))
+                reading.start()
+    except BaseException:
+        if reading is not None:
+            reading.abandon()
+        raise
     return model, plan, reading
 
 
 def _finish(reading: Reading | None, group: Group) -> None:
+    is_whole = True
     with group.together():
         if reading is not None:
-            reading.finish()
+            is_whole = reading.finish()
+    assert is_whole  # stopped only where a rank has failed
 
 
 @contextmanager

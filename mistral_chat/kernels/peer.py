@@ -230,20 +230,20 @@ def reduce_add_norm(
     memory: PeerMemory,
     partial: Tensor,
     residual: Tensor | None,
-    gain: Tensor | None,
+    gain: Tensor,
     eps: float,
-) -> tuple[Tensor | Scaled | None, Tensor]:
+) -> tuple[Tensor | Scaled, Tensor]:
     """Sum over ranks, add the residual, norm.
 
     Args:
         memory: of this node's ranks.
         partial: (T, dim), this rank's part of the sum; dim is even.
         residual: (T, dim) to add, the same on all ranks; None adds nothing.
-        gain: (dim,) of the norm; None norms nothing.
+        gain: (dim,) of the norm.
         eps: of the norm.
 
     Returns:
-        the normed rows, None without a gain, and the sum, (T, dim).
+        the normed rows and the sum, (T, dim).
     """
     n_rows, dim = partial.shape
     words = dim * partial.element_size() // 4
@@ -251,7 +251,7 @@ def reduce_add_norm(
     assert dim == memory.dim
     total = torch.empty_like(partial)
     # float16 has no room for x * gain: it is normed by a kernel of its own.
-    scale = gain is not None and partial.dtype != torch.float16
+    scale = partial.dtype != torch.float16
     scaled = torch.empty_like(partial) if scale else None
     block = SLICE * partial.element_size() // 4
     slices = n_slices(dim)
@@ -269,8 +269,6 @@ def reduce_add_norm(
         N_COUNTS=N_SUM_COUNTS, SPREAD=_spread(N_SUM_COUNTS, n_rows * slices),
         PDL=bool(early), num_warps=4, **early,
     )  # fmt: skip
-    if gain is None:
-        return None, total
     if scaled is None:
         return add_norm(None, total, gain, eps)[0], total
     return Scaled(scaled, squares, eps), total

@@ -89,6 +89,7 @@ class Reading:
         self._changed = threading.Condition()
         self._n_running = 0
         self._failure: BaseException | None = None
+        self._stopped = False
         self._files: dict[Path, int] = {}
         self.threads: list[threading.Thread] = []
         self.seconds = 0.0  # from start to the last byte
@@ -97,6 +98,11 @@ class Reading:
     def read(self) -> int:
         """Bytes of this rank's share that have been read."""
         return sum(self._read)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a read has failed; `finish` says why."""
+        return self._failure is not None
 
     def waits_for(self) -> str | None:
         """What the read that has taken longest reads; None where there is none."""
@@ -131,24 +137,39 @@ class Reading:
         for thread in self.threads:
             thread.start()
 
-    def finish(self) -> None:
-        """Wait until all is read.
+    def finish(self) -> bool:
+        """Wait until all is read, or nothing more will be.
+
+        Returns:
+            whether all of it was read: no, where `stop` was called before.
 
         Raises:
             CheckpointError: a read failed or ended early, with file and tensor.
         """
         with self._changed:
-            try:
-                self._changed.wait_for(lambda: self._failure is not None or not self._n_running)
-            except BaseException:
-                self._next = iter(())
-                raise
-        # A thread that still frees torch's memory while the interpreter ends would abort it.
-        deadline = time.monotonic() + (JOIN_S if self._failure else 1e6)
-        for thread in self.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            self._changed.wait_for(lambda: self.failed or self._stopped or not self._n_running)
+        self._join(JOIN_S if self.failed or self._stopped else 1e6)
         if self._failure is not None:
             raise self._failure
+        return self.read == self.total
+
+    def stop(self) -> None:
+        """Begin no more reads, and have `finish` wait for none that hangs."""
+        with self._changed:
+            self._stopped = True
+            self._next = iter(())
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """Stop, after a failure of something else."""
+        self.stop()
+        self._join(JOIN_S)
+
+    def _join(self, timeout_s: float) -> None:
+        # A thread that still frees torch's memory while the interpreter ends would abort it.
+        deadline = time.monotonic() + timeout_s
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self, n: int) -> None:
         try:
@@ -198,7 +219,7 @@ def load_weights(model: Transformer, headers: Headers, n_threads: int = 1) -> No
     """
     reading = Reading(model, headers, n_threads)
     reading.start()
-    reading.finish()
+    reading.finish()  # nobody stops it
 
 
 def _cannot_read(piece: _Piece, error: OSError) -> CheckpointError:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from mistral_common.protocol.instruct.tool_calls import Function, Tool
 
-from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta, StopTexts
+from mistral_chat.chat.answer import Answer, Delta, StopTexts
+from mistral_chat.chat.chat import Chat, ChatStream
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.engine import Engine, Prefill

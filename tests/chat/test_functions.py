@@ -1,5 +1,6 @@
 """A person's Python file: what is offered of it, and whatever a call of it does is survived."""
 
+import errno
 import json
 import os
 import signal
@@ -339,6 +340,22 @@ def wait_for_end(pid: int) -> None:
     while is_alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_process_that_cannot_be_started_leaves_no_pipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tools.py"
+    path.write_text(EVERY_TYPE)
+
+    def refuse(*_words: Any, **_options: Any) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(PromptError, match="no Python process can be started"):
+        PythonFunctions(path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_close_ends_all_that_calls_have_started(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mistral_chat import LLM, Answer, SamplingParams
-from mistral_chat.chat.chat import Chat, Delta
+from mistral_chat.chat.answer import Delta
+from mistral_chat.chat.chat import Chat
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.engine.engine import Prefill
 from mistral_chat.engine.step import Chunk, Step

@@ -13,7 +13,7 @@ import pytest
 from mistral_common.protocol.instruct.messages import ToolMessage
 from mistral_common.protocol.instruct.tool_calls import Function, Tool
 
-from mistral_chat.chat.chat import Answer, Delta
+from mistral_chat.chat.answer import Answer, Delta
 from mistral_chat.chat.functions import CallsCancelledError, PythonFunctions
 from mistral_chat.chat.rounds import MAX_ROUNDS, CallResult, Rounds
 from mistral_chat.chat.tools import UNREADABLE, ToolCall

@@ -298,6 +298,16 @@ def test_flags_that_a_schema_excludes_are_the_lines_errors() -> None:
         assert freed.error is None
 
 
+def test_python_functions_are_refused_since_a_batch_runs_none(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "tools.py").write_text("")
+    done = run("batch", "m", "IN", "OUT", "--instruct", "--tools", tmp_path / "tools.py")
+    assert done.code == 2
+    assert done.error_lines == [
+        f"mistral-chat: error: --tools {tmp_path}/tools.py: batch runs no functions, it reports "
+        f"calls: expected a .json file of function schemas"
+    ]
+
+
 def test_ids_are_line_numbers_where_there_are_none() -> None:
     lines = _read(b"\xef\xbb\xbf{", b"", {"prompt": "a"}, b" \r", {"prompt": "b", "id": None})
     assert [(line.number, line.id) for line in lines] == [(1, 1), (3, 3), (5, 5)]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
-from mistral_chat.chat.chat import Answer, Usage
+from mistral_chat.chat.answer import Answer, Usage
 from mistral_chat.cli import flags, one_shot, render
 from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams

@@ -84,7 +84,7 @@ def test_norm_of_the_sum_is_taken_by_the_next_product(
 
 @by_world_size
 @by_type
-def test_sum_without_residual_and_norm_is_the_sum(
+def test_sum_without_residual_is_the_sum(
     together: Any, dtype: torch.dtype, world_size: int
 ) -> None:
     wanted = ranks.reference_sum(1, world_size, dtype, add=False)
@@ -135,10 +135,11 @@ def test_rank_that_is_one_exchange_ahead_overwrites_nothing(dtype: torch.dtype) 
         return slice(begin, begin + 3 * dim * dtype.itemsize // 4)
 
     memories[0][place(1, 1)] = words_of(theirs[0], 1)
+    gain = torch.ones(dim, dtype=dtype)
     for n in range(3):
         exchange = n + 1
         memories[0][place(exchange + 1, 1)] = words_of(theirs[n + 1], exchange + 1)
-        total = peer.reduce_add_norm(memory, ours[n], None, None, 1e-5)[1]
+        total = peer.reduce_add_norm(memory, ours[n], None, gain, 1e-5)[1]
         assert torch.equal(total, (ours[n].float() + theirs[n].float()).to(dtype))
         assert torch.equal(memories[1][place(exchange, 0)], words_of(ours[n], exchange))
 

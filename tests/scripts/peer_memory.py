@@ -78,8 +78,7 @@ def exchange(memory: peer.PeerMemory) -> dict[str, Any]:
             sums.append(total)
             products.append(linear.product(normed, matrix(dtype)))
         seen[str(dtype)] = {"sums": sums, "products": products}
-        normed, total = peer.reduce_add_norm(memory, partial(1, rank, dtype), None, None, EPS)
-        assert normed is None
+        _, total = peer.reduce_add_norm(memory, partial(1, rank, dtype), None, gain(dtype), EPS)
         seen[str(dtype)]["plain"] = total
     whole, chosen = [], []
     for number in range(len(ROWS)):
@@ -88,7 +87,8 @@ def exchange(memory: peer.PeerMemory) -> dict[str, Any]:
         given = torch.tensor(mine)
         peer.hand_over(memory, given)
         chosen.append(given.tolist())
-        peer.reduce_add_norm(memory, torch.ones(1, DIM), None, None, EPS)  # one must lie between
+        ones = torch.ones(1, DIM)
+        peer.reduce_add_norm(memory, ones, None, ones[0], EPS)  # one must lie between
     return seen | {"whole": whole, "tokens": chosen}
 
 

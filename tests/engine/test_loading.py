@@ -1,0 +1,231 @@
+"""Ranks that stall, stop, fail or die while weights are read: all are told of it, or all end."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mistral_chat.config import EngineConfig
+from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.runner import load_runner
+from mistral_chat.errors import PromptError
+from mistral_chat.model import loading
+from tests.conftest import ROOT, command_env
+
+STALL_S = 1.5
+LONG_S = 40.0  # that a rank would take which is left to itself
+SOON_S = 15.0  # for all to end after one
+
+
+class Ranks:
+    """Two ranks of one command in processes of their own.
+
+    Args:
+        folder: the model's.
+        marks: where ranks note that they read.
+        plan: for each rank what happens to its reading.
+    """
+
+    def __init__(self, folder: Path, marks: Path, plan: dict[int, dict[str, Any]]) -> None:
+        self._marks = marks
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        said = json.dumps({"marks": str(marks), "stall_s": STALL_S, "ranks": plan})
+        words = [str(folder), "--prompt", "x", "--max_tokens", "2", "--device", "cpu"]
+        self.processes = []
+        for rank in range(2):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            with ExitStack() as files:
+                out, err = (
+                    files.enter_context((marks / f"{name}-{rank}").open("wb"))
+                    for name in ("out", "err")
+                )
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.scripts.disturbed", said, *words],
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=err,
+                        env=command_env(**{key: str(value) for key, value in place.items()}),
+                        cwd=ROOT,
+                    )
+                )
+
+    def await_reading(self, rank: int) -> int:
+        """Wait until a rank reads, and give its process's id."""
+        mark = self._marks / str(rank)
+        self._await(mark.exists)
+        return int(mark.read_text())
+
+    def await_said(self, pattern: str) -> None:
+        self._await(lambda: re.search(pattern, self.err) is not None)
+
+    def _await(self, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not is_so():
+            assert time.monotonic() < deadline, self.err
+            assert any(process.poll() is None for process in self.processes), self.err
+            time.sleep(0.05)
+
+    def codes(self, timeout_s: float) -> list[int]:
+        deadline = time.monotonic() + timeout_s
+        return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
+
+    @property
+    def err(self) -> str:
+        """What all ranks have written to stderr, but that the answer was as short as asked for."""
+        written = "".join((self._marks / f"err-{rank}").read_text() for rank in range(2))
+        return written.replace("mistral-chat: stopped at --max_tokens 2\n", "")
+
+    @property
+    def out(self) -> str:
+        return "".join((self._marks / f"out-{rank}").read_text() for rank in range(2))
+
+
+Start = Callable[..., Ranks]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start two ranks; what is left of them ends with the test."""
+    started: list[Ranks] = []
+
+    def start_ranks(folder: Path, **plan: dict[str, Any]) -> Ranks:
+        marks = tmp_path / "marks"
+        marks.mkdir()
+        by_rank = {int(name.removeprefix("rank_")): how for name, how in plan.items()}
+        started.append(Ranks(folder, marks, by_rank))
+        return started[-1]
+
+    yield start_ranks
+    for process in (process for ranks in started for process in ranks.processes):
+        process.kill()
+        process.wait()
+
+
+def test_rank_whose_disk_hangs_is_named_and_goes_on(start: Start, tiny_folder: Path) -> None:
+    ranks = start(tiny_folder, rank_1={"hang_s": 3 * STALL_S})
+    assert ranks.codes(90) == [0, 0], ranks.err
+    stalled, goes_on = ranks.err.splitlines()
+    assert re.fullmatch(
+        r"mistral-chat: rank 1 has read nothing for \d s: it waits for "
+        r"consolidated\.safetensors at byte [\d,]+ \([a-z_.0-9]+\)",
+        stalled,
+    )
+    assert goes_on == "mistral-chat: rank 1 goes on"
+    assert ranks.out
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.1], ids=["all read", "reading"])
+def test_stopped_rank_is_named_and_goes_on(start: Start, tiny_folder: Path, delay_s: float) -> None:
+    """Also one that has read all of its own by then, while rank 0 still reads."""
+    ranks = start(tiny_folder, rank_0={"delay_s": 0.1}, rank_1={"delay_s": delay_s})
+    ranks.await_reading(0)
+    process = ranks.await_reading(1)
+    time.sleep(1)  # it has told rank 0 of itself, and may have read all
+    os.kill(process, signal.SIGSTOP)
+    ranks.await_said(r"mistral-chat: rank 1 has said nothing for \d s: its process is stopped")
+    os.kill(process, signal.SIGCONT)
+    ranks.await_said("mistral-chat: rank 1 goes on")
+    assert ranks.codes(90) == [0, 0], ranks.err
+    assert len(ranks.err.splitlines()) == 2
+
+
+def test_rank_0_that_was_stopped_blames_nobody(start: Start, tiny_folder: Path) -> None:
+    ranks = start(tiny_folder, rank_0={"delay_s": 0.05}, rank_1={"delay_s": 0.05})
+    process = ranks.await_reading(0)
+    ranks.await_reading(1)
+    os.kill(process, signal.SIGSTOP)
+    time.sleep(2 * STALL_S)
+    os.kill(process, signal.SIGCONT)
+    assert ranks.codes(90) == [0, 0], ranks.err
+    assert ranks.err == ""
+
+
+@pytest.mark.parametrize("other_hangs", [True, False])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_rank_that_is_killed_ends_all(
+    start: Start, tiny_folder: Path, killed: int, other_hangs: bool
+) -> None:
+    how = [{"hang_s": LONG_S}, {"hang_s": LONG_S}]
+    if not other_hangs:
+        how[1 - killed] = {}
+    ranks = start(tiny_folder, rank_0=how[0], rank_1=how[1])
+    ranks.await_reading(1 - killed)
+    process = ranks.await_reading(killed)
+    time.sleep(0 if other_hangs else 1)  # it has read all of its own, and waits
+    os.kill(process, signal.SIGKILL)
+    codes = ranks.codes(SOON_S)
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] == 1
+    said = [line for line in ranks.err.splitlines() if "nothing for" not in line]
+    # Rank 0 cannot speak for itself then; its launcher does.
+    assert len(said) == killed
+    assert all("rank 1 ended unexpectedly (killed" in line for line in said)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("other", [{"hang_s": LONG_S}, {"delay_s": 1.0}], ids=["hangs", "reads"])
+def test_read_error_ends_all_with_its_line(
+    start: Start, tiny_folder: Path, failing: int, other: dict[str, float]
+) -> None:
+    how = [other, {"errno": "EIO"}] if failing else [{"errno": "EIO"}, other]
+    ranks = start(tiny_folder, rank_0=how[0], rank_1=how[1])
+    ranks.await_reading(failing)
+    assert ranks.codes(SOON_S) == [1, 1]
+    said = [line for line in ranks.err.splitlines() if "nothing for" not in line]
+    assert len(said) == 1, ranks.err
+    assert re.fullmatch(
+        r"mistral-chat: error: \S+/consolidated\.safetensors: reading [a-z_.0-9]+ failed "
+        r"\(Input/output error\); check the disk or fetch the file again",
+        said[0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("truncate", "the file ended early: it shrank"), ("unlink", "No such file")]
+)
+def test_file_that_changes_after_the_check_ends_all_with_one_line(
+    start: Start, broken_folder: Path, how: str, said: str
+) -> None:
+    path = broken_folder / "consolidated.safetensors"
+    ranks = start(broken_folder, rank_0={"delay_s": 0.02}, rank_1={how: str(path)})
+    assert ranks.codes(60) == [1, 1]
+    (line,) = ranks.err.splitlines()
+    assert line.startswith(f"mistral-chat: error: {path}: reading ")
+    assert said in line
+
+
+@pytest.mark.parametrize("error", [PromptError("no tokenizer"), KeyboardInterrupt()])
+def test_failure_beside_the_reading_ends_it(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    whole, n_read = os.preadv, 0
+
+    def slow(fd: int, buffers: Any, offset: int) -> int:
+        nonlocal n_read
+        n_read += 1
+        time.sleep(0.05)
+        return whole(fd, buffers, offset)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(loading, "CPU_PIECE_BYTES", 2**14)
+    with pytest.raises(type(error)):
+        load_runner(EngineConfig(model=tiny_folder, device="cpu"), Group(Place()), meanwhile=fail)
+    assert n_read < 100
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
