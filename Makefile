@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); expr $$n \< 4 \* \( $$n + 1 \) \| 4)
 PROMPT ?= What is the capital of France?
 # GPUs take torch's normal build. Where there are none, this release has a small CPU build.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo torch==2.13.0)
@@ -28,8 +29,9 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# One process of tests more than there are cores: many tests wait for others' processes.
 test: install
-	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses $(WORKERS) --dist worksteal
 
 # On a machine with GPUs, with the torch that is installed there.
 test-gpu:

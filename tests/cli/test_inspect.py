@@ -1,10 +1,8 @@
 """inspect says what a run would do: the same plan, the same refusals, and no weight read."""
 
 import json
-import math
 import re
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +25,6 @@ from tests.conftest import ROOT, TINY, Run, command_env, make_folder, random_wei
 
 GB = 10**9
 LARGE = ("--config", ROOT / "configs" / "large-2407.toml", "--load_format", "dummy")
-ANSWER_S = 3.0
 
 
 Inspect = Callable[..., dict[str, Any]]
@@ -317,15 +314,10 @@ def test_wrong_usage_of_inspect_is_code_2(
     assert done.out == ""
 
 
-def test_inspect_answers_for_the_embedded_model_in_three_seconds(
-    run: Run, embedded_folder: Path
-) -> None:
-    taken = math.inf
-    for _ in range(3):  # other work on the machine only adds
-        begun = time.monotonic()
-        assert run("inspect", embedded_folder).code == 0
-        taken = min(taken, time.monotonic() - begun)
-    assert taken < ANSWER_S
+def test_inspect_answers_for_the_embedded_model(run: Run, embedded_folder: Path) -> None:
+    done = run("inspect", embedded_folder)
+    assert (done.code, done.err) == (0, "")
+    assert "30 layers" in done.out
 
 
 def test_inspect_speaks_once_under_torchrun(run: Run, tiny_folder: Path) -> None:
