@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); expr $$n \< 4 \* \( $$n + 1 \) \| 4)
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))
 PROMPT ?= What is the capital of France?
 # GPUs take torch's normal build. Where there are none, this release has a small CPU build.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo torch==2.13.0)
