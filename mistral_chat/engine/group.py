@@ -193,7 +193,6 @@ class Group:
         why_not = ""
         try:
             memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
-            memory.zero_()
         except RuntimeError as error:
             why_not = str(error).splitlines()[0]
         if not self.minimum(int(not why_not)):  # the others would wait for it in `rendezvous`
@@ -203,6 +202,7 @@ class Group:
         found: Tensor | str
         try:
             handle = symmetric_memory.rendezvous(memory, world)
+            memory.zero_()
             torch.cuda.synchronize(device)
             self._shared_memory.append((memory, handle))  # stays mapped
             found = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
