@@ -17,6 +17,9 @@ from tests.conftest import ROOT, command_env
 
 __all__ = ["Terminal", "chat_terminal", "rows_of"]
 
+# A prompt has pastes marked while it lasts.
+TAKES_HOLD, LET_GO = b"\x1b[?2004h", b"\x1b[?2004l"
+
 
 def rows_of(screen: pyte.HistoryScreen) -> list[str]:
     """All rows, those that scrolled away first; a wide letter's second cell holds nothing."""
@@ -42,6 +45,7 @@ class Terminal:
         self.screen = pyte.HistoryScreen(columns, rows, history=100_000)
         self.stream = pyte.ByteStream(self.screen)
         self.raw = b""
+        self._n_let_go = 0  # prompts that had ended when something was last typed
         self.child: pexpect.spawn[bytes] = pexpect.spawn(
             command[0],
             list(command[1:]),
@@ -90,21 +94,26 @@ class Terminal:
     def wait_for_prompt(self) -> None:
         """Until the chat can be typed at: it has asked for pastes to be marked since last time."""
         end = time.monotonic() + 60
-        while self.raw.rfind(b"\x1b[?2004h") <= self.raw.rfind(b"\x1b[?2004l"):
+        while self.raw.rfind(TAKES_HOLD) <= self.raw.rfind(LET_GO):
             assert time.monotonic() < end, f"no prompt:\n{self.text}"
             assert self.read(), f"ended before a prompt:\n{self.text}"
 
+    def send(self, text: str) -> None:
+        """Type something."""
+        self._n_let_go = self.raw.count(LET_GO)
+        self.child.send(text)
+
     def wait_for_answer(self) -> None:
-        """Until the prompt has let go of the terminal."""
+        """Until the prompt at which something was sent has let go of the terminal."""
         end = time.monotonic() + 60
-        while self.raw.rfind(b"\x1b[?2004l") < self.raw.rfind(b"\x1b[?2004h"):
+        while self.raw.count(LET_GO) == self._n_let_go:  # the next prompt may be there, too
             assert time.monotonic() < end, f"still at the prompt:\n{self.text}"
             assert self.read(), f"ended at the prompt:\n{self.text}"
 
     def ask(self, text: str) -> None:
         """Type a line at the prompt."""
         self.wait_for_prompt()
-        self.child.send(text + "\r")
+        self.send(text + "\r")
         self.wait_for_answer()
 
     def ask_and_wait(self, text: str) -> None:

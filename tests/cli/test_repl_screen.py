@@ -94,9 +94,9 @@ def test_paste_of_300_lines_is_one_message(roomy_folder: Path, tmp_path: Path) -
     script = written(tmp_path, "seen")
     with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
         terminal.wait_for_prompt()
-        terminal.child.send(f"\x1b[200~{chr(13).join(lines)}\x1b[201~")
+        terminal.send(f"\x1b[200~{chr(13).join(lines)}\x1b[201~")
         terminal.wait_for("line 299")
-        terminal.child.send("\r")
+        terminal.send("\r")
         terminal.wait_for_answer()
         terminal.wait_for("seen")
         assert terminal.leave() == 0
@@ -117,13 +117,13 @@ def test_paste_command_takes_lines_as_they_are(
     script = written(tmp_path, "one", "two")
     with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
         terminal.ask_and_wait("/paste")
-        terminal.child.send('/undo\rsecond line\r"""\r  last')
+        terminal.send('/undo\rsecond line\r"""\r  last')
         terminal.wait_for("  last")
-        terminal.child.send(end)
+        terminal.send(end)
         terminal.wait_for_answer()
         terminal.wait_for("one")
         terminal.ask_and_wait("/paste")
-        terminal.child.send("dropped\x03")
+        terminal.send("dropped\x03")
         terminal.wait_for("nothing was sent")
         terminal.ask("after")
         terminal.wait_for("two")
@@ -137,12 +137,12 @@ def test_interrupt_in_every_state(roomy_folder: Path, tmp_path: Path) -> None:
     with chat_terminal(tmp_path, *words, size=(80, 12), script=script, gap_s=0.02) as terminal:
         # At the prompt: the line is cleared.
         terminal.wait_for_prompt()
-        terminal.child.send("half a line")
+        terminal.send("half a line")
         terminal.wait_for("> half a line")
         terminal.child.sendintr()
         terminal.wait_for(lambda text: "\n> half" in text and text.endswith("\n>"))
         # While a long prompt is run: nothing is said, nothing kept.
-        terminal.child.send(f"\x1b[200~{'word ' * 7000}\x1b[201~\r")
+        terminal.send(f"\x1b[200~{'word ' * 7000}\x1b[201~\r")
         terminal.wait_for_answer()
         terminal.child.sendintr()
         terminal.wait_for("this exchange is not kept")
