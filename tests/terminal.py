@@ -15,7 +15,7 @@ import pyte
 
 from tests.conftest import ROOT, command_env
 
-__all__ = ["Terminal", "chat_terminal", "rows_of"]
+__all__ = ["Terminal", "chat_terminal", "rows_of", "typed_at"]
 
 # A prompt has pastes marked while it lasts.
 TAKES_HOLD, LET_GO = b"\x1b[?2004h", b"\x1b[?2004l"
@@ -165,3 +165,33 @@ def chat_terminal(
         yield terminal
     finally:
         terminal.child.close(force=True)
+
+
+@contextmanager
+def typed_at(
+    data_home: Path, *module_and_words: str | Path, torchrun: int = 0
+) -> Iterator["pexpect.spawn[str]"]:
+    """A module under a plain terminal of 100 columns, for looking for texts in what it writes.
+
+    Args:
+        data_home: where it keeps chats.
+        module_and_words: what `python -m` is given.
+        torchrun: ranks to start it on; 0 starts it alone.
+    """
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    child = pexpect.spawn(
+        sys.executable,
+        [*(launcher if torchrun else []), "-m", *map(str, module_and_words)],
+        encoding="utf-8",
+        codec_errors="replace",
+        timeout=60,
+        dimensions=(40, 100),
+        cwd=str(ROOT),
+        env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(data_home)),  # type: ignore[arg-type]
+    )
+    child.delaybeforesend = None
+    try:
+        yield child
+    finally:
+        child.close(force=True)

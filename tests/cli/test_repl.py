@@ -1,40 +1,23 @@
 """The chat at a terminal, typed at through a pseudo-terminal."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pexpect
 import pytest
 
 from tests.conftest import ROOT, command_env
+from tests.terminal import typed_at
 
 INTERRUPTED = "mistral-chat: interrupted"
 
 
-@contextmanager
 def _terminal(
     data_home: Path, *words: str | Path, torchrun: int = 0
-) -> Iterator["pexpect.spawn[str]"]:
+) -> AbstractContextManager["pexpect.spawn[str]"]:
     """The command under a terminal of 100 columns; it must have been left by the end."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    child = pexpect.spawn(
-        sys.executable,
-        [*(launcher if torchrun else []), "-m", "mistral_chat", *map(str, words)],
-        encoding="utf-8",
-        codec_errors="replace",
-        timeout=60,
-        dimensions=(40, 100),
-        cwd=str(ROOT),
-        env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(data_home)),  # type: ignore[arg-type]
-    )
-    child.delaybeforesend = None
-    try:
-        yield child
-    finally:
-        child.close(force=True)
+    return typed_at(data_home, "mistral_chat", *words, torchrun=torchrun)
 
 
 def _await_prompt(child: "pexpect.spawn[str]") -> None:

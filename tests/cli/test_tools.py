@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from mistral_chat.chat.functions import CallsCancelledError, PythonFunctions
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli.calls import CallDesk
 from tests.conftest import ROOT, TINY, Finished, command_env, make_folder
+from tests.terminal import typed_at
 
 FUNCTIONS = '''
 import os, sys, time
@@ -77,14 +76,15 @@ class Script:
         self._folder = folder
 
     def words(self, answers: list[list[str]], *words: str | Path) -> list[str]:
+        """What `python -m` is given."""
         path = self._folder / "answers.json"
         path.write_text(json.dumps(answers))
-        script = ["-m", "tests.scripts.scripted", str(path), "0", str(self._model), "--instruct"]
-        return [sys.executable, *script, *map(str, words)]
+        script = ["tests.scripts.scripted", str(path), "0", str(self._model), "--instruct"]
+        return [*script, *map(str, words)]
 
     def ask(self, answers: list[list[str]], *words: str | Path) -> Finished:
         done = subprocess.run(
-            self.words(answers, "--prompt", "Hi", *words),
+            [sys.executable, "-m", *self.words(answers, "--prompt", "Hi", *words)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=90,
@@ -229,7 +229,8 @@ def test_interrupt_during_a_call_ends_with_130(
     call = {"name": "slow", "arguments": {"marker": str(marker)}}
     words = script.words([calls(call), DONE], "--prompt", "Hi", "--tools", functions, "--yes")
     with subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", *words],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=command_env(), cwd=ROOT, text=True,
     ) as child:  # fmt: skip
         pid = wait_for(marker)
@@ -253,30 +254,6 @@ def test_call_that_was_interrupted_before_it_ran_never_runs(functions: Path, yes
 
 
 # At a terminal.
-
-
-@contextmanager
-def terminal(words: list[str], data_home: Path, torchrun: int = 0) -> Iterator[Any]:
-    """A command under a terminal of 100 columns."""
-    if torchrun:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
-        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-        words = [words[0], *launcher, *words[1:]]
-    child: Any = pexpect.spawn(
-        words[0],
-        words[1:],
-        encoding="utf-8",
-        codec_errors="replace",
-        timeout=60,
-        dimensions=(40, 100),
-        cwd=str(ROOT),
-        env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(data_home)),  # type: ignore[arg-type]
-    )
-    child.delaybeforesend = None
-    try:
-        yield child
-    finally:
-        child.close(force=True)
 
 
 def type_line(child: Any, line: str, *expected: str) -> None:
@@ -311,7 +288,7 @@ def test_calls_are_shown_asked_about_and_answered(
     ]  # fmt: skip
     saved = tmp_path / "chat.md"
     words = script.words(answers, "--tools", functions)
-    with terminal(words, tmp_path) as child:
+    with typed_at(tmp_path, *words) as child:
         type_line(child, "first\r", r'calls weather\(city="Paris"\)')
         type_line(child, "what?\r")
         type_line(child, "y\r", r"\| looking up Paris", r'gives \{"city":"Paris","rain":\[true\]\}')
@@ -342,7 +319,7 @@ def test_interrupt_during_a_call_ends_the_exchange_and_nothing_else(
     slow = {"name": "slow", "arguments": {"marker": str(marker)}}
     answers = [calls(slow, PARIS), ["Next."], calls(PARIS), ["Last."]]
     words = script.words(answers, "--tools", functions, "--nproc_per_node", str(n_ranks))
-    with terminal(words, tmp_path, torchrun=n_ranks if n_ranks > 1 else 0) as child:
+    with typed_at(tmp_path, *words, torchrun=n_ranks if n_ranks > 1 else 0) as child:
         type_line(child, "first\r", "calls slow")
         type_line(child, "y\r")
         pid = wait_for(marker)
@@ -364,7 +341,8 @@ def test_interrupt_during_a_call_ends_the_exchange_and_nothing_else(
 def test_end_of_input_at_the_question_ends_the_exchange_alone(
     script: Script, functions: Path, tmp_path: Path
 ) -> None:
-    with terminal(script.words([calls(PARIS), DONE], "--tools", functions), tmp_path) as child:
+    words = script.words([calls(PARIS), DONE], "--tools", functions)
+    with typed_at(tmp_path, *words) as child:
         type_line(child, "first\r", "calls weather")
         type_line(child, "\x04", "mistral-chat: interrupted")
         type_line(child, "second\r", "It rains")
@@ -375,7 +353,7 @@ def test_person_types_the_results_of_schemas(script: Script, tmp_path: Path) -> 
     path = tmp_path / "functions.json"
     path.write_text(json.dumps(SCHEMAS))
     answers = [calls(PARIS), DONE, calls(PARIS), ["Dry."]]
-    with terminal(script.words(answers, "--tools", path), tmp_path) as child:
+    with typed_at(tmp_path, *script.words(answers, "--tools", path)) as child:
         type_line(child, "first\r", r'calls weather\(city="Paris"\)')
         child.expect("\x1b\\[\\?2004h")
         child.expect("result of weather>")
@@ -394,7 +372,7 @@ def test_chat_killed_between_call_and_result_goes_on(
     marker = tmp_path / "marker"
     slow = {"name": "slow", "arguments": {"marker": str(marker)}}
     words = script.words([calls(PARIS, slow)], "--tools", functions, "--yes")
-    with terminal(words, tmp_path) as child:
+    with typed_at(tmp_path, *words) as child:
         type_line(child, "first\r", "calls slow")
         pid = wait_for(marker)
         child.kill(signal.SIGKILL)
@@ -402,7 +380,7 @@ def test_chat_killed_between_call_and_result_goes_on(
     wait_for_end(pid)  # what it had started has gone with it
     assert [entry.get("role") for entry in kept(tmp_path)] == [None, "user", "assistant", "tool"]
     words = script.words([DONE], "--tools", functions, "--resume")
-    with terminal(words, tmp_path) as child:
+    with typed_at(tmp_path, *words) as child:
         child.expect("4 messages")
         child.expect("> first")
         child.expect("calls weather")
