@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from mistral_chat.model.args import TransformerArgs
+from mistral_chat.model.checkpoint import Headers
+from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
+from mistral_chat.model.transformer import Transformer
 
 # Two processes of tests share two cores; more threads than that would only wait for each other.
 torch.set_num_threads(1)
@@ -46,6 +49,13 @@ def random_weights(args: TransformerArgs, dtype: torch.dtype = torch.float32) ->
             tensor *= placement.shape[1] ** -0.5
         weights[name] = tensor.to(dtype)
     return weights
+
+
+def load_weights(model: Transformer, headers: Headers, n_threads: int = 1) -> None:
+    """Fill a model's parameters, as loading does."""
+    reading = Reading(model, headers, n_threads)
+    reading.start()
+    assert reading.finish()
 
 
 def write_params(folder: Path, args: TransformerArgs, **changes: Any) -> None:

@@ -24,7 +24,7 @@ from mistral_chat.model.checkpoint import Headers, StoredTensor
 from mistral_chat.model.sharding import placements
 from mistral_chat.model.transformer import Transformer
 
-__all__ = ["Reading", "load_weights"]
+__all__ = ["Reading"]
 
 # Kept bytes of one read. Large ones hide what Python does in between, small ones stay in a CPU's
 # cache until they are converted.
@@ -204,22 +204,6 @@ class Reading:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
-
-
-def load_weights(model: Transformer, headers: Headers, n_threads: int = 1) -> None:
-    """Fill the model's parameters with this rank's slices.
-
-    Args:
-        model: whose parameters are filled, in their own type and on their own device.
-        headers: of the files, checked.
-        n_threads: that read side by side.
-
-    Raises:
-        CheckpointError: a read that fails or ends early, with file and tensor.
-    """
-    reading = Reading(model, headers, n_threads)
-    reading.start()
-    reading.finish()  # nobody stops it
 
 
 def _cannot_read(piece: _Piece, error: OSError) -> CheckpointError:

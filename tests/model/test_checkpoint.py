@@ -24,10 +24,9 @@ from mistral_chat.model.checkpoint import (
     local_bytes,
     read_headers,
 )
-from mistral_chat.model.loading import load_weights
 from mistral_chat.model.sharding import Placement, Shard, placements
 from mistral_chat.model.transformer import Alone, Transformer
-from tests.conftest import random_weights
+from tests.conftest import load_weights, random_weights
 
 ARGS = TransformerArgs(
     dim=24,

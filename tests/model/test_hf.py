@@ -20,10 +20,17 @@ from mistral_chat.model.args import TransformerArgs, read_args
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.checkpoint import check_tensors, find_weights, read_headers
 from mistral_chat.model.hf import choose_layout
-from mistral_chat.model.loading import load_weights
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Alone, Span, Transformer
-from tests.conftest import ROOT, TINY, Run, random_weights, shipped_tokenizer, write_params
+from tests.conftest import (
+    ROOT,
+    TINY,
+    Run,
+    load_weights,
+    random_weights,
+    shipped_tokenizer,
+    write_params,
+)
 from tests.model.test_checkpoint import write_zeros
 from tests.scripts import load_share
 

@@ -16,10 +16,10 @@ import torch
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model import loading
 from mistral_chat.model.checkpoint import PICKLE, read_headers
-from mistral_chat.model.loading import Reading, load_weights
+from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Alone, Transformer
-from tests.conftest import ROOT, random_weights
+from tests.conftest import ROOT, load_weights, random_weights
 from tests.model.test_checkpoint import (
     ARGS,
     LAYOUTS,
