@@ -122,10 +122,7 @@ def _follow(options: flags.Options) -> int:
     from mistral_chat.engine.launch import current_group
 
     group = current_group()
-    try:
-        n_slots = group.share(None)
-    except RuntimeError:  # gloo: rank 0 has ended, and has said why
-        return FAILED
+    n_slots = group.share(None)
     if not n_slots:
         _close_idle(group)
         return 0

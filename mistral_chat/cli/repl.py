@@ -23,7 +23,13 @@ from mistral_chat.cli.one_shot import read_text_file, report, report_figures
 from mistral_chat.cli.prompt import ask_for_paste, make_prompt, unwrap_block
 from mistral_chat.cli.sessions import Session, summaries
 from mistral_chat.cli.terminal import QuietTerminal
-from mistral_chat.errors import MistralChatError, PromptError, SessionError, UsageError
+from mistral_chat.errors import (
+    MistralChatError,
+    PromptError,
+    RankLostError,
+    SessionError,
+    UsageError,
+)
 
 __all__ = ["chat_at_terminal"]
 
@@ -331,6 +337,8 @@ class Repl:
         else:
             try:
                 self._commands[name][1](rest)
+            except RankLostError:
+                raise  # nothing can be run any more
             except MistralChatError as error:
                 render.error(error)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mistral_chat.cli.flags import Options
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
-from mistral_chat.errors import MistralChatError, UsageError
+from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
@@ -183,6 +183,9 @@ def parting(group: "Group") -> Iterator[None]:
     """End the other ranks with a block, in peace unless what failed may be theirs."""
     try:
         yield
+    except RankLostError:
+        group.expect_end()
+        raise
     except (MistralChatError, BrokenPipeError):
         _part(group)
         raise

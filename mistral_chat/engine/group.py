@@ -83,7 +83,8 @@ class Group:
         self._n_topics = 0
         started = time.monotonic()
         if place.world_size > 1:
-            self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
+            with self._exchanging():
+                self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
         self.meet_s = time.monotonic() - started
 
     @property
@@ -120,6 +121,33 @@ class Group:
         if self._lifeline:
             self._lifeline.on_lost = on_lost
 
+    @contextlib.contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """What gloo says of a rank that is gone is for nobody to read.
+
+        Usually the lifeline hears of the loss as well, says which rank it was and ends the
+        process; whichever of the two comes first, that is what people see.
+
+        Raises:
+            RankLostError: on rank 0, and wherever ranks have not met: what failed.
+            PeerFailedError: on the others, after rank 0 was told.
+        """
+        try:
+            yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own
+            raise
+        except (RuntimeError, OSError) as error:
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            what = f"an exchange with the other ranks failed ({first})"
+            if self._lifeline is None:
+                raise RankLostError(what) from error
+            if self._lifeline.await_an_end(SPEAK_TIMEOUT_S):
+                time.sleep(VERDICT_S)  # it is about to end this process
+            if self.is_leader:
+                raise RankLostError(what) from error
+            self._lifeline.fail(what)
+            raise PeerFailedError(what) from error
+
     # What the model asks for.
 
     def all_reduce(self, partial: Tensor) -> Tensor:
@@ -129,7 +157,8 @@ class Group:
         if self._node_memory and partial.device.type == "cpu":
             self._node_memory.all_reduce(partial)
         else:
-            dist.all_reduce(partial, group=self._sums[partial.device.type])
+            with self._exchanging():
+                dist.all_reduce(partial, group=self._sums[partial.device.type])
         return partial
 
     def reduce_add_norm(
@@ -157,7 +186,8 @@ class Group:
             parts = self._node_memory.gather(padded)
         else:
             parts = [torch.empty_like(padded) for _ in sizes] if self.is_leader else None
-            dist.gather(padded, parts, dst=0, group=self._sums[part.device.type])
+            with self._exchanging():
+                dist.gather(padded, parts, dst=0, group=self._sums[part.device.type])
         if parts is None:
             return None
         return torch.cat([p[:, :size] for p, size in zip(parts, sizes, strict=True)], dim=1)
@@ -165,7 +195,8 @@ class Group:
     def hand_over(self, tokens: Tensor) -> None:
         """Give rank 0's tensor to all, in place."""
         if self.world_size > 1:
-            dist.broadcast(tokens, src=0, group=self._sums[tokens.device.type])
+            with self._exchanging():
+                dist.broadcast(tokens, src=0, group=self._sums[tokens.device.type])
 
     def why_no_peer_access(self) -> str | None:
         """Why the GPUs cannot write each other's memory; None when they can. The same on all ranks.
@@ -223,22 +254,21 @@ class Group:
         header = torch.zeros(HEADER, dtype=torch.int64)
         inline = packed[: HEADER - 1]
         header[: len(inline) + 1] = torch.tensor([len(packed), *inline])
-        dist.broadcast(header, src=0)
-        if len(packed) > len(inline):
-            dist.broadcast(torch.tensor(packed[len(inline) :]), src=0)
+        with self._exchanging():
+            dist.broadcast(header, src=0)
+            if len(packed) > len(inline):
+                dist.broadcast(torch.tensor(packed[len(inline) :]), src=0)
 
     def receive(self) -> Step | None:
         """Other ranks: wait, however long it takes, for what to run; None is the end."""
         header = torch.zeros(HEADER, dtype=torch.int64)
-        try:
+        with self._exchanging():
             dist.broadcast(header, src=0)
             length, *packed = header.tolist()
             if length > len(packed):
                 rest = torch.zeros(length - len(packed), dtype=torch.int64)
                 dist.broadcast(rest, src=0)
                 packed += rest.tolist()
-        except RuntimeError as error:  # gloo: connection closed by peer
-            raise PeerFailedError("rank 0 has ended") from error
         return Step.unpack(packed[:length]) if length else None
 
     def share(self, value: Any) -> Any:
@@ -246,7 +276,8 @@ class Group:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self._exchanging():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def minimum(self, value: int) -> int:
@@ -254,7 +285,8 @@ class Group:
         if self.world_size == 1:
             return value
         least = torch.tensor([value], dtype=torch.int64)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        with self._exchanging():
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return int(least)
 
     @contextlib.contextmanager

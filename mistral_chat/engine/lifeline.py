@@ -124,9 +124,9 @@ class Lifeline:
                 connection.shutdown(socket.SHUT_WR)
         self._thread.join(CLOSE_TIMEOUT_S)  # until the others have parted too
 
-    def await_an_end(self, timeout_s: float) -> None:
-        """Wait until another end has gone, or time is up."""
-        self._some_end.wait(timeout_s)
+    def await_an_end(self, timeout_s: float) -> bool:
+        """Wait until another end has gone; False where time was up before."""
+        return self._some_end.wait(timeout_s)
 
     def _watch(self) -> None:
         said: dict[int, bytes] = dict.fromkeys(self._connections, b"")

@@ -154,18 +154,21 @@ def test_rank_0_that_was_stopped_blames_nobody(start: Start, tiny_folder: Path) 
     assert ranks.err == ""
 
 
-@pytest.mark.parametrize("other_hangs", [True, False])
+@pytest.mark.parametrize(
+    "other",
+    [{"hang_s": LONG_S}, {}, {"hears_after_s": 0.5}],
+    ids=["hangs", "waits", "waits and hears late"],
+)
 @pytest.mark.parametrize("killed", [0, 1])
 def test_rank_that_is_killed_ends_all(
-    start: Start, tiny_folder: Path, killed: int, other_hangs: bool
+    start: Start, tiny_folder: Path, killed: int, other: dict[str, float]
 ) -> None:
     how = [{"hang_s": LONG_S}, {"hang_s": LONG_S}]
-    if not other_hangs:
-        how[1 - killed] = {}
+    how[1 - killed] = other
     ranks = start(tiny_folder, rank_0=how[0], rank_1=how[1])
     ranks.await_reading(1 - killed)
     process = ranks.await_reading(killed)
-    time.sleep(0 if other_hangs else 1)  # it has read all of its own, and waits
+    time.sleep(0 if "hang_s" in other else 1)  # it has read all of its own, and waits
     os.kill(process, signal.SIGKILL)
     codes = ranks.codes(SOON_S)
     assert codes[killed] == -signal.SIGKILL

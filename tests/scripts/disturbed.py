@@ -6,7 +6,8 @@
 
 From its fifth read on, a rank notes its process in FOLDER/RANK, and then: `delay_s` makes every
 read take so long, `hang_s` one, `errno` fails, `truncate` cuts a file to 1,000 bytes and goes on.
-`unlink` removes a file after the headers were checked.
+`unlink` removes a file after the headers were checked; `hears_after_s` lets the lifeline learn of
+lost ranks so late, when gloo has long failed.
 """
 
 import errno
@@ -20,6 +21,7 @@ from typing import Any
 
 from mistral_chat.cli.main import main
 from mistral_chat.engine import loading as watching
+from mistral_chat.engine.lifeline import Lifeline
 from mistral_chat.model import loading
 
 DISTURBED_READ = 5
@@ -30,7 +32,7 @@ def disturb(plan: dict[str, Any], rank: int) -> None:
     loading.CPU_PIECE_BYTES = 2**16  # many reads of a small model
     how = plan["ranks"].get(str(rank), {})
     mark = Path(plan["marks"]) / str(rank)
-    whole, start = os.preadv, loading.Reading.start
+    whole, start, lost = os.preadv, loading.Reading.start, Lifeline._lost
     counting, n_reads = threading.Lock(), 0
 
     def read(fd: int, buffers: Any, offset: int) -> int:
@@ -55,7 +57,12 @@ def disturb(plan: dict[str, Any], rank: int) -> None:
             Path(how["unlink"]).unlink()
         start(reading)
 
+    def lose_late(lifeline: Lifeline, lost_rank: int, reason: str) -> None:
+        time.sleep(how.get("hears_after_s", 0))
+        lost(lifeline, lost_rank, reason)
+
     os.preadv = read
+    Lifeline._lost = lose_late  # type: ignore[method-assign]
     loading.Reading.start = start_without  # type: ignore[method-assign]
 
 
