@@ -83,6 +83,7 @@ class Watch:
         self._group = group
         self._on_loading = on_loading
         self._ended = threading.Event()
+        self._all_have_read = False
         self._thread = threading.Thread(target=self._run, name="watch-loading", daemon=True)
         self._topic = group.new_topic()  # an earlier reading's lines are still there
         self._begun = self._looked = time.monotonic()
@@ -100,6 +101,7 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._all_have_read = error is None  # ranks leave the block together
         self._ended.set()
         self._thread.join()
         if error is not None:
@@ -149,6 +151,9 @@ class Watch:
             if read != known.read or total != known.total:
                 known.moved = now
             known.read, known.total, known.waits_for, known.spoke = read, total, waits_for, now
+        if self._all_have_read:  # whether or not their last lines have come
+            for known in self._ranks:
+                known.read, known.moved, known.spoke = known.total, now, now
         notices = [self._notice(rank, now) for rank in range(len(self._ranks))]
         n_nodes = -(-place.world_size // place.local_world_size)
         for node in range(n_nodes):

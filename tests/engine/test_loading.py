@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mistral_chat.config import EngineConfig
+from mistral_chat.engine import loading as watching
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.runner import load_runner
 from mistral_chat.errors import PromptError
@@ -126,6 +128,42 @@ def test_rank_whose_disk_hangs_is_named_and_goes_on(start: Start, tiny_folder: P
     )
     assert goes_on == "mistral-chat: rank 1 goes on"
     assert ranks.out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_named_rank_goes_on_even_where_its_last_line_comes_too_late(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr(watching, "STALL_S", 0.2)
+    monkeypatch.setattr(watching, "TELL_S", 0.02)
+    last_line = json.dumps([1, 1, 5, 10, False, "a tensor"])  # half of it read, and then no word
+    group: Any = SimpleNamespace(
+        world_size=2,
+        is_leader=True,
+        place=Place(world_size=2, local_world_size=2),
+        new_topic=lambda: 1,
+        told=lambda: {1: last_line},
+    )
+    reading: Any = SimpleNamespace(
+        read=10, total=10, failed=False, waits_for=lambda: None, abandon=lambda: None
+    )
+    told: list[watching.Loading] = []
+    named = threading.Event()
+
+    def hear(loading: watching.Loading) -> None:
+        told.append(loading)
+        if loading.notice:
+            named.set()
+
+    with suppress(PromptError), watching.Watch(reading, group, hear):
+        assert named.wait(60)
+        if fails:
+            raise PromptError("of a rank")
+    notices = [loading.notice for loading in told if loading.notice]
+    assert len(notices) == (1 if fails else 2)
+    if not fails:
+        assert notices[-1] == "rank 1 goes on"
+        assert told[-1].read == told[-1].total == 20
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.1], ids=["all read", "reading"])
