@@ -4,6 +4,7 @@ The middle of the three generators: over `Engine.generate`'s ids, under the term
 """
 
 import secrets
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -67,6 +68,7 @@ class Chat:
         *,
         json_schema: Mapping[str, Any] | None = None,
         json_object: bool = False,
+        replace_last: bool = False,
     ) -> "ChatStream":
         """Say something and stream the answer, which joins the history when its stream ends.
 
@@ -78,6 +80,8 @@ class Chat:
                 a chat use the seed plus their number, so that a seed repeats a whole chat.
             json_schema: an answer that ends by itself is JSON, valid against this schema.
             json_object: the same for any JSON object.
+            replace_last: say it in place of the last exchange, which stays where this one comes
+                to nothing.
 
         Returns:
             a stream to iterate once; nothing runs before.
@@ -91,10 +95,34 @@ class Chat:
         check_no_tools(self.conversation.tools, grammar)
         if self.instruct:
             self.conversation.close_calls(NOT_RUN)
-            ids = self.conversation.encode(self.tokenizer, [UserMessage(content=text)])
+            before = self.conversation.copy()
+            if replace_last:
+                before.undo()
+            ids = before.encode(self.tokenizer, [UserMessage(content=text)])
         else:
             ids = self.tokenizer.encode(text)
-        return self._stream(text, ids, params, grammar)
+        return self._stream(text, ids, params, grammar, replace_last=replace_last)
+
+    def exchanges_to_drop(self, text: str, n_answer: int) -> int | None:
+        """The least number of oldest exchanges without which a message fits the context.
+
+        Args:
+            text: the message.
+            n_answer: tokens to leave for its answer.
+
+        Returns:
+            0 where it fits as it is; None where it does not fit by itself.
+        """
+        room = self.engine.max_seq_len - n_answer
+
+        def fits(n: int) -> bool:
+            rest = self.conversation.copy()
+            rest.drop(n)
+            return len(rest.encode(self.tokenizer, [UserMessage(content=text)])) <= room
+
+        counts = range(self.conversation.n_exchanges + 1)
+        n = bisect_left(counts, True, key=fits)
+        return n if n < len(counts) else None
 
     def send_results(
         self, results: Mapping[str, str], params: SamplingParams | None = None
@@ -125,6 +153,8 @@ class Chat:
         ids: list[int],
         params: SamplingParams | None,
         grammar: Grammar | None,
+        *,
+        replace_last: bool = False,
     ) -> "ChatStream":
         request, seed = make_request(
             self.engine,
@@ -138,25 +168,31 @@ class Chat:
         )
         self.engine.check(request)
         builder = AnswerBuilder(self.tokenizer, request, seed, continues=not self.instruct)
-        return ChatStream(self, text, request, builder)
+        return ChatStream(self, text, request, builder, replace_last=replace_last)
 
-    def keep(self, text: str | None, answer: Answer) -> None:
+    def keep(self, text: str | None, answer: Answer, *, replace_last: bool = False) -> bool:
         """Add a finished answer to the history; one that is empty is not kept.
 
         Args:
             text: what it answers; None are results of calls, which are there already.
+            replace_last: take back the last exchange first.
             answer: with its calls; calls that cannot be read are kept as one, by the name
                 `UNREADABLE`, so that the model can be told.
+
+        Returns:
+            whether it was kept.
         """
         self._n_answers += 1
         if not self.instruct:
-            return
+            return False
         own: tuple[int, ...] | None = answer.token_ids
         if own and own[-1] == self.tokenizer.eos_id:
             own = own[:-1]
         calls = self._calls_to_keep(answer)
         if not calls and not answer.said:
-            return
+            return False
+        if replace_last:
+            self.conversation.undo()
         if text is not None:
             self.conversation.add_user(text)
         if calls:
@@ -170,6 +206,7 @@ class Chat:
             if answer.stopped_by_text or any(map(self.tokenizer.is_special, own or ())):
                 own = None
             self.conversation.add_answer(answer.said, own)
+        return True
 
     def _calls_to_keep(self, answer: Answer) -> tuple[ToolCall, ...]:
         if answer.call_at is None or answer.finish_reason not in ("stop", "tool_calls"):
@@ -181,19 +218,30 @@ class Chat:
 
 
 class ChatStream(AnswerStream):
-    """An answer of a chat on its way; at its end the exchange joins the history."""
+    """An answer of a chat on its way; at its end the exchange joins the history.
+
+    `is_kept` says whether it has.
+    """
 
     def __init__(
-        self, chat: Chat, text: str | None, request: Request, builder: AnswerBuilder
+        self,
+        chat: Chat,
+        text: str | None,
+        request: Request,
+        builder: AnswerBuilder,
+        *,
+        replace_last: bool,
     ) -> None:
         super().__init__(chat.engine, request, builder)
         self._chat = chat
         self._text = text
+        self._replace_last = replace_last
+        self.is_kept = False
 
     def __iter__(self) -> Iterator[Prefill | Delta | Answer]:
         for event in super().__iter__():
             if isinstance(event, Answer):
-                self._chat.keep(self._text, event)
+                self.is_kept = self._chat.keep(self._text, event, replace_last=self._replace_last)
             yield event
 
 

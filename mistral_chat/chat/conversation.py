@@ -154,16 +154,43 @@ class Conversation:
         said = [i for i, message in enumerate(self.messages) if isinstance(message, UserMessage)]
         if not said:
             return None
-        last = said[-1]
-        text = str(self.messages[last].content)
-        del self.messages[last:]
-        self._written = {index: ids for index, ids in self._written.items() if index < last}
+        text = str(self.messages[said[-1]].content)
+        self._keep_only(self.messages[: said[-1]])
         return text
+
+    @property
+    def n_exchanges(self) -> int:
+        """How many messages of the person's it holds, each with what came after it."""
+        return sum(isinstance(message, UserMessage) for message in self.messages)
+
+    def drop(self, n: int) -> None:
+        """Forget the oldest exchanges; the system prompt stays.
+
+        Args:
+            n: how many, at most `n_exchanges`.
+        """
+        assert 0 <= n <= self.n_exchanges
+        said = [i for i, message in enumerate(self.messages) if isinstance(message, UserMessage)]
+        end = [*said, len(self.messages)][n]
+        system = [m for m in self.messages[:end] if isinstance(m, SystemMessage)]
+        self._keep_only([*system, *self.messages[end:]])
+
+    def copy(self) -> "Conversation":
+        """Another one that goes on from here by itself."""
+        other = Conversation(tools=self.tools)
+        other.messages, other._written = list(self.messages), dict(self._written)
+        return other
+
+    def _keep_only(self, messages: list[Message]) -> None:
+        """Keep some messages of those there are, and the ids of these."""
+        places = {id(message): index for index, message in enumerate(self.messages)}
+        ids = [self._written.get(places[id(message)]) for message in messages]
+        self._written = {index: own for index, own in enumerate(ids) if own is not None}
+        self.messages = messages
 
     def clear(self) -> None:
         """Forget all messages but the system prompt."""
-        self.messages = [m for m in self.messages if isinstance(m, SystemMessage)]
-        self._written.clear()
+        self._keep_only([m for m in self.messages if isinstance(m, SystemMessage)])
 
 
 def calls_of(message: Message) -> list[ToolCall]:

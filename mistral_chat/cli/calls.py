@@ -11,7 +11,7 @@ from mistral_chat.chat.functions import CallsCancelledError, PythonFunctions
 from mistral_chat.chat.rounds import CallResult
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli import render
-from mistral_chat.cli.commands import call_line, shorten, visible
+from mistral_chat.cli.chat_text import call_line, shorten, visible
 from mistral_chat.cli.prompt import make_question, unwrap_block
 
 __all__ = ["CallDesk", "print_line"]

@@ -1,145 +1,260 @@
-"""What the chat's commands do that needs no terminal: settings, texts, the clipboard."""
+"""What the chat's commands do: the words that begin with a slash.
 
-import base64
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import fields, replace
+Knows nothing of the prompt's keys or of how answers are printed.
+"""
+
+import difflib
+import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mistral_common.protocol.instruct.messages import (
-    AssistantMessage,
-    SystemMessage,
-    ToolMessage,
-    UserMessage,
-)
+from mistral_common.protocol.instruct.messages import UserMessage
 
-from mistral_chat.chat.conversation import Conversation, Message, calls_of
-from mistral_chat.chat.tools import UNREADABLE, ToolCall
-from mistral_chat.config import SamplingParams
-from mistral_chat.errors import OutputError, UsageError
+from mistral_chat.cli import chat_text, render
+from mistral_chat.cli.one_shot import read_text_file
+from mistral_chat.cli.prompt import ask_for_paste, unwrap_block
+from mistral_chat.cli.sessions import Session, summaries
+from mistral_chat.cli.settings import SETTABLE, sampling_line, set_sampling
+from mistral_chat.cli.terminal_chat import Draft, TerminalChat
+from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
-__all__ = [
-    "TAKE_WORDS",
-    "call_line",
-    "clipboard_sequence",
-    "last_exchange",
-    "n_said",
-    "sampling_line",
-    "set_sampling",
-    "shorten",
-    "visible",
-    "write_markdown",
-]
+__all__ = ["Commands", "LeaveError"]
 
-TAKE_WORDS = ("/system", "/set", "/file", "/save", "/load")
-SETTABLE = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
-UNSET = ("none", "default", "-")
-_WHOLE = ("max_tokens", "top_k", "seed")
+KEYS = {
+    "Ctrl-C": "stop an answer or a call, keep what was said; at the prompt: clear the line",
+    "Ctrl-D": "leave",
+    "Alt-Enter": 'a new line in a message; so does Enter between """ and """',
+    "Ctrl-G": "write the message in $EDITOR",
+    "Up, Down": "earlier messages; Ctrl-R searches them",
+}
+LISTED = 20
 
 
-def set_sampling(params: SamplingParams, words: str) -> SamplingParams:
-    """The settings with one changed.
+class LeaveError(Exception):
+    """The person has left."""
+
+
+class Commands:
+    """The commands of a chat.
 
     Args:
-        params: as they are.
-        words: a name and a value; `default` takes back what was set. `stop` adds a text.
-
-    Raises:
-        UsageError: an unknown name, or a value out of its range.
+        talk: what they change.
     """
-    name, _, value = words.replace("=", " ", 1).partition(" ")
-    name, value = name.removeprefix("--").replace("-", "_"), value.strip()
-    if name not in SETTABLE or not value:
-        raise UsageError(f"/set takes a name and a value; the names are {', '.join(SETTABLE)}")
-    if value in UNSET:
-        defaults = {field.name: field.default for field in fields(SamplingParams)}
-        return replace(params, **{name: defaults[name]})  # type: ignore[arg-type]
-    if name == "stop":
-        return replace(params, stop=(*params.stop, value))
+
+    def __init__(self, talk: TerminalChat) -> None:
+        self._talk = talk
+        self._table: dict[str, tuple[str, Callable[[str], None]]] = {
+            "/help": ("this list", self._help),
+            "/system": ("show the system prompt, or set it: /system TEXT, /system -", self._system),
+            "/set": ("change how words are chosen: /set temperature 0.2", self._set),
+            "/show": ("settings and session", self._show),
+            "/regen": ("answer the last message again", self._regen),
+            "/undo": ("take back the last exchange", self._undo),
+            "/drop": ("take out the oldest exchange, or several: /drop 3", self._drop),
+            "/edit": ("change the last message in $EDITOR and ask again", self._edit),
+            "/branch": ("go on in a copy of this chat", self._branch),
+            "/file": ("begin the next message with a file: /file PATH", self._file),
+            "/paste": ("one message of several lines, as they are, up to Ctrl-D", self._paste),
+            "/copy": ("put the last answer on the terminal's clipboard", self._copy),
+            "/save": ("write the chat as Markdown: /save PATH", self._save),
+            "/load": ("go on with a kept chat: /load ID or PATH", self._load),
+            "/list": ("kept chats", self._list),
+            "/tokens": ("tokens of this chat, and what is left", self._tokens),
+            "/stats": ("figures of the last answer", self._stats),
+            "/clear": ("forget the conversation (the system prompt stays)", self._clear),
+            "/exit": ("leave, as Ctrl-D does", self._exit),
+        }
+        self._take_words = {"/system", "/set", "/drop", "/file", "/save", "/load"}
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What each is for."""
+        return {name: meaning for name, (meaning, _) in self._table.items()}
+
+    def words_after(self, name: str) -> Iterable[tuple[str, str]]:
+        """Words that a command takes, with what each means, to complete."""
+        if name == "/set":
+            return ((setting, str(getattr(self._talk.sampling, setting))) for setting in SETTABLE)
+        if name == "/load":
+            return ((kept.id, chat_text.shorten(kept.begins, 50)) for kept in summaries())
+        return ()
+
+    def run(self, line: str) -> None:
+        """Run what a line says; what is wrong with it is said, and nothing is changed.
+
+        Raises:
+            LeaveError: it says to leave.
+            RankLostError: nothing can be run any more.
+        """
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name not in self._table:
+            close = difflib.get_close_matches(name, self._table, n=1)
+            hint = f"did you mean {close[0]}?" if close else "/help lists commands"
+            render.note(
+                f"unknown command {name}: {hint} (a message may begin with a space and then /)"
+            )
+        elif rest and name not in self._take_words:
+            render.note(f"{name} takes nothing after it; found {rest!r}")
+        else:
+            try:
+                self._table[name][1](rest)
+            except RankLostError:
+                raise
+            except MistralChatError as error:
+                render.error(error)
+
+    # Each takes what stands after its name.
+
+    def _help(self, _: str) -> None:
+        both = self.meanings | KEYS
+        width = max(map(len, both))
+        render.note("\n".join(f"{key:{width}}  {what}" for key, what in both.items()))
+
+    def _system(self, rest: str) -> None:
+        conversation = self._talk.chat.conversation
+        if rest:
+            system = None if rest == "-" else unwrap_block(rest)
+            conversation.set_system(system)
+            self._talk.write(lambda session: session.set_system(system))
+        render.note(f"system prompt: {conversation.system or 'none'}")
+
+    def _set(self, rest: str) -> None:
+        self._talk.sampling = set_sampling(self._talk.sampling, rest)
+        render.note(sampling_line(self._talk.sampling))
+
+    def _show(self, _: str) -> None:
+        session = self._talk.session
+        render.note(sampling_line(self._talk.sampling))
+        render.note(f"system prompt: {self._talk.chat.conversation.system or 'none'}")
+        render.note(f"this chat is {f'kept in {session.path}' if session else 'not kept'}")
+
+    def _last_message(self) -> str | None:
+        text = self._talk.chat.conversation.copy().undo()
+        if text is None:
+            render.note("nothing was said yet")
+        return text
+
+    def _undo(self, _: str) -> None:
+        text = self._talk.chat.conversation.undo()
+        if text is None:
+            render.note("there is nothing to take back")
+        else:
+            self._talk.write(Session.undo)
+            render.note(f"taken back: {chat_text.shorten(text)}")
+
+    def _drop(self, rest: str) -> None:
+        conversation = self._talk.chat.conversation
+        if not (rest or "1").isdecimal() or not (n := int(rest or "1")):
+            raise UsageError(f"/drop takes how many of the oldest exchanges to drop; found {rest}")
+        if n > conversation.n_exchanges:
+            render.note(f"there are {conversation.n_exchanges} exchanges; nothing was dropped")
+            return
+        conversation.drop(n)
+        self._talk.write(lambda session: session.drop(n))
+        render.note(f"dropped: the oldest {'exchange' if n == 1 else f'{n} exchanges'}")
+        self._tokens("")
+
+    def _regen(self, _: str) -> None:
+        if (text := self._last_message()) is not None:
+            self._talk.say(text, replace_last=True)
+
+    def _edit(self, _: str) -> None:
+        if (text := self._last_message()) is not None:
+            self._talk.draft = Draft(text, replace_last=True, in_editor=True)
+
+    def _branch(self, _: str) -> None:
+        old = self._talk.session
+        if old is None:
+            render.note("this chat is not kept: there is nothing to branch from")
+            return
+        new = self._talk.session = old.branch()
+        render.note(f"going on in {new.id}; {old.id} stays as it is")
+
+    def _file(self, rest: str) -> None:
+        path = _one_path("/file", rest)
+        self._talk.files.append(read_text_file(path))
+        render.note(f"{path} comes before the next message")
+
+    def _paste(self, _: str) -> None:
+        render.note("paste or type; Ctrl-D or Alt-Enter sends it, Ctrl-C drops it")
+        try:
+            text = ask_for_paste()
+        except EOFError:
+            raise LeaveError from None
+        if text.strip():
+            self._talk.say(text)
+        else:
+            render.note("nothing was sent")
+
+    def _copy(self, _: str) -> None:
+        answer = self._talk.answer
+        if answer is None or not answer.said:
+            render.note("there is no answer to copy")
+        else:
+            render.note(chat_text.clipboard_sequence(answer.said) + "answer copied")
+
+    def _save(self, rest: str) -> None:
+        path = _one_path("/save", rest)
+        chat_text.write_markdown(path, self._talk.chat.conversation)
+        render.note(f"written to {path}")
+
+    def _load(self, rest: str) -> None:
+        if not rest:
+            raise UsageError("/load takes a chat's id or file: /list shows the kept ones")
+        self._talk.resume(rest)
+
+    def _list(self, _: str) -> None:
+        kept = summaries()
+        for summary in kept[:LISTED]:
+            render.note(
+                f"{summary.id}  {summary.n_messages:3} messages  {summary.model}  "
+                f"{chat_text.shorten(summary.begins, 50)}"
+            )
+        if len(kept) > LISTED:
+            render.note(f"and {len(kept) - LISTED} more")
+        if not kept:
+            render.note("no chat is kept yet")
+
+    def _tokens(self, _: str) -> None:
+        chat = self._talk.chat
+        most = chat.engine.max_seq_len
+        if not chat.instruct or not chat_text.n_said(chat.conversation):
+            render.note(f"context {most:,}; nothing said yet")
+            return
+        # The template has no end without a next message; the least of them is one token.
+        n = len(chat.conversation.encode(chat.tokenizer, [UserMessage(content=".")])) - 1
+        render.note(
+            f"{n:,} tokens in this chat, marks of the next message included; {most - n:,} of "
+            f"{most:,} left"
+        )
+
+    def _stats(self, _: str) -> None:
+        talk = self._talk
+        if talk.answer is None:
+            render.note("no answer yet")
+            return
+        engine = talk.chat.engine
+        most, path = engine.max_seq_len, engine.runner.path
+        render.note(render.stats_line(talk.answer, most, talk.load_s, path))
+
+    def _clear(self, _: str) -> None:
+        talk = self._talk
+        talk.chat.clear()
+        talk.write(Session.clear)
+        talk.files = []
+        talk.answer = None
+        render.note("conversation cleared")
+
+    def _exit(self, _: str) -> None:
+        raise LeaveError
+
+
+def _one_path(name: str, rest: str) -> Path:
     try:
-        number = int(value) if name in _WHOLE else float(value)
-    except ValueError:
-        kind = "whole number" if name in _WHOLE else "number"
-        raise UsageError(f"/set {name}: {value!r} is no {kind}") from None
-    return replace(params, **{name: number})  # type: ignore[arg-type]
-
-
-def sampling_line(params: SamplingParams) -> str:
-    """All settings on a line."""
-    values = {name: getattr(params, name) for name in SETTABLE}
-    values["stop"] = list(params.stop) or None
-    return ", ".join(f"{name} {'-' if v is None else v}" for name, v in values.items())
-
-
-def shorten(text: str, width: int = 70) -> str:
-    """A text on one line, cut where it is long."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def call_line(call: ToolCall) -> str:
-    """A call on one line, such as `weather(city="Paris")`, and nothing in it that hides."""
-    if call.name == UNREADABLE:
-        return f"(unreadable) {visible(str(call.arguments.get('text', '')))}"
-    arguments = ", ".join(
-        f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call.arguments.items()
-    )
-    return f"{call.name}({visible(arguments)})"
-
-
-def visible(text: str) -> str:
-    """Text of a model's without what a terminal obeys, or what would turn its direction."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-
-
-def n_said(conversation: Conversation) -> int:
-    """Messages but the system prompt."""
-    return sum(not isinstance(message, SystemMessage) for message in conversation.messages)
-
-
-def last_exchange(conversation: Conversation) -> Iterator[str]:
-    """The last message of each side, to remind of."""
-    said = [i for i, m in enumerate(conversation.messages) if isinstance(m, UserMessage)]
-    for message in conversation.messages[said[-1] if said else 0 :]:
-        if isinstance(message, UserMessage):
-            yield f"> {shorten(str(message.content), 200)}"
-        elif isinstance(message, AssistantMessage):
-            if message.content:
-                yield shorten(str(message.content), 400)
-            for call in calls_of(message):
-                yield f"calls {shorten(call_line(call), 200)}"
-
-
-def clipboard_sequence(text: str) -> str:
-    """What tells a terminal to take a text on its clipboard (OSC 52), also over ssh."""
-    return f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
-
-
-def _markdown_of(message: Message) -> str:
-    """One message under a heading; what functions gave is fenced, since it is no Markdown."""
-    titles = {"system": "System", "user": "You", "assistant": "Model"}
-    if isinstance(message, ToolMessage):
-        text = str(message.content)
-        runs = re.findall("`+", text)
-        fence = "`" * max(3, 1 + max(map(len, runs), default=0))
-        return f"## Result of {message.name}\n\n{fence}\n{text}\n{fence}\n"
-    parts = [str(message.content)] if message.content else []
-    parts += [f"calls `{call_line(call)}`" for call in calls_of(message)]
-    return f"## {titles[message.role]}\n\n" + "\n\n".join(parts) + "\n"
-
-
-def write_markdown(path: Path, conversation: Conversation) -> None:
-    """Write a chat for people to read; an existing file is not overwritten.
-
-    Raises:
-        OutputError: there is such a file, or it cannot be written.
-    """
-    parts = [_markdown_of(message) for message in conversation.messages]
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write("\n".join(parts))
-    except FileExistsError as error:
-        raise OutputError(f"{path} is there already: expected a new name") from error
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror})") from error
+        words = shlex.split(rest)
+    except ValueError:  # an open quotation mark
+        words = []
+    if len(words) != 1:
+        raise UsageError(f"{name} takes one path")
+    return Path(words[0]).expanduser()

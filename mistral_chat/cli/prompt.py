@@ -10,6 +10,7 @@ from pathlib import Path
 
 import platformdirs
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -20,17 +21,28 @@ from prompt_toolkit.output import create_output
 from mistral_chat.cli import render
 from mistral_chat.cli.terminal import is_fancy
 
-__all__ = ["BLOCK", "ask_for_paste", "make_prompt", "make_question", "unwrap_block"]
+__all__ = [
+    "BLOCK",
+    "ask_for_paste",
+    "make_prompt",
+    "make_question",
+    "open_editor",
+    "unwrap_block",
+]
 
 BLOCK = '"""'
 WITH_PATHS = ("/file", "/save", "/load")
 
 
-class _Completer(Completer):
-    """Commands, then paths where a command takes one."""
+WordsAfter = Callable[[str], Iterable[tuple[str, str]]]
 
-    def __init__(self, commands: Mapping[str, str]) -> None:
+
+class _Completer(Completer):
+    """Commands, then words or paths where a command takes one."""
+
+    def __init__(self, commands: Mapping[str, str], words_after: WordsAfter) -> None:
         self._commands = commands
+        self._words_after = words_after
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(
@@ -44,22 +56,30 @@ class _Completer(Completer):
             for command, meaning in self._commands.items():
                 if command.startswith(name):
                     yield Completion(command, -len(name), display_meta=meaning)
-        elif name in WITH_PATHS:
+            return
+        if " " not in rest:
+            for word, meaning in self._words_after(name):
+                if word.startswith(rest):
+                    yield Completion(word, -len(rest), display_meta=meaning)
+        if name in WITH_PATHS:
             yield from self._paths.get_completions(Document(rest, len(rest)), complete_event)
 
 
-def make_prompt(commands: Mapping[str, str], bottom: Callable[[], str]) -> PromptSession[str]:
+def make_prompt(
+    commands: Mapping[str, str], words_after: WordsAfter, bottom: Callable[[], str]
+) -> PromptSession[str]:
     """The prompt of a chat.
 
     Args:
         commands: their names and meanings, to complete.
+        words_after: gives what a command takes, by its name, to complete.
         bottom: gives the line at the bottom of the window.
     """
     return PromptSession(
         history=_history(),
         key_bindings=_keys(),
         multiline=True,
-        completer=_Completer(commands),
+        completer=_Completer(commands, words_after),
         complete_while_typing=False,
         enable_history_search=False,
         bottom_toolbar=bottom if is_fancy(sys.stderr) else None,
@@ -104,6 +124,11 @@ def _keys() -> KeyBindings:
         event.current_buffer.open_in_editor()
 
     return keys
+
+
+def open_editor() -> None:
+    """As a prompt begins: open its text in $EDITOR, as Ctrl-G does."""
+    get_app().current_buffer.open_in_editor()
 
 
 def ask_for_paste() -> str:

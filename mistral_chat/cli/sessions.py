@@ -54,12 +54,34 @@ class Summary:
 
 @dataclass
 class _State:
-    """What a file's lines add up to."""
+    """What a file's lines add up to.
+
+    Args:
+        model: of now.
+        system: prompt.
+        messages: as they stand in the file.
+        replaced: what the last message of the person's, as yet unanswered, stands in place of.
+        n_lines: read so far.
+    """
 
     model: str = ""
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
+    replaced: list[dict[str, Any]] = field(default_factory=list)
     n_lines: int = 0
+
+    def take_back(self) -> list[dict[str, Any]]:
+        """Remove the last exchange, and give it."""
+        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        begin = said[-1] if said else 0
+        gone = self.messages[begin:]
+        del self.messages[begin:]
+        return gone
+
+    def drop(self, n: int) -> None:
+        """Remove the oldest exchanges."""
+        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        del self.messages[: [*said, len(self.messages)][min(n, len(said))]]
 
 
 class Session:
@@ -120,9 +142,15 @@ class Session:
         _cut_torn_line(path)
         return cls(path, model)
 
-    def add_user(self, text: str) -> None:
-        """Keep what the person said, before it is answered."""
-        self._write({"role": "user", "content": text})
+    def add_user(self, text: str, *, replaces: bool = False) -> None:
+        """Keep what the person said, before it is answered.
+
+        Args:
+            text: the message.
+            replaces: it stands in place of the last exchange, once it is answered.
+        """
+        mark = {"replaces": True} if replaces else {}
+        self._write({"role": "user", "content": text} | mark)
 
     def add_answer(self, text: str, ids: tuple[int, ...] | None, finish_reason: str) -> None:
         """Keep what the model said."""
@@ -151,6 +179,10 @@ class Session:
         """Keep that the last exchange was taken back."""
         self._write({"type": "undo"})
 
+    def drop(self, n: int) -> None:
+        """Keep that the oldest exchanges were taken out."""
+        self._write({"type": "drop", "exchanges": n})
+
     def clear(self) -> None:
         """Keep that the chat began anew."""
         self._write({"type": "clear"})
@@ -170,15 +202,14 @@ class Session:
             Calls that never got their result get one that says so.
         """
         state = _read(self.path)
-        messages = state.messages
         unanswered = None
-        if messages and messages[-1]["role"] == "user":
-            unanswered = messages[-1]["content"]
+        if state.messages and state.messages[-1]["role"] == "user":
+            unanswered = state.messages[-1]["content"]
             self.drop_user()
-            messages = messages[:-1]
+            state = _read(self.path)
         conversation.clear()
         conversation.set_system(state.system)
-        for message in messages:
+        for message in state.messages:
             if message["role"] == "user":
                 conversation.add_user(message["content"])
             elif message["role"] == "tool":
@@ -338,14 +369,17 @@ def _read(path: Path) -> _State:
             continue
         kind = entry.get("type")
         if _is_message(entry):
+            state.replaced = state.take_back() if entry.pop("replaces", False) else []
             state.messages.append(entry)
             state.model = str(entry.get("model", state.model))
         elif kind == "undo":
-            while state.messages and state.messages.pop()["role"] != "user":
-                pass
+            state.take_back()
         elif kind == "unsaid":
             if state.messages and state.messages[-1]["role"] == "user":
-                state.messages.pop()
+                state.messages[-1:] = state.replaced
+                state.replaced = []
+        elif kind == "drop" and isinstance(entry.get("exchanges"), int):
+            state.drop(max(0, entry["exchanges"]))
         elif kind == "clear":
             state.messages.clear()
         elif kind == "system":

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.tool_calls import Function, Tool
 
 from mistral_chat.chat.answer import Answer, Delta, StopTexts
@@ -377,6 +378,61 @@ def test_history_leaves_out_an_exchange_without_an_answer(said: str) -> None:
     _, answer = talk.answer(ids, replace(GREEDY, stop=("x",)), text="unanswered")
     assert answer.text == ""
     assert talk.next_prompt() == before
+
+
+@pytest.mark.parametrize("name", ["v1", *WITH_MARKS])
+def test_replacing_the_last_exchange_is_as_if_it_had_not_been(name: str) -> None:
+    talk, wanted = Talk(name), Talk(name)
+    for either in (talk, wanted):
+        either.answer(talk.ids("one"), text="first")
+    talk.answer(talk.ids("two"), text="second")
+    prompts = []
+    for either, options in ((talk, {"replace_last": True}), (wanted, {})):
+        either.runner.script = deque(talk.ids("three"))
+        stream = either.chat.send("another", GREEDY, **options)
+        prompts.append(stream._request.ids)
+        list(stream)
+        assert stream.is_kept
+    assert prompts[0] == prompts[1]
+    assert talk.next_prompt() == wanted.next_prompt()
+
+
+def test_replacing_with_nothing_leaves_the_last_exchange() -> None:
+    talk = Talk(max_seq_len=60)
+    talk.answer(talk.ids("two"), text="second")
+    before = talk.next_prompt()
+    with pytest.raises(ContextLengthError):
+        talk.chat.send("word " * 100, GREEDY, replace_last=True)
+    talk.runner.script = deque()
+    stream = talk.chat.send("again", GREEDY, replace_last=True)
+    stream.cancel()
+    list(stream)
+    assert not stream.is_kept
+    assert talk.next_prompt() == before
+
+
+def test_exchanges_to_drop_are_just_enough() -> None:
+    talk = Talk(max_seq_len=200)
+    for n in range(5):
+        talk.answer(talk.ids("some answer"), text=f"a question {n}")
+    conversation = talk.chat.conversation
+
+    def length(n: int, text: str) -> int:
+        rest = conversation.copy()
+        rest.drop(n)
+        return len(rest.encode(talk.tokenizer, [UserMessage(content=text)]))
+
+    counts = set()
+    for n_words in range(1, 220, 6):
+        text = "word " * n_words
+        n = talk.chat.exchanges_to_drop(text, 20)
+        counts.add(n)
+        if n is None:
+            assert length(5, text) > 180
+        else:
+            assert length(n, text) <= 180
+            assert n == 0 or length(n - 1, text) > 180
+    assert {0, 1, 5, None} <= counts
 
 
 def test_clear_forgets_the_history() -> None:

@@ -14,6 +14,7 @@ from mistral_common.protocol.instruct.tool_calls import Function, Tool
 
 from mistral_chat.chat.conversation import Conversation
 from mistral_chat.chat.tokenizer import Tokenizer
+from mistral_chat.chat.tools import ToolCall
 from mistral_chat.errors import PromptError
 from tests.scripts.tokenizers import WITH_MARKS, byte_ids, encode, tokenizer
 
@@ -220,3 +221,47 @@ def test_encode_says_what_the_template_refuses() -> None:
     made = tokenizer("v3")
     with pytest.raises(PromptError, match="refuses this conversation"):
         talk(("one", None)).encode(made)  # nothing to answer
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("name", ALL)
+def test_drop_leaves_what_would_have_been_said_without_the_oldest(
+    name: str, system: str | None
+) -> None:
+    made = tokenizer(name)
+    answers = [(f"answer {n} ", letters(made, f"answer{n}")) for n in range(4)]
+    for n in range(5):
+        conversation = talk(*answers, system=system)
+        conversation.drop(n)
+        wanted = Conversation(system)
+        for number, (text, ids) in [*enumerate(answers)][n:]:
+            wanted.add_user(f"question {number}")
+            wanted.add_answer(text, ids)
+        assert conversation.messages == wanted.messages
+        assert conversation.n_exchanges == 4 - n
+        following = [UserMessage(content="next")]
+        assert conversation.encode(made, following) == wanted.encode(made, following)
+
+
+def test_drop_takes_calls_and_results_with_their_exchange() -> None:
+    conversation = Conversation("Be brief.", [TOOL])
+    conversation.add_user("with a call")
+    call = ToolCall("aaaaaaaa1", "get_weather", {})
+    conversation.add_calls("", [call], (1, 2))
+    conversation.add_result(call, "sunny")
+    conversation.add_answer("It is sunny.", (3,))
+    conversation.add_user("next")
+    conversation.add_answer("fine", (4,))
+    conversation.drop(1)
+    assert [message.role for message in conversation.messages] == ["system", "user", "assistant"]
+    assert conversation.last_ids == (4,)
+
+
+def test_copy_goes_on_by_itself() -> None:
+    conversation = talk(("one", [1]), ("two", [2]))
+    other = conversation.copy()
+    assert other.undo() == "question 1"
+    other.add_user("other")
+    other.add_answer("said", [3])
+    assert conversation.messages == talk(("one", None), ("two", None)).messages
+    assert conversation.last_ids == (2,)

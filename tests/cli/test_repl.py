@@ -129,6 +129,8 @@ def test_prompt_keys_and_commands(tiny_folder: Path, tmp_path: Path) -> None:
         child.expect("the context holds 512")
         child.expect("the message was not sent")
         _await_prompt(child)
+        child.sendintr()  # clears what was not sent, and stands at the prompt again
+        _await_prompt(child)
         child.send("/exit\r")
         child.expect(pexpect.EOF)
         child.close()

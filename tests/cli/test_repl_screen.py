@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mistral_chat.chat.conversation import Conversation
 from mistral_chat.cli.markdown import render
+from mistral_chat.cli.sessions import Session
 from tests.cli.test_markdown import SAMPLE, visible
 from tests.conftest import TINY, make_folder
 from tests.terminal import Terminal, chat_terminal
@@ -108,6 +110,14 @@ def messages(data_home: Path) -> list[str]:
     (path,) = (data_home / "mistral-chat" / "sessions").iterdir()
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     return [entry["content"] for entry in entries if "role" in entry]
+
+
+def history(data_home: Path) -> list[str]:
+    """What a model would be told of the only chat that is kept."""
+    (path,) = (data_home / "mistral-chat" / "sessions").iterdir()
+    conversation = Conversation()
+    assert Session.open(str(path), "m").replay(conversation) is None
+    return [str(message.content) for message in conversation.messages]
 
 
 @pytest.mark.parametrize("end", ["\x04", "\x1b\r"])
@@ -211,6 +221,102 @@ def test_undo_regen_and_branch_go_on_where_they_should(roomy_folder: Path, tmp_p
     texts = sorted(path.read_text() for path in folder.iterdir())
     assert [("again" in text, "left" in text) for text in texts].count((True, True)) == 0
     assert len(texts) == 2
+
+
+def editor(folder: Path, text: str) -> dict[str, str]:
+    """What makes a program the editor that notes what it was given and writes a text instead."""
+    program = folder / "editor"
+    program.write_text(f"#!/bin/sh\ncp $1 {folder}/given\nprintf '%s' '{text}' > $1\n")
+    program.chmod(0o700)
+    return {"EDITOR": str(program), "VISUAL": str(program)}
+
+
+def test_edit_opens_the_editor_and_asks_in_place_of_the_last_message(
+    roomy_folder: Path, tmp_path: Path
+) -> None:
+    script = written(tmp_path, "**one**", "**two**", "**three**")
+    env = editor(tmp_path, "from the editor")
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script, env=env) as terminal:
+        terminal.ask("/edit")
+        terminal.wait_for("nothing was said yet")
+        terminal.ask_and_wait("first")
+        terminal.ask_and_wait("second")
+        terminal.ask("/edit")
+        terminal.wait_for("> from the editor")
+        assert (tmp_path / "given").read_text().rstrip("\n") == "second"
+        terminal.child.sendintr()  # leaves all as it was
+        terminal.wait_for("the last message stays as it was")
+        assert history(tmp_path) == ["first", "**one**", "second", "**two**"]
+        terminal.ask("/edit")
+        terminal.wait_for(lambda text: text.count("> from the editor") == 2)
+        terminal.send("\r")
+        terminal.wait_for("three")
+        assert terminal.leave() == 0
+    assert history(tmp_path) == ["first", "**one**", "from the editor", "**three**"]
+
+
+def test_regen_that_is_stopped_before_its_first_word_keeps_the_old_answer(
+    roomy_folder: Path, tmp_path: Path
+) -> None:
+    script = written(tmp_path, "**one**", LONG, "after")
+    words = [roomy_folder, "--instruct"]
+    with chat_terminal(tmp_path, *words, script=script, gap_s=0.3) as terminal:
+        terminal.ask_and_wait("first")
+        terminal.ask("/regen")
+        terminal.child.sendintr()
+        terminal.wait_for("this exchange is not kept")
+        terminal.ask_and_wait("/tokens")
+        assert terminal.leave() == 0
+    assert history(tmp_path) == ["first", "**one**"]
+
+
+def test_message_that_does_not_fit_can_be_made_room_for(roomy_folder: Path, tmp_path: Path) -> None:
+    long = "word " * 100
+    script = written(tmp_path, "one", "two", "three", "four")
+    words = [roomy_folder, "--instruct", "--max_seq_len", "350"]
+    with chat_terminal(tmp_path, *words, size=(200, 40), script=script) as terminal:
+        for question in ("first", "second"):
+            terminal.ask_and_wait(f"{question} {long}")
+        terminal.ask(f"third {long}")
+        terminal.wait_for("Nothing is dropped by itself: /drop takes out")
+        terminal.ask(f"fourth {long}")
+        terminal.wait_for("the message was not sent")
+        terminal.wait_for("/drop 2 takes out what was said first")
+        terminal.ask("/drop 5")
+        terminal.wait_for("there are 3 exchanges; nothing was dropped")
+        terminal.wait_for("> fourth word")
+        terminal.child.sendintr()
+        terminal.ask(f"fourth {long}")
+        terminal.wait_for(lambda text: text.count("/drop 2 takes out") == 2)
+        terminal.ask("/drop 2")
+        terminal.wait_for("dropped: the oldest 2 exchanges")
+        terminal.wait_for(lambda text: text.count("> fourth word") == 4)
+        terminal.send("\r")
+        terminal.wait_for("four")
+        terminal.ask(f"too long by itself {long * 3}")
+        terminal.wait_for("> too long by itself", 60)
+        terminal.wait_for_prompt()
+        terminal.child.sendintr()
+        assert terminal.leave() == 0
+    begins = [message.split()[0] for message in history(tmp_path)]
+    assert begins == ["third", "three", "fourth", "four"]
+
+
+def test_words_after_commands_are_completed(roomy_folder: Path, tmp_path: Path) -> None:
+    script = written(tmp_path, "one")
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
+        terminal.ask_and_wait("a first question")
+        terminal.send("/set tempe\t")
+        terminal.wait_for("/set temperature")
+        terminal.send(" 0.25\r")
+        terminal.wait_for("temperature 0.25")
+        terminal.wait_for_prompt()
+        (path,) = (tmp_path / "mistral-chat" / "sessions").iterdir()
+        terminal.send("/load 2\t")
+        terminal.wait_for(f"/load {path.stem}")
+        terminal.send("\r")
+        terminal.wait_for("2 messages")
+        assert terminal.leave() == 0
 
 
 def test_resume_after_kill_9_in_an_answer_asks_again(roomy_folder: Path, tmp_path: Path) -> None:

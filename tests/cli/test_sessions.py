@@ -10,7 +10,7 @@ import pytest
 
 from mistral_chat.chat.conversation import Conversation
 from mistral_chat.chat.tools import ToolCall
-from mistral_chat.cli import commands
+from mistral_chat.cli import chat_text, settings
 from mistral_chat.cli.flags import SESSION_ID
 from mistral_chat.cli.sessions import Session, sessions_folder, summaries
 from mistral_chat.config import SamplingParams
@@ -229,9 +229,9 @@ def test_session_says_once_that_it_can_no_longer_be_written() -> None:
 )
 def test_set_sampling_changes_one_setting(words: str, name: str, value: object) -> None:
     before = SamplingParams(max_tokens=5, stop=("a",), temperature=0.9)
-    after = commands.set_sampling(before, words)
+    after = settings.set_sampling(before, words)
     assert getattr(after, name) == value
-    assert f"{name} " in commands.sampling_line(after)
+    assert f"{name} " in settings.sampling_line(after)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_set_sampling_changes_one_setting(words: str, name: str, value: object) 
 )
 def test_set_sampling_refuses(words: str) -> None:
     with pytest.raises(UsageError):
-        commands.set_sampling(SamplingParams(), words)
+        settings.set_sampling(SamplingParams(), words)
 
 
 def test_write_markdown_overwrites_nothing(tmp_path: Path) -> None:
@@ -248,14 +248,14 @@ def test_write_markdown_overwrites_nothing(tmp_path: Path) -> None:
     conversation.add_user("question")
     conversation.add_answer("answer", None)
     path = tmp_path / "chat.md"
-    commands.write_markdown(path, conversation)
+    chat_text.write_markdown(path, conversation)
     text = path.read_text()
     assert text.index("## System") < text.index("## You") < text.index("question")
     assert text.index("question") < text.index("## Model") < text.index("answer")
     with pytest.raises(OutputError, match="there already"):
-        commands.write_markdown(path, conversation)
+        chat_text.write_markdown(path, conversation)
     with pytest.raises(MistralChatError):
-        commands.write_markdown(tmp_path / "no" / "folder.md", conversation)
+        chat_text.write_markdown(tmp_path / "no" / "folder.md", conversation)
 
 
 def test_conversation_system_prompt_can_change_without_losing_ids() -> None:
@@ -372,13 +372,13 @@ def test_write_markdown_shows_calls_and_results(tmp_path: Path) -> None:
     conversation.add_result(CALLS[1], "two")
     conversation.add_answer("answer", None)
     path = tmp_path / "chat.md"
-    commands.write_markdown(path, conversation)
+    chat_text.write_markdown(path, conversation)
     text = path.read_text(encoding="utf-8")
     assert "## Model\n\nLet me see.\n\ncalls `f(a=[1, null, " in text
     assert "calls `g()`" in text
     assert "## Result of f\n\n````\n# no heading\n```\nfenced\n```\n````\n" in text
     assert text.index("## Result of g") < text.index("answer")
-    lines = list(commands.last_exchange(conversation))
+    lines = list(chat_text.last_exchange(conversation))
     assert lines[0] == "> question"
     assert lines[-1] == "answer"
 
@@ -394,4 +394,50 @@ def test_write_markdown_shows_calls_and_results(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_call_line_hides_nothing(arguments: dict[str, object], shown: str) -> None:
-    assert commands.call_line(ToolCall("aaaaaaaaa", "f", arguments)) == shown
+    assert chat_text.call_line(ToolCall("aaaaaaaaa", "f", arguments)) == shown
+
+
+def test_session_drops_the_oldest_exchanges() -> None:
+    session = make_session(4, "Be brief.")
+    session.drop(1)
+    session.drop(2)
+    session.add_user("next")
+    session.add_answer("fine", (9,), "stop")
+    assert said(replayed(session.id)[0]) == [
+        ("system", "Be brief."),
+        ("user", "question 3"),
+        ("assistant", "answer 3"),
+        ("user", "next"),
+        ("assistant", "fine"),
+    ]
+    session.drop(7)
+    assert said(replayed(session.id)[0]) == [("system", "Be brief.")]
+
+
+def test_session_replaces_the_last_exchange_once_there_is_an_answer() -> None:
+    session = make_session(2)
+    session.add_user("another", replaces=True)
+    session.add_answer("better", (8,), "stop")
+    wanted = [
+        ("user", "question 0"),
+        ("assistant", "answer 0"),
+        ("user", "another"),
+        ("assistant", "better"),
+    ]
+    assert said(replayed(session.id)[0]) == wanted
+    assert said(replayed(session.branch().id)[0]) == wanted
+    session.undo()
+    assert said(replayed(session.id)[0]) == wanted[:2]
+
+
+@pytest.mark.parametrize("ends", ["killed", "nothing was said"])
+def test_session_keeps_the_last_exchange_where_nothing_took_its_place(ends: str) -> None:
+    session = make_session_of_calls()
+    before = replayed(session.id)[0].messages
+    session.add_user("another", replaces=True)
+    if ends == "nothing was said":
+        session.drop_user()
+    conversation, unanswered = replayed(session.id)
+    assert conversation.messages == before
+    assert unanswered == ("another" if ends == "killed" else None)
+    assert replayed(session.id)[0].messages == before  # also the next time

@@ -1,0 +1,307 @@
+"""One chat at a terminal: messages, streamed answers, calls, and the session that keeps them.
+
+Ctrl-C stops what runs and nothing else. Knows nothing of the prompt's keys or of commands.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
+from mistral_chat.chat.functions import PythonFunctions
+from mistral_chat.chat.rounds import Rounds
+from mistral_chat.cli import render
+from mistral_chat.cli.answer_view import make_view
+from mistral_chat.cli.calls import CallDesk
+from mistral_chat.cli.chat_text import last_exchange
+from mistral_chat.cli.flags import Options
+from mistral_chat.cli.one_shot import report, report_figures
+from mistral_chat.cli.sessions import Session
+from mistral_chat.cli.terminal import QuietTerminal
+from mistral_chat.errors import ContextLengthError, PromptError, SessionError, UsageError
+
+__all__ = ["Draft", "TerminalChat"]
+
+NEARLY_FULL = 0.9
+LEAST_ANSWER = 256  # tokens that an answer should have room for, or an eighth of the context
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A message that is not sent yet.
+
+    Args:
+        text: so far.
+        replace_last: it is to stand in place of the last exchange.
+        in_editor: it is to be opened in the editor.
+    """
+
+    text: str = ""
+    replace_last: bool = False
+    in_editor: bool = False
+
+
+class TerminalChat:
+    """What is said, answered and kept.
+
+    Args:
+        chat: to talk to.
+        options: of the command line.
+        load_s: seconds that loading took.
+        terminal: quiet already.
+        functions: that the model may have called; None has the person say what calls give.
+
+    `sampling` is for answers to come, `files` holds texts that the next message begins with,
+    `answer` is the last one, `draft` stands at the next prompt, and `unsent` is a message that
+    will go through only after some command.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        options: Options,
+        load_s: float,
+        terminal: QuietTerminal,
+        functions: PythonFunctions | None = None,
+    ) -> None:
+        self.chat = chat
+        self.load_s = load_s
+        self.sampling = options.sampling
+        self.files: list[str] = []
+        self.answer: Answer | None = None
+        self.draft = Draft()
+        self.unsent: Draft | None = None
+        self.session: Session | None = None
+        self._options = options
+        self._terminal = terminal
+        self._warned_full = False
+        self._desk = CallDesk(
+            functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
+        )
+        self._pressed = False  # Ctrl-C, since the last answer began
+        self._model = (
+            options.engine.model.resolve().name if options.engine.model else "dummy weights"
+        )
+
+    # The session.
+
+    def open_session(self) -> None:
+        """Go on with the chat that the command line names, or begin one that is kept.
+
+        Raises:
+            SessionError: the chat to go on with is not there.
+        """
+        options = self._options
+        if options.resume is not None:
+            self.resume(options.resume)
+        elif self.chat.instruct and options.save:
+            try:
+                self.session = Session.create(self._model, self.chat.conversation.system)
+            except SessionError as error:
+                render.error(error)
+
+    def resume(self, name: str) -> None:
+        """Go on with a kept chat.
+
+        Args:
+            name: as `Session.open` takes it.
+
+        Raises:
+            SessionError: there is no such chat, or it cannot be read.
+        """
+        session = Session.open(name, self._model)
+        unanswered = session.replay(self.chat.conversation)
+        self.session = session if self._options.save else None
+        self.answer = None
+        self.draft = Draft(unanswered or "")
+        n = len(self.chat.conversation.messages) - (self.chat.conversation.system is not None)
+        render.note(f"chat {session.id}, {n} messages" + (
+            "; its last message had no answer and stands at the prompt" if unanswered else ""
+        ))  # fmt: skip
+        for line in last_exchange(self.chat.conversation):
+            render.note(line)
+
+    def write(self, write: Callable[[Session], None]) -> None:
+        """Write to the session; where that fails, say so once and go on without."""
+        if self.session is None:
+            return
+        try:
+            write(self.session)
+        except SessionError as error:
+            self.session = None
+            render.error(error)
+
+    # Messages.
+
+    def say(self, text: str, *, replace_last: bool = False) -> None:
+        """Send one message and print its answer.
+
+        A message that cannot be sent stands at the prompt again, at once or, where a command
+        would help, after the next one.
+
+        Args:
+            text: the message; files come before it unless it stands in place of the last.
+            replace_last: the last exchange goes once this one is answered.
+        """
+        chat, options = self.chat, self._options
+        message = text if replace_last else "\n\n".join([*self.files, text])
+        try:
+            stream = chat.send(message, self.sampling, replace_last=replace_last)
+        except (PromptError, UsageError) as error:  # such as /set stop beside a schema
+            render.error(f"{error}; the message was not sent")
+            draft = Draft(text, replace_last)
+            if isinstance(error, UsageError) or self._is_room_offered(message, error):
+                self.unsent = draft
+            else:
+                self.draft = draft
+            return
+        if not replace_last:
+            self.files = []
+        if chat.instruct:
+            self.write(lambda session: session.add_user(message, replaces=replace_last))
+        answer = self._print_answer(stream, message)
+        rounds = Rounds(chat, self.sampling, self._desk.run)
+        try:
+            while following := self._run_calls(rounds, answer):
+                if options.stats:
+                    report_figures(answer, chat, options, self.load_s)
+                answer = self._print_answer(following, None)
+        except PromptError as error:  # such as results that fill the context
+            render.error(f"{error}; this exchange is taken back")
+            chat.conversation.undo()
+            self.write(Session.undo)
+            return
+        if rounds.ended:
+            render.note(f"mistral-chat: {rounds.ended}")
+        elif rounds.cancelled:
+            if not options.quiet:
+                render.note("mistral-chat: interrupted")
+        else:
+            report(answer, chat, replace(options, sampling=self.sampling), self.load_s)
+            if not answer.said and chat.instruct and not options.quiet:
+                kept = "the calls are kept" if rounds.n_rounds else "this exchange is not kept"
+                render.note(f"mistral-chat: {_why_empty(answer)}; {kept}")
+        self._warn_when_nearly_full(answer)
+
+    def _print_answer(self, stream: ChatStream, message: str | None) -> Answer:
+        """Print an answer as it comes, and keep it.
+
+        Args:
+            stream: of the answer.
+            message: that it answers; None are results of calls.
+        """
+        chat = self.chat
+        # What a schema or a plain completion gives is no Markdown.
+        plain = self._options.plain or not chat.instruct or chat.grammar is not None
+        view = make_view(plain=plain)
+        self._pressed = False
+        for event in stream:
+            if isinstance(event, Delta) and not event.is_call:
+                view.add(event.text)
+            if self._poll():
+                stream.cancel()
+        self.draft = Draft(self.draft.text.rstrip("\n"))
+        answer = stream.answer
+        assert answer is not None
+        self.answer = answer
+        if answer.said or answer.call_at is None:
+            view.finish()
+        if stream.is_kept:
+            ids, reason = chat.conversation.last_ids, answer.finish_reason
+            if calls := chat.conversation.open_calls:
+                self.write(lambda session: session.add_calls(answer.said, calls, ids))
+            else:
+                self.write(lambda session: session.add_answer(answer.said, ids, reason))
+        elif chat.instruct and message is not None:
+            self.write(Session.drop_user)
+        return answer
+
+    def _run_calls(self, rounds: Rounds, answer: Answer) -> ChatStream | None:
+        """Run the calls of an answer, keep their results, and have the model go on."""
+        for result in rounds.results(answer):
+            self.write(partial(Session.add_result, call=result.call, text=result.text))
+            self._desk.show(result)
+        return rounds.go_on()
+
+    def _poll(self) -> bool:
+        """Whether Ctrl-C was pressed; what else was typed stands at the next prompt."""
+        pressed, more = self._terminal.poll()
+        self.draft = Draft(more if pressed else self.draft.text + more)
+        self._pressed |= pressed
+        return pressed
+
+    def _is_interrupted(self) -> bool:
+        """Whether calls must not run: Ctrl-C counts, too, when the answer had just ended."""
+        return self._poll() or self._pressed
+
+    # The context.
+
+    def _is_room_offered(self, message: str, error: PromptError) -> bool:
+        """Say which command makes room for a message that did not fit; whether there is one."""
+        if not isinstance(error, ContextLengthError) or not self.chat.instruct:
+            return False
+        n_answer = min(LEAST_ANSWER, self.chat.engine.max_seq_len // 8)
+        n = self.chat.exchanges_to_drop(message, n_answer)
+        if n:
+            render.note(
+                f"mistral-chat: /drop {n} takes out what was said first and makes room; the "
+                f"message then stands at the prompt again"
+            )
+        return bool(n)
+
+    def _warn_when_nearly_full(self, answer: Answer) -> None:
+        used = answer.usage.prompt_tokens + answer.usage.completion_tokens
+        most = self.chat.engine.max_seq_len
+        if not self.chat.instruct or used < NEARLY_FULL * most:
+            self._warned_full = False
+        elif not self._warned_full and not self._options.quiet:
+            self._warned_full = True
+            render.note(
+                f"mistral-chat: {used:,} of {most:,} tokens of context are used. Nothing is "
+                f"dropped by itself: /drop takes out the oldest exchange, /undo the last, "
+                f"/clear all"
+            )
+
+    # What it is like, in a line.
+
+    @property
+    def greeting(self) -> str:
+        """Model, ranks and context, before the first prompt."""
+        chat, runner = self.chat, self.chat.engine.runner
+        kind = "chat" if chat.instruct else "plain completion: each line is a prompt of its own"
+        return (
+            f"{self._model}, {runner.model.args.n_params / 1e9:.2f} B parameters on "
+            f"{self._ranks} ({runner.model.device.type}, "
+            f"{str(runner.model.dtype).removeprefix('torch.')}), context "
+            f"{chat.engine.max_seq_len:,}; {kind}. /help lists commands, Ctrl-D leaves."
+        )
+
+    @property
+    def bottom_line(self) -> str:
+        """What stands under the prompt."""
+        most = self.chat.engine.max_seq_len
+        parts = [self._model, self._ranks]
+        answer = self.answer
+        if answer is not None:
+            used = answer.usage.prompt_tokens + answer.usage.completion_tokens
+            parts.append(f"context {used:,} used, {most - used:,} left")
+            if answer.decode_tokens_per_s is not None:
+                parts.append(f"{answer.decode_tokens_per_s:.1f} tokens/s")
+        else:
+            parts.append(f"context {most:,}")
+        if self.files:
+            parts.append(f"{len(self.files)} file(s) before the next message")
+        return " · ".join(parts)
+
+    @property
+    def _ranks(self) -> str:
+        n = self.chat.engine.runner.group.world_size
+        return f"{n} {'rank' if n == 1 else 'ranks'}"
+
+
+def _why_empty(answer: Answer) -> str:
+    if answer.call_at is not None:
+        return "a call was cut short"
+    if answer.finish_reason == "cancelled":
+        return "stopped before the first word"
+    return "the model gave an empty answer"
