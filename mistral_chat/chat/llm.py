@@ -18,7 +18,7 @@ from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import make_tool
 from mistral_chat.config import Device, Dtype, EngineConfig, LoadFormat, SamplingParams
 from mistral_chat.engine.engine import Engine
-from mistral_chat.engine.runner import load_runner
+from mistral_chat.engine.start_up import load_runner
 from mistral_chat.engine.worker import Session, serve
 from mistral_chat.errors import PromptError, UsageError
 from mistral_chat.model.args import read_args

@@ -128,7 +128,7 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     from mistral_chat.engine import measure
     from mistral_chat.engine.group import Group, Place
     from mistral_chat.engine.launch import current_group
-    from mistral_chat.engine.runner import choose_device, load_runner
+    from mistral_chat.engine.start_up import choose_device, load_runner
 
     torch_imported = time.monotonic()
     group = Group(Place(), shards=asked.shard_of) if asked.shard_of else current_group()

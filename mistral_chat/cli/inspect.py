@@ -97,7 +97,7 @@ def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None
     """
     import torch
 
-    from mistral_chat.engine.runner import choose_device, choose_dtype
+    from mistral_chat.engine.start_up import choose_device, choose_dtype
     from mistral_chat.model.args import TransformerArgs, read_args
 
     if config.model is not None:
@@ -199,7 +199,7 @@ def _plan_ranks(
 ) -> dict[str, Any]:
     """One number of ranks: what each holds for the context that a run would take."""
     from mistral_chat.engine.memory import LEAST_SEQ_LEN, plan_memory
-    from mistral_chat.engine.runner import chunk_size_of
+    from mistral_chat.engine.start_up import chunk_size_of
     from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
     from mistral_chat.model.sharding import Shard
 

@@ -149,7 +149,7 @@ def load(
     """
     from mistral_chat.cli import render
     from mistral_chat.engine.group import PeerFailedError
-    from mistral_chat.engine.runner import load_runner
+    from mistral_chat.engine.start_up import load_runner
 
     tokenizers: list[Tokenizer] = []
     try:

@@ -10,8 +10,9 @@ import torch
 
 from mistral_chat.config import EngineConfig, SamplingParams
 from mistral_chat.engine.launch import current_group
-from mistral_chat.engine.runner import Runner, load_model
+from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.sampling import Draws, choose, log_probability
+from mistral_chat.engine.start_up import load_model
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.model import transformer as model_layer
 from mistral_chat.model.args import TransformerArgs

@@ -24,7 +24,7 @@ from mistral_chat.engine.launch import (
     launched_ranks_here,
     spawn_ranks,
 )
-from mistral_chat.engine.runner import load_runner
+from mistral_chat.engine.start_up import load_runner
 from mistral_chat.errors import MistralChatError, UsageError
 
 __all__ = ["Session", "serve"]

@@ -17,7 +17,7 @@ from mistral_chat.cli import inspect, inspect_text
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.memory import plan_memory
-from mistral_chat.engine.runner import load_runner
+from mistral_chat.engine.start_up import load_runner
 from mistral_chat.errors import NotEnoughMemoryError
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.sharding import Shard

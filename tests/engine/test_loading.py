@@ -20,7 +20,7 @@ import pytest
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine import loading as watching
 from mistral_chat.engine.group import Group, Place
-from mistral_chat.engine.runner import load_runner
+from mistral_chat.engine.start_up import load_runner
 from mistral_chat.errors import PromptError
 from mistral_chat.model import loading
 from tests.conftest import ROOT, command_env

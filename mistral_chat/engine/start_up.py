@@ -1,0 +1,257 @@
+"""From a config to a model that runs, on every rank: check, plan, read weights, make ready.
+
+All ranks go through it together, and fail together. Knows nothing of steps or of files' contents.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from mistral_chat.config import EngineConfig
+from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.loading import OnLoading, Watch
+from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
+from mistral_chat.engine.runner import Runner, StartUp, why_no_decoder
+from mistral_chat.errors import CheckpointError, DeviceError, UsageError
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, read_args
+from mistral_chat.model.checkpoint import Headers, check_tensors, read_headers
+from mistral_chat.model.loading import Reading
+from mistral_chat.model.sharding import Shard, placements
+from mistral_chat.model.transformer import Transformer
+
+__all__ = [
+    "choose_device",
+    "choose_dtype",
+    "chunk_size_of",
+    "load_model",
+    "load_runner",
+    "reading_threads",
+]
+
+AnyTransformer = TypeVar("AnyTransformer", bound=Transformer)
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of a rank: auto is this rank's GPU where there are any, else the CPU.
+
+    Raises:
+        DeviceError: no GPU, or none of this rank's number.
+    """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not n_gpus):
+        return torch.device("cpu")
+    if not n_gpus:
+        raise DeviceError(
+            f"--device {device}, but torch {torch.__version__} sees no GPU here: use --device cpu, "
+            f"or install a CUDA build of torch and check nvidia-smi"
+        )
+    if local_rank >= n_gpus:
+        raise DeviceError(
+            f"rank {local_rank} of this node needs GPU {local_rank}, but there are {n_gpus}: "
+            f"expected at most {n_gpus} ranks a node"
+        )
+    torch.cuda.set_device(local_rank)
+    # cuDNN's attention builds a plan for every new length: 30 to 40 ms a decoded token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Type of weights and cache: auto is float32 on CPU, else bfloat16 (float16 before sm80)."""
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def reading_threads(device: torch.device, place: Place) -> int:
+    """Threads of one rank that read weights.
+
+    On GPUs up to 16, what it takes to keep up with copies to the device (BENCHMARKS.md); on CPU
+    all but free memory is the limit.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    each = (cores or 1) // place.local_world_size
+    return max(2, min(16, each)) if device.type == "cuda" else max(1, min(4, each))
+
+
+def chunk_size_of(config: EngineConfig, device: torch.device) -> int:
+    """Most tokens of one step: as asked for, else what takes about half a second."""
+    return config.chunk_size or (2048 if device.type == "cuda" else 256)
+
+
+def _shape(config: EngineConfig) -> TransformerArgs:
+    if config.model is not None:
+        return read_args(config.model, config.load_format)
+    assert config.shape is not None
+    try:
+        return TransformerArgs.from_dict(config.shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"--config, table [model]: {error}") from error
+
+
+def _begin(
+    config: EngineConfig, group: Group, make: Callable[[TransformerArgs], AnyTransformer]
+) -> tuple[AnyTransformer, Plan, Reading | None]:
+    """Check, plan, make the empty model and begin to read its weights, or draw them."""
+    with group.together():
+        args = replace(_shape(config), max_batch_size=config.max_batch_size)
+        shard = Shard(args, group.shards, group.rank)
+        device = choose_device(config.device, group.place.local_rank)
+        dtype = choose_dtype(config.dtype, device)
+    headers: Headers | None = None
+    with group.together():
+        if group.is_leader and config.load_format != "dummy":
+            assert config.model is not None
+            headers = read_headers(config.model, config.load_format)
+            check_tensors(config.model, headers, placements(shard, headers.layout))
+    headers = group.share(headers)
+    with group.together():
+        if config.max_seq_len and args.max_seq_len and config.max_seq_len > args.max_seq_len:
+            raise UsageError(
+                f"--max_seq_len {config.max_seq_len}: the model knows {args.max_seq_len} positions"
+            )
+        most = config.max_seq_len or args.max_seq_len or DEFAULT_MAX_SEQ_LEN
+        plan = plan_memory(
+            shard,
+            dtype=dtype,
+            device=device,
+            free=free_bytes(device, group.place.local_world_size),
+            n_slots=config.max_batch_size,
+            chunk_size=min(chunk_size_of(config, device), most),
+            max_seq_len=config.max_seq_len,
+        )
+    plan = replace(plan, max_seq_len=group.minimum(plan.max_seq_len))
+    reading: Reading | None = None
+    try:
+        with group.together():
+            with device, _default_dtype(dtype):
+                model = make(args)
+            if headers is None:
+                model.init_weights(config.seed)
+            else:
+                if why_no_decoder(model) is None:  # its kernels run before the weights are there
+                    for parameter in model.parameters():
+                        parameter.data.zero_()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)  # threads that read have their own streams
+                reading = Reading(model, headers, reading_threads(device, group.place))
+                reading.start()
+    except BaseException:
+        if reading is not None:
+            reading.abandon()
+        raise
+    return model, plan, reading
+
+
+def _finish(reading: Reading | None, group: Group) -> None:
+    is_whole = True
+    with group.together():
+        if reading is not None:
+            is_whole = reading.finish()
+    assert is_whole  # stopped only where a rank has failed
+
+
+@contextmanager
+def _watched(reading: Reading | None, group: Group, on_loading: OnLoading) -> Iterator[None]:
+    if reading is None:
+        yield
+    else:
+        with Watch(reading, group, on_loading):
+            yield
+
+
+def load_model(
+    config: EngineConfig,
+    group: Group,
+    make: Callable[[TransformerArgs], AnyTransformer],
+    on_loading: OnLoading = lambda loading: None,
+) -> tuple[AnyTransformer, Plan]:
+    """Check, plan and load this rank's share of the model; fails on all ranks or on none.
+
+    Args:
+        config: what to load and where.
+        group: the ranks.
+        make: gives an empty model of a shape, on torch's default device and in its default type.
+        on_loading: on rank 0 told of progress, from a thread.
+
+    Raises:
+        CheckpointError: the folder or its weights cannot be used.
+        DeviceError: a device or number of ranks that cannot be.
+        NotEnoughMemoryError: it does not fit.
+    """
+    model, plan, reading = _begin(config, group, make)
+    with _watched(reading, group, on_loading):
+        _finish(reading, group)
+    return model, plan
+
+
+def load_runner(
+    config: EngineConfig,
+    group: Group,
+    on_loading: OnLoading = lambda loading: None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Runner:
+    """`load_model`, with its cache; kernels are made ready while weights are read.
+
+    Args:
+        config: what to load and where.
+        group: the ranks.
+        on_loading: on rank 0 told of progress, from a thread.
+        meanwhile: what else this rank is to do while weights are read; where it fails, all do.
+
+    Raises:
+        MistralChatError: as `load_model`, or from `meanwhile`.
+    """
+
+    def make(args: TransformerArgs) -> Transformer:
+        return Transformer(args, Shard(args, group.shards, group.rank), group)
+
+    started = time.monotonic()
+    model, plan, reading = _begin(config, group, make)
+    begun = time.monotonic()
+    with _watched(reading, group, on_loading):
+        runner = Runner(
+            model,
+            group,
+            max_batch_size=config.max_batch_size,
+            max_seq_len=plan.max_seq_len,
+            chunk_size=chunk_size_of(config, model.device),
+            plan=plan,
+        )
+        if why_no_decoder(model) is None:
+            runner.open_decoder()
+        ready = time.monotonic()
+        with group.together():
+            meanwhile()
+        done = time.monotonic()
+        _finish(reading, group)
+    decoder = runner.decoder
+    runner.start_up = StartUp(
+        load_s=time.monotonic() - started,
+        check_s=begun - started,
+        weights_s=reading.seconds if reading else 0.0,
+        weights_bytes=reading.total if reading else 0,
+        kernels_s=decoder.kernels_s if decoder else 0.0,
+        capture_s=decoder.capture_s if decoder else 0.0,
+        meanwhile_s=done - ready,
+    )
+    return runner
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
