@@ -7,7 +7,6 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +17,14 @@ from mistral_chat.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from mistral_chat.engine.engine import Engine
+    from mistral_chat.chat.grammar import Grammar
+    from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.engine.runner import Runner
 
 __all__ = ["run"]
 
-N_TOKENS = {"cuda": 64, "cpu": 24}
 CONTEXTS = (512, 8192, 32768)
 PROMPTS = (128, 512, 2048, 8192)
-BATCHES = {"cuda": (1, 2, 4, 8), "cpu": (1, 2)}
-VERIFY = (5, 9, 17)
-VERIFY_CONTEXT = 512
 HELP = """usage: mistral-chat bench MODEL [flags]
 
 Measure decode, time to first token, sums over ranks, start and memory, beside what this machine
@@ -42,6 +38,7 @@ can do at most.
                        beside --loading
   --loading            measure how fast the folder's weights are read, and nothing else
   --cold               with --loading: have the system forget the files before each reading
+  --json_schema FILE   measure answers kept to this schema beside free text, too
   --plot FILE          draw the figures (.svg, .png; needs matplotlib)
   --json               one JSON object on stdout instead of tables
   and of the main job: --nproc_per_node --device --dtype --max_seq_len --config --load_format
@@ -73,7 +70,9 @@ _OWN = {
     "plot": OwnFlag(str),
     "json": OwnFlag(name="as_json"),
 }
-_SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
+_SHARED = (
+    "nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format", "json_schema",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +105,9 @@ def run(words: list[str], started: float) -> int:
         raise UsageError("--cold belongs to --loading")
     if asked.peer and asked.loading != (asked.peer == "safetensors"):
         raise UsageError("--peer safetensors belongs to --loading, --peer transformers does not")
-    if asked.loading and asked.plot:
-        raise UsageError("--loading and --plot: there is nothing to draw")
+    if asked.loading and (asked.plot or options.json_schema):
+        name, why = ("plot", "draw") if asked.plot else ("json_schema", "answer")
+        raise UsageError(f"--loading and --{name}: there is nothing to {why}")
     if asked.plot:
         from mistral_chat.cli import plot
 
@@ -125,12 +125,19 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     imported = time.monotonic()
     import torch
 
+    from mistral_chat.cli import bench_phases
     from mistral_chat.engine import measure
     from mistral_chat.engine.group import Group, Place
     from mistral_chat.engine.launch import current_group
     from mistral_chat.engine.start_up import choose_device, load_runner
 
     torch_imported = time.monotonic()
+    kept_to: tuple[Tokenizer, Grammar] | None = None
+    if options.json_schema is not None:
+        from mistral_chat.chat.grammar import read_grammar
+
+        kept_to = start.tokenizer_of(options.engine), read_grammar(options.json_schema)
+    begun = time.monotonic()
     group = Group(Place(), shards=asked.shard_of) if asked.shard_of else current_group()
     joined = time.monotonic()
     device = choose_device(options.engine.device, group.place.local_rank)
@@ -171,11 +178,14 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
         "read_gb_per_s": ceiling / 1e9,
         "product_tflop_per_s": group.minimum(int(measure.product_flops(runner))) / 1e12,
         "sum_us": {path: s * 1e6 for path, s in measure.sum_s(group, runner).items()},
-        "start": _start(runner, started, imported, torch_imported, joined, loading, loaded),
+        "start": _start(runner, started, imported, torch_imported, joined - begun, loading, loaded),
         "memory": _memory(runner),
         "decode": [],
     }
-    for n_slots, max_seq_len, work in _phases(asked, runner, ceiling, result):
+    wanted = bench_phases.Wanted(
+        batches=asked.batches, contexts=asked.contexts, prompts=asked.prompts, kept_to=kept_to
+    )
+    for n_slots, max_seq_len, work in bench_phases.phases(wanted, runner, ceiling, result):
         # Every rank makes the cache; its keys are random, so that long contexts need no run.
         runner.resize(n_slots, max_seq_len)
         runner.cache.k.normal_()
@@ -188,7 +198,7 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     if group.is_leader and asked.peer:
         from mistral_chat.cli import peer
 
-        n_tokens = N_TOKENS[device.type]
+        n_tokens = bench_phases.N_TOKENS[device.type]
         result["peer"] = peer.decode_beside(options.engine.model, runner, asked.contexts, n_tokens)
     group.close()
     if not group.is_leader:
@@ -199,81 +209,11 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
         plot.draw(result, asked.plot)
     from mistral_chat.cli import bench_tables
 
-    print(json.dumps(result) if asked.as_json else bench_tables.text_of(result, VERIFY_CONTEXT))
+    if asked.as_json:
+        print(json.dumps(result))
+    else:
+        print(bench_tables.text_of(result, bench_phases.VERIFY_CONTEXT))
     return 0
-
-
-Phase = tuple[int, int, Callable[[], None]]
-
-
-def _phases(
-    asked: Asked, runner: "Runner", ceiling: float, result: dict[str, Any]
-) -> Iterator[Phase]:
-    """Slots, positions of each, and what rank 0 then measures; the same on every rank."""
-    from mistral_chat.engine import measure
-    from mistral_chat.engine.engine import Engine
-
-    plan = runner.plan
-    assert plan is not None
-    device_type = runner.model.device.type
-    n_tokens = N_TOKENS[device_type]
-    room = plan.max_seq_len
-    for batch in asked.batches or BATCHES[device_type]:
-        contexts = [c for c in asked.contexts if batch * (c + n_tokens) <= room]
-        if not contexts:
-            continue
-
-        def decode(batch: int = batch, contexts: Sequence[int] = contexts) -> None:
-            engine = Engine(runner)
-            for context in contexts:
-                seconds = measure.decode_s(engine, batch, context, n_tokens)
-                n_bytes = measure.bytes_per_step(runner, batch, context)
-                result["decode"].append(
-                    {
-                        "batch": batch,
-                        "context": context,
-                        "ms_per_token": seconds * 1e3,
-                        "tokens_per_s": batch / seconds,
-                        "bytes_per_step": n_bytes,
-                        "share_of_read_ceiling": n_bytes / seconds / ceiling,
-                    }
-                )
-
-        yield batch, max(contexts) + n_tokens, decode
-
-    prompts = [n for n in asked.prompts if n < room]
-
-    def one_sequence() -> None:
-        engine = Engine(runner)
-        result["first_token"] = [_first_token(engine, n, result) for n in prompts]
-        if VERIFY_CONTEXT + max(VERIFY) < runner.max_seq_len:
-            result["verify"] = _verify(runner)
-
-    yield 1, min(room, max([*prompts, VERIFY_CONTEXT]) + max(VERIFY) + 1), one_sequence
-
-
-def _first_token(engine: "Engine", length: int, result: dict[str, Any]) -> dict[str, Any]:
-    from mistral_chat.engine import measure
-
-    seconds = measure.first_token_s(engine, length)
-    tflop_per_s = measure.prefill_flops(engine.runner, length) / seconds / 1e12
-    return {
-        "prompt": length,
-        "first_token_s": seconds,
-        "tflop_per_s": tflop_per_s,
-        "share_of_product_ceiling": tflop_per_s / result["product_tflop_per_s"],
-    }
-
-
-def _verify(runner: "Runner") -> list[dict[str, Any]]:
-    from mistral_chat.engine import measure
-
-    one = measure.verify_s(runner, 1, VERIFY_CONTEXT)
-    rows = []
-    for n in VERIFY:
-        seconds = measure.verify_s(runner, n, VERIFY_CONTEXT)
-        rows.append({"tokens": n, "ms": seconds * 1e3, "of_one_token": seconds / one})
-    return rows
 
 
 def _start(runner: "Runner", *moments: float) -> dict[str, float]:

@@ -101,6 +101,13 @@ def _tables(
     if verify:
         title = f"step that scores several tokens, context {verify_context}"
         tables.append((title, ["tokens", "ms", "of one token"], verify))
+    if kept := result.get("json_schema"):
+        overhead = kept["ms_per_token"] - kept["free_ms_per_token"]
+        row = [f"{kept[name]:.2f}" for name in ("ms_per_token", "free_ms_per_token")]
+        row += [f"{overhead:.2f}", f"{kept['mask_ms']:.2f}", f"{kept['mask_ms_p99']:.2f}"]
+        title = f"{kept['tokens']} tokens of answers kept to a schema, context {kept['context']:,}"
+        headings = ["ms a token", "free text", "more", "masks alone", "99 of 100 under"]
+        tables.append((title, headings, [row]))
     if sums:
         tables.append(("sum of one row over ranks, residual, norm", ["path", "us"], sums))
     return tables

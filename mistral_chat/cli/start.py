@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from mistral_chat.engine.group import Group
     from mistral_chat.engine.runner import Runner
 
-__all__ = ["Loaded", "end_with", "follow", "launch", "load", "parting", "ranks_to_start"]
+__all__ = [
+    "Loaded",
+    "end_with",
+    "follow",
+    "launch",
+    "load",
+    "parting",
+    "ranks_to_start",
+    "tokenizer_of",
+]
 
 FAILED, WRONG_USAGE = 1, 2
 
@@ -155,7 +164,7 @@ def load(
     try:
         with render.loading_bar(quiet=quiet) as on_loading:
             runner = load_runner(
-                config, group, on_loading, lambda: tokenizers.append(_tokenizer_of(config))
+                config, group, on_loading, lambda: tokenizers.append(tokenizer_of(config))
             )
     except PeerFailedError:
         raise
@@ -170,7 +179,12 @@ def load(
     return Loaded(runner=runner, tokenizer=tokenizers[0], load_s=load_s)
 
 
-def _tokenizer_of(config: "EngineConfig") -> "Tokenizer":
+def tokenizer_of(config: "EngineConfig") -> "Tokenizer":
+    """The model's tokenizer; for dummy weights the shipped one of the vocabulary's size.
+
+    Raises:
+        TokenizerError: there is none, or it cannot be used.
+    """
     from mistral_chat.chat.tokenizer import Tokenizer
 
     if config.model is not None:

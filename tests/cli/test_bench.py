@@ -82,6 +82,46 @@ def test_bench_measures_loading(run: Run, tiny_folder: Path, n_ranks: int, cold:
     assert min(result["read_once_s"], result["safetensors_s"]) > 0
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 30}, "is_old": {"type": "boolean"}},
+    "required": ["name", "is_old"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_bench_measures_answers_of_a_schema_beside_free_text(
+    run: Run, tiny_folder: Path, tmp_path: Path, n_ranks: int
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    words = ("--json_schema", schema, "--nproc_per_node", n_ranks)
+    kept = measured(run, tiny_folder, *words)["json_schema"]
+    assert isinstance(kept, dict)
+    assert set(kept) == {
+        "context", "tokens", "ms_per_token", "free_ms_per_token", "mask_ms", "mask_ms_p99",
+    }  # fmt: skip
+    assert kept["context"] + 96 == 512  # what the tiny model's context has room for
+    assert kept["tokens"] >= 100
+    assert min(kept["ms_per_token"], kept["free_ms_per_token"]) > 0
+    assert kept["mask_ms"] > 0
+    done = run("bench", tiny_folder, *SMALL, *words)
+    assert done.code == 0, done.err
+    assert "answers kept to a schema" in done.out
+
+
+def test_bench_refuses_a_schema_before_it_measures(
+    run: Run, tiny_folder: Path, tmp_path: Path
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "nothing"}')
+    done = run("bench", tiny_folder, *SMALL, "--json_schema", schema)
+    assert (done.code, done.out) == (1, "")
+    assert "not a JSON schema" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_bench_draws_its_figures(run: Run, tiny_folder: Path, tmp_path: Path, suffix: str) -> None:
     picture = tmp_path / f"figures{suffix}"
@@ -100,6 +140,7 @@ def test_bench_draws_its_figures(run: Run, tiny_folder: Path, tmp_path: Path, su
         (("--batches", "0"), "--batches"),
         (("--contexts", "long"), "--contexts"),
         (("--peer", "vllm"), "--peer"),
+        (("--loading", "--json_schema", "person.json"), "--json_schema"),
     ],
 )
 def test_bench_refuses_what_it_cannot_measure(
