@@ -197,11 +197,12 @@ def _load(text: str) -> Any:
     """JSON that can be written again and put into any template.
 
     Raises:
-        ValueError: it is none: NaN, half of a surrogate pair, or deeper than anybody would write.
+        ValueError: it is none: NaN, a number out of range, half of a surrogate pair, or deeper
+            than anybody would write.
         RecursionError: much deeper.
     """
     value = json.loads(text, parse_constant=_refuse_constant)
-    json.dumps(value, ensure_ascii=False).encode()
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is read as infinity
     if not nests_at_most(value, MAX_DEPTH):
         raise ValueError(f"deeper than {MAX_DEPTH}")
     return value

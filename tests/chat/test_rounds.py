@@ -237,6 +237,7 @@ def test_second_unusable_call_in_a_row_ends_the_rounds(name: str, kind: str) -> 
         "[" * 3000,
         '[{"name": "f", "arguments": {"a": ' + "[" * 100 + "]" * 100 + "}}]",
         '[{"name": "f", "arguments": {"a": NaN}}]',
+        '[{"name": "f", "arguments": {"a": -1e999}}]',
         '[{"name": "f", "arguments": {"a": "\\ud83d"}}]',
         '[{"name": "no such name", "arguments": {}}]',
         '[{"name": "f", "arguments": [1]}]',
