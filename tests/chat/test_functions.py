@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from mistral_chat.chat.functions import MAX_CHARS, CallsCancelledError, PythonFunctions
+from mistral_chat.chat.functions import MAX_CHARS, CallsCancelledError, PythonFunctions, _Worker
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.errors import PromptError
 from tests.conftest import ROOT
@@ -111,6 +111,18 @@ def ends() -> None:
 def crashes() -> None:
     """Crash."""
     os.kill(os.getpid(), signal.SIGSEGV)
+
+def ends_by_nameless_signal() -> None:
+    """Crash by a signal without a name of its own."""
+    os.kill(os.getpid(), signal.SIGRTMIN + 6)
+
+def writes_anywhere() -> None:
+    """Write what is no reply to all that is open."""
+    for handle in range(3, 30):
+        try:
+            os.write(handle, b"[" * 60_000 + b"\\n")
+        except OSError:
+            continue
 
 def forks() -> str:
     """Fork, and have both go on."""
@@ -265,6 +277,8 @@ def test_results_are_text_or_json(misdeeds: Offered) -> None:
         ("exits", "error: sys.exit(3) was called"),
         ("ends", "error: its Python process ended with code 7"),
         ("crashes", "error: its Python process was killed by SIGSEGV"),
+        ("ends_by_nameless_signal", "error: its Python process was killed by signal 40"),
+        ("writes_anywhere", "null"),
         ("reads", "error: EOFError: EOF when reading a line"),
         ("asks_terminal", "error: OSError: "),
         ("gives_object", "error: the result, of type object, is no JSON: "),
@@ -431,6 +445,20 @@ def test_file_that_cannot_be_offered_is_refused_by_name(
     with pytest.raises(PromptError, match=said) as caught:
         PythonFunctions(path, 20)
     assert str(caught.value).startswith(str(path))
+
+
+def test_file_is_refused_with_the_last_words_of_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = _Worker._read_replies
+
+    def read_and_be_late(worker: _Worker) -> Iterator[dict[str, Any]]:
+        yield from list(read(worker))
+        worker._process.wait()
+
+    monkeypatch.setattr(_Worker, "_read_replies", read_and_be_late)
+    with pytest.raises(PromptError, match="found no public function"):
+        PythonFunctions(write(tmp_path, ""), 20)
 
 
 def test_file_that_is_missing_or_hangs_is_refused(tmp_path: Path) -> None:
