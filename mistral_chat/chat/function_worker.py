@@ -23,6 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Annotated, Any, get_type_hints
@@ -310,6 +311,8 @@ def main() -> None:
     _die_with(int(lifeline))
     path = Path(file)
     sys.argv = [file]
+    assert isinstance(sys.stdout, TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # shown as it comes, and before a call is killed
     with open(int(requests), "rb") as asked, open(int(replies), "wb") as said:  # noqa: PTH123
         serve(path, asked, said, int(max_chars))
 

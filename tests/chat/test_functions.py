@@ -331,6 +331,28 @@ def test_what_is_printed_is_shown_and_reaches_no_stdout(
     assert not any("function_worker" in line for line in misdeeds.printed)
 
 
+def test_what_a_call_prints_is_shown_though_it_never_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    text = """
+        import os, time
+        def hangs() -> None:
+            'Hang.'
+            print("waiting for the door")
+            time.sleep(60)
+        def ends() -> None:
+            'End the process.'
+            print("leaving")
+            os._exit(1)
+        """
+    offered = Offered(write(tmp_path, text), 1.5)
+    with offered.functions:
+        assert offered.call("hangs").startswith("error: no result")
+        assert offered.call("ends").startswith("error: its Python process ended")
+    assert offered.printed == ["waiting for the door", "leaving"]
+
+
 def test_cancelled_call_ends_at_once(misdeeds: Offered) -> None:
     started = time.monotonic()
     with pytest.raises(CallsCancelledError):
