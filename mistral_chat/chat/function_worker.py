@@ -22,7 +22,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +34,7 @@ from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 MODULE_NAME = "mistral_chat_functions"
+_LEFT_OUT = object()  # stands for an argument that the model did not give
 _BY_POSITION = {
     inspect.Parameter.VAR_POSITIONAL: "takes *{}",
     inspect.Parameter.VAR_KEYWORD: "takes **{}",
@@ -158,8 +158,7 @@ def _arguments_of(
             fields.append((each, hint))
         else:
             defaults[each] = default
-            made = dataclasses.field(default_factory=partial(_same, default))
-            fields.append((each, hint, made))
+            fields.append((each, hint, dataclasses.field(default_factory=lambda: _LEFT_OUT)))
     made_class = dataclasses.make_dataclass(
         "Arguments",
         fields,
@@ -170,21 +169,23 @@ def _arguments_of(
     schema = _json_schema(arguments)
     schema.pop("title", None)
     schema.pop("description", None)  # the dataclass's own signature
+    described = dict(
+        zip((field[0] for field in fields), schema["properties"].values(), strict=True)
+    )
     for each, default in defaults.items():
-        try:
-            schema["properties"][each]["default"] = pydantic_core.to_jsonable_python(default)
+        try:  # by place, since an alias may stand in the place of the name
+            described[each]["default"] = pydantic_core.to_jsonable_python(default)
         except ValueError:
             continue  # no JSON: the parameter is optional, its default not told
     return arguments, schema
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def _check_type(which: str, hint: Any) -> None:
     try:
-        _json_schema(TypeAdapter(hint))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an alias has its effect later
+            adapter: TypeAdapter[Any] = TypeAdapter(hint)
+        _json_schema(adapter)
     except (PydanticUserError, pydantic_core.SchemaError, NameError, TypeError) as error:
         shown = getattr(hint, "__name__", None) or str(hint)
         raise RefusedError(
@@ -217,7 +218,8 @@ def call_function(function: Function, arguments: str) -> tuple[bool, str]:
             f"{'.'.join(map(str, fault['loc'])) or 'arguments'}: {fault['msg']}" for fault in faults
         )
         return False, f"wrong arguments: {listed}"
-    given = {name: getattr(checked, name) for name in json.loads(arguments)}
+    values = {field.name: getattr(checked, field.name) for field in dataclasses.fields(checked)}
+    given = {name: value for name, value in values.items() if value is not _LEFT_OUT}
     process = os.getpid()
     try:
         value = function.call(**given)

@@ -263,6 +263,32 @@ def test_argument_that_is_missing_is_told_to_the_model(every: PythonFunctions) -
     assert every.call(call("every")).startswith("error: wrong arguments: text: Field required; ")
 
 
+def test_argument_may_have_a_name_that_python_has_taken(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '''
+        from typing import Annotated
+        from pydantic import Field
+        def trains(
+            from_: Annotated[str, Field(alias="from")],
+            class_: Annotated[int, Field(alias="class")] = 2,
+        ) -> list:
+            """Trains from a place."""
+            return [from_, class_]
+        ''',
+    )
+    offered = Offered(path)
+    with offered.functions as functions:
+        (tool,) = functions.tools
+        properties = tool.function.parameters["properties"]
+        assert properties["class"] == {"type": "integer", "default": 2}
+        assert tool.function.parameters["required"] == ["from"]
+        assert offered.call("trains", **{"from": "Rome"}) == '["Rome",2]'
+        assert offered.call("trains", **{"from": "Rome", "class": 1}) == '["Rome",1]'
+        assert offered.call("trains", from_="Rome").startswith("error: wrong arguments: from: ")
+    assert offered.printed == []
+
+
 def test_results_are_text_or_json(misdeeds: Offered) -> None:
     assert misdeeds.call("add", a=2, b=-3) == "-1"
     assert misdeeds.call("sleeps", seconds=0) == "slept"
