@@ -31,6 +31,7 @@ import docstring_parser
 import pydantic_core
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 MODULE_NAME = "mistral_chat_functions"
@@ -92,9 +93,9 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[MODULE_NAME] = module
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise RefusedError(f"line {error.lineno} is no Python ({error.msg})") from error
     except BaseException as error:  # SystemExit, too: the file is somebody else's
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            raise RefusedError(f"line {error.lineno} is no Python ({error.msg})") from error
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         where = f" at line {frames[-1].lineno}" if frames else ""
         raise RefusedError(f"cannot be imported{where} ({_in_short(error)})") from error
@@ -113,8 +114,9 @@ def _is_own_function(module: ModuleType, name: str, value: Any) -> bool:
 def _describe(name: str, function: Callable[..., Any]) -> Function:
     if not re.fullmatch(r"[a-zA-Z0-9_]{1,64}", name):
         raise RefusedError(f"{name}: expected a name of at most 64 ASCII letters, digits and _")
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        kind = "async" if inspect.iscoroutinefunction(function) else "a generator"
+    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    if is_async or inspect.isgeneratorfunction(function):
+        kind = "async" if is_async else "a generator"
         raise RefusedError(f"{name} is {kind}: expected a plain function that returns its result")
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     description = "\n\n".join(filter(None, (doc.short_description, doc.long_description)))
@@ -138,7 +140,7 @@ def _arguments_of(
     """
     try:
         hints = get_type_hints(function, include_extras=True)
-    except (NameError, TypeError, SyntaxError) as error:
+    except Exception as error:  # annotations are code of the file's
         raise RefusedError(f"{name}: its annotations cannot be read ({error})") from error
     fields: list[Any] = []
     defaults: dict[str, Any] = {}
@@ -149,6 +151,11 @@ def _arguments_of(
             raise RefusedError(f"{name} {how}: expected parameters that are given by name")
         if each not in hints:
             raise RefusedError(f"{name}: the parameter {each} has no type")
+        if isinstance(default, FieldInfo):  # a call without it would be given the Field itself
+            raise RefusedError(
+                f"{name}: the parameter {each} has a Field as its default: expected "
+                f"Annotated[..., Field(...)] as its type"
+            )
         hint = hints[each]
         _check_type(f"{name}: the parameter {each}", hint)
         own = any(getattr(mark, "description", None) for mark in getattr(hint, "__metadata__", ()))
@@ -188,6 +195,11 @@ def _check_type(which: str, hint: Any) -> None:
         _json_schema(adapter)
     except (PydanticUserError, pydantic_core.SchemaError, NameError, TypeError) as error:
         shown = getattr(hint, "__name__", None) or str(hint)
+        if isinstance(error, PydanticUserError) and error.code == "typed-dict-version":
+            raise RefusedError(
+                f"{which} has the type {shown}: expected a TypedDict of typing_extensions, since "
+                f"Python before 3.12 keeps too little of its own"
+            ) from error
         raise RefusedError(
             f"{which} has the type {shown}, which no JSON value is: expected str, int, float, "
             f"bool, None, list, dict, Literal, an Enum, a dataclass, or unions of them"

@@ -472,7 +472,11 @@ REFUSED = [
     ("from typing import Callable\ndef f(a: list[Callable[[], int]]) -> None:\n    'd'",
      "f: the parameter a has the type"),
     ("def f(a: 'Nowhere') -> None:\n    'd'", "f: its annotations cannot be read"),
+    ("import os\ndef f(a: 'os.Nowhere') -> None:\n    'd'", "f: its annotations cannot be read"),
+    ("from pydantic import Field\ndef f(a: int = Field(gt=1)) -> None:\n    'd'",
+     "f: the parameter a has a Field as its default: expected Annotated"),
     ("async def f(a: int) -> None:\n    'd'", "f is async"),
+    ("async def f(a: int):\n    'd'\n    yield a", "f is async"),
     ("def f(a: int):\n    'd'\n    yield a", "f is a generator"),
     ("def é(a: int) -> None:\n    'd'", "é: expected a name"),
     ("", "found no public function"),
@@ -481,6 +485,7 @@ REFUSED = [
     ("\n\nimport no_such_module_at_all", "cannot be imported at line 3 .ModuleNotFoundError"),
     ("\nx = 1\nraise SystemExit(2)", r"cannot be imported at line 3 .sys.exit\(2\)"),
     ("\ndef f(:\n", "line 2 is no Python"),
+    ("\n\nimport beside", r"cannot be imported at line 3 .SyntaxError: .*beside.py, line 2"),
     ("import os\nos._exit(9)", "its Python process ended with code 9"),
 ]  # fmt: skip
 
@@ -489,10 +494,29 @@ REFUSED = [
 def test_file_that_cannot_be_offered_is_refused_by_name(
     tmp_path: Path, text: str, said: str
 ) -> None:
+    write(tmp_path, "\ndef f(:\n", "beside.py")
     path = write(tmp_path, text)
     with pytest.raises(PromptError, match=said) as caught:
         PythonFunctions(path, 20)
     assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="typing.TypedDict is enough there")
+def test_typed_dict_that_this_python_has_no_use_for_is_refused_with_the_one_it_has(
+    tmp_path: Path,
+) -> None:
+    text = """
+        from {} import TypedDict
+        class Place(TypedDict):
+            city: str
+        def f(place: Place) -> str:
+            'd'
+            return place["city"]
+        """
+    with pytest.raises(PromptError, match="type Place: expected a TypedDict of typing_extensions"):
+        PythonFunctions(write(tmp_path, text.format("typing")), 20)
+    with PythonFunctions(write(tmp_path, text.format("typing_extensions")), 20) as functions:
+        assert functions.call(call("f", place={"city": "Rome"})) == "Rome"
 
 
 def test_file_is_refused_with_the_last_words_of_its_process(
