@@ -9,6 +9,7 @@ goes to stdout and stderr, which `functions.py` reads. Arguments are checked aga
 the function before it is called, and nothing is ever evaluated.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.util
@@ -91,6 +92,7 @@ def _import_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[MODULE_NAME] = module
+    process = os.getpid()
     try:
         spec.loader.exec_module(module)
     except BaseException as error:  # SystemExit, too: the file is somebody else's
@@ -99,6 +101,9 @@ def _import_file(path: Path) -> ModuleType:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         where = f" at line {frames[-1].lineno}" if frames else ""
         raise RefusedError(f"cannot be imported{where} ({_in_short(error)})") from error
+    finally:
+        if os.getpid() != process:
+            os._exit(0)  # a fork that the file left behind answers nobody
     return module
 
 
@@ -238,13 +243,14 @@ def call_function(function: Function, arguments: str) -> tuple[bool, str]:
     except BaseException as error:  # SystemExit and KeyboardInterrupt of the function, too
         if os.getpid() == process:
             own = error.__traceback__.tb_next if error.__traceback__ else None
-            traceback.print_exception(type(error), error, own)
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # as in _flush
+                traceback.print_exception(type(error), error, own)
         return False, _in_short(error)
     finally:
         if os.getpid() != process:
             os._exit(0)  # a fork that the function left behind answers nobody
     try:
-        text = value if type(value) is str else _to_json(value)
+        text = str.__str__(value) if isinstance(value, str) else _to_json(value)
     except BaseException as error:  # its objects have methods of their own
         return False, f"the result, of type {type(value).__name__}, is no JSON: {_in_short(error)}"
     return True, text

@@ -141,6 +141,18 @@ def closes() -> str:
     os.closerange(0, 100)
     return "closed"
 
+def takes_stderr() -> None:
+    """Raise where nothing can be printed."""
+    sys.stderr.close()
+    raise ValueError("the reason")
+
+def gives_text_of_its_own() -> str:
+    """Give a text of another class."""
+    class Text(str):
+        def __str__(self):
+            raise ValueError
+    return Text("as it is")
+
 def gives_object() -> object:
     """Give what is no JSON."""
     return object()
@@ -307,6 +319,7 @@ def test_results_are_text_or_json(misdeeds: Offered) -> None:
         ("writes_anywhere", "null"),
         ("reads", "error: EOFError: EOF when reading a line"),
         ("asks_terminal", "error: OSError: "),
+        ("gives_text_of_its_own", "as it is"),
         ("gives_object", "error: the result, of type object, is no JSON: "),
         ("gives_deep", "error: the result, of type list, is no JSON: "),
         ("gives_endless", "error: the result, of type dict, is no JSON: "),
@@ -333,6 +346,8 @@ def test_hanging_call_is_killed_and_the_next_one_has_a_new_process(tmp_path: Pat
         assert offered.call("hangs") == said
         assert 1.5 <= time.monotonic() - started < 5
         assert offered.call("counts") == "1"
+        # One that takes stderr away can still say why it failed.
+        assert offered.call("takes_stderr") == "error: ValueError: the reason"
         # One that takes its pipes away can no longer answer, whatever it does.
         assert offered.call("closes").startswith("error: ")
         assert offered.call("counts") == "1"
@@ -418,6 +433,24 @@ def test_process_that_cannot_be_started_leaves_no_pipes(
     with pytest.raises(PromptError, match="no Python process can be started"):
         PythonFunctions(path)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_fork_of_the_file_itself_answers_no_calls(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        import os, time
+        if os.fork():
+            time.sleep(0.5)
+        def who() -> int:
+            'Say which process this is.'
+            return os.getpid()
+        """,
+    )
+    with PythonFunctions(path, 20) as functions:
+        assert functions._worker is not None
+        asked = str(functions._worker._process.pid)
+        assert [functions.call(call("who")) for _ in range(8)] == [asked] * 8
 
 
 def test_close_ends_all_that_calls_have_started(tmp_path: Path) -> None:
