@@ -4,6 +4,7 @@ Knows templates only through the tokenizer; knows nothing of generating.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -211,12 +212,20 @@ def _without_text_beside_calls(message: Any) -> Any:
 def _checked_result(text: str) -> str:
     """The text, unless it is JSON that older templates, which read it, could not write again."""
     try:
-        deep = not nests_at_most(json.loads(text), MAX_DEPTH)
-    except ValueError:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+        if nests_at_most(value, MAX_DEPTH):
+            return text
+        fault = f"is nested deeper than {MAX_DEPTH}"
+    except json.JSONDecodeError:
         return text
     except RecursionError:
-        deep = True
-    return f"error: the result is nested deeper than {MAX_DEPTH}" if deep else text
+        fault = f"is nested deeper than {MAX_DEPTH}"
+    except UnicodeEncodeError:
+        fault = "holds half of a surrogate pair"
+    except ValueError:
+        fault = f"holds a number of more than {sys.get_int_max_str_digits():,} digits"
+    return f"error: the result {fault}"
 
 
 def _put_back(

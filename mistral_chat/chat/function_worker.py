@@ -9,6 +9,7 @@ goes to stdout and stderr, which `functions.py` reads. Arguments are checked aga
 the function before it is called, and nothing is ever evaluated.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.util
@@ -22,7 +23,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Annotated, Any, get_type_hints
@@ -31,9 +32,11 @@ import docstring_parser
 import pydantic_core
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 MODULE_NAME = "mistral_chat_functions"
+_LEFT_OUT = object()  # stands for an argument that the model did not give
 _BY_POSITION = {
     inspect.Parameter.VAR_POSITIONAL: "takes *{}",
     inspect.Parameter.VAR_KEYWORD: "takes **{}",
@@ -89,14 +92,18 @@ def _import_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[MODULE_NAME] = module
+    process = os.getpid()
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise RefusedError(f"line {error.lineno} is no Python ({error.msg})") from error
     except BaseException as error:  # SystemExit, too: the file is somebody else's
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            raise RefusedError(f"line {error.lineno} is no Python ({error.msg})") from error
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         where = f" at line {frames[-1].lineno}" if frames else ""
         raise RefusedError(f"cannot be imported{where} ({_in_short(error)})") from error
+    finally:
+        if os.getpid() != process:
+            os._exit(0)  # a fork that the file left behind answers nobody
     return module
 
 
@@ -112,8 +119,9 @@ def _is_own_function(module: ModuleType, name: str, value: Any) -> bool:
 def _describe(name: str, function: Callable[..., Any]) -> Function:
     if not re.fullmatch(r"[a-zA-Z0-9_]{1,64}", name):
         raise RefusedError(f"{name}: expected a name of at most 64 ASCII letters, digits and _")
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-        kind = "async" if inspect.iscoroutinefunction(function) else "a generator"
+    is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    if is_async or inspect.isgeneratorfunction(function):
+        kind = "async" if is_async else "a generator"
         raise RefusedError(f"{name} is {kind}: expected a plain function that returns its result")
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     description = "\n\n".join(filter(None, (doc.short_description, doc.long_description)))
@@ -137,7 +145,7 @@ def _arguments_of(
     """
     try:
         hints = get_type_hints(function, include_extras=True)
-    except (NameError, TypeError, SyntaxError) as error:
+    except Exception as error:  # annotations are code of the file's
         raise RefusedError(f"{name}: its annotations cannot be read ({error})") from error
     fields: list[Any] = []
     defaults: dict[str, Any] = {}
@@ -148,6 +156,11 @@ def _arguments_of(
             raise RefusedError(f"{name} {how}: expected parameters that are given by name")
         if each not in hints:
             raise RefusedError(f"{name}: the parameter {each} has no type")
+        if isinstance(default, FieldInfo):  # a call without it would be given the Field itself
+            raise RefusedError(
+                f"{name}: the parameter {each} has a Field as its default: expected "
+                f"Annotated[..., Field(...)] as its type"
+            )
         hint = hints[each]
         _check_type(f"{name}: the parameter {each}", hint)
         own = any(getattr(mark, "description", None) for mark in getattr(hint, "__metadata__", ()))
@@ -157,8 +170,7 @@ def _arguments_of(
             fields.append((each, hint))
         else:
             defaults[each] = default
-            made = dataclasses.field(default_factory=partial(_same, default))
-            fields.append((each, hint, made))
+            fields.append((each, hint, dataclasses.field(default_factory=lambda: _LEFT_OUT)))
     made_class = dataclasses.make_dataclass(
         "Arguments",
         fields,
@@ -169,23 +181,30 @@ def _arguments_of(
     schema = _json_schema(arguments)
     schema.pop("title", None)
     schema.pop("description", None)  # the dataclass's own signature
+    described = dict(
+        zip((field[0] for field in fields), schema["properties"].values(), strict=True)
+    )
     for each, default in defaults.items():
-        try:
-            schema["properties"][each]["default"] = pydantic_core.to_jsonable_python(default)
+        try:  # by place, since an alias may stand in the place of the name
+            described[each]["default"] = pydantic_core.to_jsonable_python(default)
         except ValueError:
             continue  # no JSON: the parameter is optional, its default not told
     return arguments, schema
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def _check_type(which: str, hint: Any) -> None:
     try:
-        _json_schema(TypeAdapter(hint))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an alias has its effect later
+            adapter: TypeAdapter[Any] = TypeAdapter(hint)
+        _json_schema(adapter)
     except (PydanticUserError, pydantic_core.SchemaError, NameError, TypeError) as error:
         shown = getattr(hint, "__name__", None) or str(hint)
+        if isinstance(error, PydanticUserError) and error.code == "typed-dict-version":
+            raise RefusedError(
+                f"{which} has the type {shown}: expected a TypedDict of typing_extensions, since "
+                f"Python before 3.12 keeps too little of its own"
+            ) from error
         raise RefusedError(
             f"{which} has the type {shown}, which no JSON value is: expected str, int, float, "
             f"bool, None, list, dict, Literal, an Enum, a dataclass, or unions of them"
@@ -216,20 +235,22 @@ def call_function(function: Function, arguments: str) -> tuple[bool, str]:
             f"{'.'.join(map(str, fault['loc'])) or 'arguments'}: {fault['msg']}" for fault in faults
         )
         return False, f"wrong arguments: {listed}"
-    given = {name: getattr(checked, name) for name in json.loads(arguments)}
+    values = {field.name: getattr(checked, field.name) for field in dataclasses.fields(checked)}
+    given = {name: value for name, value in values.items() if value is not _LEFT_OUT}
     process = os.getpid()
     try:
         value = function.call(**given)
     except BaseException as error:  # SystemExit and KeyboardInterrupt of the function, too
         if os.getpid() == process:
             own = error.__traceback__.tb_next if error.__traceback__ else None
-            traceback.print_exception(type(error), error, own)
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # as in _flush
+                traceback.print_exception(type(error), error, own)
         return False, _in_short(error)
     finally:
         if os.getpid() != process:
             os._exit(0)  # a fork that the function left behind answers nobody
     try:
-        text = value if type(value) is str else _to_json(value)
+        text = str.__str__(value) if isinstance(value, str) else _to_json(value)
     except BaseException as error:  # its objects have methods of their own
         return False, f"the result, of type {type(value).__name__}, is no JSON: {_in_short(error)}"
     return True, text
@@ -310,6 +331,8 @@ def main() -> None:
     _die_with(int(lifeline))
     path = Path(file)
     sys.argv = [file]
+    assert isinstance(sys.stdout, TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # shown as it comes, and before a call is killed
     with open(int(requests), "rb") as asked, open(int(replies), "wb") as said:  # noqa: PTH123
         serve(path, asked, said, int(max_chars))
 

@@ -188,12 +188,13 @@ class _Worker:
         deadline = time.monotonic() + timeout_s
         try:
             while True:
+                has_ended = self._process.poll() is not None  # before its last words are read
                 left = self._write(left)
                 for reply in self._read_replies():
                     if reply.get("n") == self._n_asked:
                         return reply
                 self._show_printed()
-                if self._process.poll() is not None:
+                if has_ended:
                     raise _EndedError(self._why_ended())
                 if is_cancelled():
                     raise CallsCancelledError
@@ -245,7 +246,7 @@ class _Worker:
         for line in lines:
             try:
                 value = json.loads(line)
-            except ValueError:  # the file itself wrote there
+            except (ValueError, RecursionError):  # the file itself wrote there
                 continue
             if isinstance(value, dict):
                 yield value
@@ -256,7 +257,8 @@ class _Worker:
     def _why_ended(self) -> str:
         code = self._process.returncode
         if code < 0:
-            return f"its Python process was killed by {signal.Signals(-code).name}"
+            named = [known.name for known in signal.Signals if known == -code]
+            return f"its Python process was killed by {named[0] if named else f'signal {-code}'}"
         return f"its Python process ended with code {code}"
 
 

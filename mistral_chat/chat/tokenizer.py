@@ -25,6 +25,8 @@ TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 # Control tokens that models write themselves: a tool call's parts and a reasoning model's marks.
 _WRITTEN = (TOOL_CALLS, ARGS, CALL_ID, "[THINK]", "[/THINK]")
 _SPACE = "\u2581"  # SentencePiece writes a space so
+# A terminal gives bytes that are no UTF-8 as such halves, and SentencePiece a bare RuntimeError.
+_NO_TEXT = "found half of a surrogate pair, which is no text: expected UTF-8"
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -151,14 +153,21 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """A plain prompt, with the beginning-of-sequence token."""
-        return self.raw.encode(text, bos=True, eos=False)
+        """A plain prompt, with the beginning-of-sequence token.
+
+        Raises:
+            PromptError: half of a surrogate pair, which is no text.
+        """
+        try:
+            return self.raw.encode(text, bos=True, eos=False)
+        except RuntimeError as error:
+            raise PromptError(_NO_TEXT) from error
 
     def encode_chat(self, request: ChatCompletionRequest[Any]) -> list[int]:
         """A conversation in the model's template.
 
         Raises:
-            PromptError: mistral-common refuses the conversation.
+            PromptError: mistral-common refuses the conversation, or SentencePiece its text.
         """
         try:
             return list(self.mistral.encode_chat_completion(request).tokens)
@@ -167,6 +176,8 @@ class Tokenizer:
             raise PromptError(
                 f"the {self.version} template refuses this conversation: {first_line}"
             ) from error
+        except RuntimeError as error:
+            raise PromptError(_NO_TEXT) from error
 
     def is_special(self, token: int) -> bool:
         """Whether an id is a control token."""

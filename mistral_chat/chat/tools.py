@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_common.protocol.instruct.tool_calls import Tool
+from jsonschema.exceptions import SchemaError
+from jsonschema.validators import Draft7Validator
+from mistral_common.protocol.instruct.tool_calls import Function, Tool
 from pydantic import ValidationError
 
 from mistral_chat.chat.tokenizer import Tokenizer
@@ -54,13 +56,15 @@ def read_tools(path: Path) -> list[Tool]:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise PromptError(f"{path}: not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise PromptError(f"{path}: nested too deeply") from error
     if not isinstance(listed, list) or not listed:
         raise PromptError(f"{path}: expected a JSON list of function schemas")
     return [make_tool(entry, f"{path}, tool {n}") for n, entry in enumerate(listed, 1)]
 
 
 def make_tool(entry: Any, where: str) -> Tool:
-    """A tool from its JSON form.
+    """A tool from its JSON form, checked as the template will: before a model is loaded.
 
     Raises:
         PromptError: not a function schema; `where` is named.
@@ -68,11 +72,30 @@ def make_tool(entry: Any, where: str) -> Tool:
     if isinstance(entry, dict) and "function" not in entry:
         entry = {"type": "function", "function": entry}
     try:
-        return Tool.model_validate(entry)
+        tool = Tool.model_validate(entry)
     except ValidationError as error:
         fault = error.errors()[0]
         at = ".".join(str(part) for part in fault["loc"]) or "it"
         raise PromptError(f"{where}: not a function schema: {at}: {fault['msg']}") from error
+    if refusal := _refusal(tool.function):
+        raise PromptError(f"{where}: not a function schema: {refusal}")
+    return tool
+
+
+def _refusal(function: Function) -> str | None:
+    """Why no template takes it; None where they do."""
+    if not _is_name(function.name):
+        return f"function.name: found {function.name!r}, expected 1 to 64 of a-z, A-Z, 0-9, _, -"
+    try:
+        json.dumps(function.model_dump(), ensure_ascii=False).encode()
+        Draft7Validator.check_schema(function.parameters)
+    except SchemaError as error:
+        return f"function.parameters at {error.json_path}: {error.message}"
+    except UnicodeEncodeError:
+        return "it holds half of a surrogate pair, which is no text"
+    except RecursionError:
+        return "it is nested too deeply"
+    return None
 
 
 def parse_tool_calls(
@@ -174,11 +197,12 @@ def _load(text: str) -> Any:
     """JSON that can be written again and put into any template.
 
     Raises:
-        ValueError: it is none: NaN, half of a surrogate pair, or deeper than anybody would write.
+        ValueError: it is none: NaN, a number out of range, half of a surrogate pair, or deeper
+            than anybody would write.
         RecursionError: much deeper.
     """
     value = json.loads(text, parse_constant=_refuse_constant)
-    json.dumps(value, ensure_ascii=False).encode()
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is read as infinity
     if not nests_at_most(value, MAX_DEPTH):
         raise ValueError(f"deeper than {MAX_DEPTH}")
     return value

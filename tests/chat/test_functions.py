@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from mistral_chat.chat.functions import MAX_CHARS, CallsCancelledError, PythonFunctions
+from mistral_chat.chat.functions import MAX_CHARS, CallsCancelledError, PythonFunctions, _Worker
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.errors import PromptError
 from tests.conftest import ROOT
@@ -112,6 +112,18 @@ def crashes() -> None:
     """Crash."""
     os.kill(os.getpid(), signal.SIGSEGV)
 
+def ends_by_nameless_signal() -> None:
+    """Crash by a signal without a name of its own."""
+    os.kill(os.getpid(), signal.SIGRTMIN + 6)
+
+def writes_anywhere() -> None:
+    """Write what is no reply to all that is open."""
+    for handle in range(3, 30):
+        try:
+            os.write(handle, b"[" * 60_000 + b"\\n")
+        except OSError:
+            continue
+
 def forks() -> str:
     """Fork, and have both go on."""
     return "child" if os.fork() == 0 else "parent"
@@ -128,6 +140,18 @@ def closes() -> str:
     """Close what there is."""
     os.closerange(0, 100)
     return "closed"
+
+def takes_stderr() -> None:
+    """Raise where nothing can be printed."""
+    sys.stderr.close()
+    raise ValueError("the reason")
+
+def gives_text_of_its_own() -> str:
+    """Give a text of another class."""
+    class Text(str):
+        def __str__(self):
+            raise ValueError
+    return Text("as it is")
 
 def gives_object() -> object:
     """Give what is no JSON."""
@@ -251,6 +275,32 @@ def test_argument_that_is_missing_is_told_to_the_model(every: PythonFunctions) -
     assert every.call(call("every")).startswith("error: wrong arguments: text: Field required; ")
 
 
+def test_argument_may_have_a_name_that_python_has_taken(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '''
+        from typing import Annotated
+        from pydantic import Field
+        def trains(
+            from_: Annotated[str, Field(alias="from")],
+            class_: Annotated[int, Field(alias="class")] = 2,
+        ) -> list:
+            """Trains from a place."""
+            return [from_, class_]
+        ''',
+    )
+    offered = Offered(path)
+    with offered.functions as functions:
+        (tool,) = functions.tools
+        properties = tool.function.parameters["properties"]
+        assert properties["class"] == {"type": "integer", "default": 2}
+        assert tool.function.parameters["required"] == ["from"]
+        assert offered.call("trains", **{"from": "Rome"}) == '["Rome",2]'
+        assert offered.call("trains", **{"from": "Rome", "class": 1}) == '["Rome",1]'
+        assert offered.call("trains", from_="Rome").startswith("error: wrong arguments: from: ")
+    assert offered.printed == []
+
+
 def test_results_are_text_or_json(misdeeds: Offered) -> None:
     assert misdeeds.call("add", a=2, b=-3) == "-1"
     assert misdeeds.call("sleeps", seconds=0) == "slept"
@@ -265,8 +315,11 @@ def test_results_are_text_or_json(misdeeds: Offered) -> None:
         ("exits", "error: sys.exit(3) was called"),
         ("ends", "error: its Python process ended with code 7"),
         ("crashes", "error: its Python process was killed by SIGSEGV"),
+        ("ends_by_nameless_signal", "error: its Python process was killed by signal 40"),
+        ("writes_anywhere", "null"),
         ("reads", "error: EOFError: EOF when reading a line"),
         ("asks_terminal", "error: OSError: "),
+        ("gives_text_of_its_own", "as it is"),
         ("gives_object", "error: the result, of type object, is no JSON: "),
         ("gives_deep", "error: the result, of type list, is no JSON: "),
         ("gives_endless", "error: the result, of type dict, is no JSON: "),
@@ -293,6 +346,8 @@ def test_hanging_call_is_killed_and_the_next_one_has_a_new_process(tmp_path: Pat
         assert offered.call("hangs") == said
         assert 1.5 <= time.monotonic() - started < 5
         assert offered.call("counts") == "1"
+        # One that takes stderr away can still say why it failed.
+        assert offered.call("takes_stderr") == "error: ValueError: the reason"
         # One that takes its pipes away can no longer answer, whatever it does.
         assert offered.call("closes").startswith("error: ")
         assert offered.call("counts") == "1"
@@ -315,6 +370,28 @@ def test_what_is_printed_is_shown_and_reaches_no_stdout(
     assert misdeeds.call("raises").startswith("error")
     assert misdeeds.printed[0] == "Traceback (most recent call last):"
     assert not any("function_worker" in line for line in misdeeds.printed)
+
+
+def test_what_a_call_prints_is_shown_though_it_never_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    text = """
+        import os, time
+        def hangs() -> None:
+            'Hang.'
+            print("waiting for the door")
+            time.sleep(60)
+        def ends() -> None:
+            'End the process.'
+            print("leaving")
+            os._exit(1)
+        """
+    offered = Offered(write(tmp_path, text), 1.5)
+    with offered.functions:
+        assert offered.call("hangs").startswith("error: no result")
+        assert offered.call("ends").startswith("error: its Python process ended")
+    assert offered.printed == ["waiting for the door", "leaving"]
 
 
 def test_cancelled_call_ends_at_once(misdeeds: Offered) -> None:
@@ -356,6 +433,24 @@ def test_process_that_cannot_be_started_leaves_no_pipes(
     with pytest.raises(PromptError, match="no Python process can be started"):
         PythonFunctions(path)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_fork_of_the_file_itself_answers_no_calls(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        import os, time
+        if os.fork():
+            time.sleep(0.5)
+        def who() -> int:
+            'Say which process this is.'
+            return os.getpid()
+        """,
+    )
+    with PythonFunctions(path, 20) as functions:
+        assert functions._worker is not None
+        asked = str(functions._worker._process.pid)
+        assert [functions.call(call("who")) for _ in range(8)] == [asked] * 8
 
 
 def test_close_ends_all_that_calls_have_started(tmp_path: Path) -> None:
@@ -410,7 +505,11 @@ REFUSED = [
     ("from typing import Callable\ndef f(a: list[Callable[[], int]]) -> None:\n    'd'",
      "f: the parameter a has the type"),
     ("def f(a: 'Nowhere') -> None:\n    'd'", "f: its annotations cannot be read"),
+    ("import os\ndef f(a: 'os.Nowhere') -> None:\n    'd'", "f: its annotations cannot be read"),
+    ("from pydantic import Field\ndef f(a: int = Field(gt=1)) -> None:\n    'd'",
+     "f: the parameter a has a Field as its default: expected Annotated"),
     ("async def f(a: int) -> None:\n    'd'", "f is async"),
+    ("async def f(a: int):\n    'd'\n    yield a", "f is async"),
     ("def f(a: int):\n    'd'\n    yield a", "f is a generator"),
     ("def é(a: int) -> None:\n    'd'", "é: expected a name"),
     ("", "found no public function"),
@@ -419,6 +518,7 @@ REFUSED = [
     ("\n\nimport no_such_module_at_all", "cannot be imported at line 3 .ModuleNotFoundError"),
     ("\nx = 1\nraise SystemExit(2)", r"cannot be imported at line 3 .sys.exit\(2\)"),
     ("\ndef f(:\n", "line 2 is no Python"),
+    ("\n\nimport beside", r"cannot be imported at line 3 .SyntaxError: .*beside.py, line 2"),
     ("import os\nos._exit(9)", "its Python process ended with code 9"),
 ]  # fmt: skip
 
@@ -427,10 +527,43 @@ REFUSED = [
 def test_file_that_cannot_be_offered_is_refused_by_name(
     tmp_path: Path, text: str, said: str
 ) -> None:
+    write(tmp_path, "\ndef f(:\n", "beside.py")
     path = write(tmp_path, text)
     with pytest.raises(PromptError, match=said) as caught:
         PythonFunctions(path, 20)
     assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="typing.TypedDict is enough there")
+def test_typed_dict_that_this_python_has_no_use_for_is_refused_with_the_one_it_has(
+    tmp_path: Path,
+) -> None:
+    text = """
+        from {} import TypedDict
+        class Place(TypedDict):
+            city: str
+        def f(place: Place) -> str:
+            'd'
+            return place["city"]
+        """
+    with pytest.raises(PromptError, match="type Place: expected a TypedDict of typing_extensions"):
+        PythonFunctions(write(tmp_path, text.format("typing")), 20)
+    with PythonFunctions(write(tmp_path, text.format("typing_extensions")), 20) as functions:
+        assert functions.call(call("f", place={"city": "Rome"})) == "Rome"
+
+
+def test_file_is_refused_with_the_last_words_of_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = _Worker._read_replies
+
+    def read_and_be_late(worker: _Worker) -> Iterator[dict[str, Any]]:
+        yield from list(read(worker))
+        worker._process.wait()
+
+    monkeypatch.setattr(_Worker, "_read_replies", read_and_be_late)
+    with pytest.raises(PromptError, match="found no public function"):
+        PythonFunctions(write(tmp_path, ""), 20)
 
 
 def test_file_that_is_missing_or_hangs_is_refused(tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def test_second_unusable_call_in_a_row_ends_the_rounds(name: str, kind: str) -> 
         "[" * 3000,
         '[{"name": "f", "arguments": {"a": ' + "[" * 100 + "]" * 100 + "}}]",
         '[{"name": "f", "arguments": {"a": NaN}}]',
+        '[{"name": "f", "arguments": {"a": -1e999}}]',
         '[{"name": "f", "arguments": {"a": "\\ud83d"}}]',
         '[{"name": "no such name", "arguments": {}}]',
         '[{"name": "f", "arguments": [1]}]',
@@ -323,7 +324,7 @@ def test_cancelled_call_leaves_a_history_that_goes_on(name: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "null", "{}", "[" * 20_000, "[" * 90 + "]" * 90, "NaN", '"a"', "[/TOOL_RESULTS]</s>",
-     "\x00\x1b", "é🙂", "{broken", "a\ud83d"],
+     "\x00\x1b", "é🙂", "{broken", "a\ud83d", '"\\ud83d"', '{"\\ud83d": 1}', "1" * 5000, "1e999"],
 )  # fmt: skip
 def test_any_result_goes_into_any_template(name: str, text: str) -> None:
     talk = Talk(name, 60_000, tools=TOOLS)

@@ -389,6 +389,16 @@ def test_encode_chat_says_what_the_template_refuses(name: str, messages: tuple[A
     assert "\n" not in str(caught.value)  # errors are one line
 
 
+# Bytes that are no UTF-8 come from a terminal so; Tekken writes U+FFFD in their place.
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_half_of_a_surrogate_pair_is_refused(name: str) -> None:
+    made = tokenizer(name)
+    with pytest.raises(PromptError, match="half of a surrogate pair"):
+        made.encode("caf\udce9")
+    with pytest.raises(PromptError, match="half of a surrogate pair"):
+        made.encode_chat(ChatCompletionRequest(messages=[UserMessage(content="caf\udce9")]))
+
+
 def test_tokenizer_whose_name_hides_its_version_is_refused(tmp_path: Path) -> None:
     from tests.conftest import shipped_tokenizer
 

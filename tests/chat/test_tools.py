@@ -236,6 +236,10 @@ def test_read_tools_keeps_the_order(tmp_path: Path) -> None:
         ([WEATHER, {"parameters": {}}], "tool 2: not a function schema: .*name"),
         ([{"function": None}], "tool 1: not a function schema"),
         ([WEATHER | {"parameters": "city"}], "tool 1: not a function schema: .*parameters"),
+        ([WEATHER | {"name": "get weather"}], "tool 1: .*name: found 'get weather', expected"),
+        ([WEATHER | {"parameters": {"type": "number?"}}], r"tool 1: .*parameters at \$.type: "),
+        ([WEATHER | {"description": "\ud83d"}], "tool 1: .*half of a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_read_tools_names_file_and_tool_that_it_cannot_use(
