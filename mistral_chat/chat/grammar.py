@@ -90,6 +90,8 @@ class Grammar:
         return GrammarMask(matcher, vocab_size, self._where)
 
     def _compile(self, schema: Mapping[str, Any]) -> str:
+        if not isinstance(schema.get("$schema", ""), str):  # validator_for would fail on it
+            raise self._refusal("not a JSON schema: $schema is not of type 'string'")
         kind = validator_for(schema, default=Draft202012Validator)
         if kind is Draft3Validator:
             raise self._refusal("draft 3, expected draft 4 or later")
@@ -104,7 +106,11 @@ class Grammar:
         except (TypeError, ValueError) as error:
             raise self._refusal(f"not JSON ({error})") from error
         for found in _schemas(schema):
-            if found.get("minProperties", 0) > len(found.get("required", ())):
+            least, required = found.get("minProperties", 0), found.get("required", [])
+            # under a keyword of somebody's own, where no metaschema looks, they may be anything
+            if not (isinstance(least, (int, float)) and isinstance(required, list)):
+                continue
+            if least > len(required):
                 # the same name twice is two properties to llguidance
                 raise self._refusal("minProperties above the number of required properties")
         written = _ESCAPES + ("u" if re.search(r"\\u00[01]|\x7f", text) else "")

@@ -312,6 +312,8 @@ def test_texts_that_would_not_be_valid_are_not_allowed(schema: Schema, text: str
         ({"$defs": {"a": {"minProperties": 1}}, "$ref": "#/$defs/a"}, "minProperties above"),
         ({"$schema": "http://json-schema.org/draft-03/schema#"}, "draft 3"),
         ({"$schema": "http://localhost/schema#"}, "answers cannot be kept"),
+        ({"$schema": 5}, "not a JSON schema: $schema is not of type 'string'"),
+        ({"$schema": []}, "not a JSON schema: $schema is not of type 'string'"),
         ({"const": {1, 2}}, "not JSON"),
         ({"const": "\ud800"}, "answers cannot be kept"),
     ],
@@ -328,6 +330,10 @@ def test_names_of_properties_are_no_keywords() -> None:
     named: Schema = {"type": "object", "properties": {"minProperties": {"const": 3}}}
     Grammar(named | {"required": ["minProperties"], "minProperties": 1})
     Grammar({"enum": [{"minProperties": 3}]})
+
+
+def test_keywords_of_somebodys_own_may_hold_anything() -> None:
+    Grammar({"type": "null", "x-form": {"required": True}, "example": {"minProperties": "a"}})
 
 
 @pytest.mark.parametrize(
