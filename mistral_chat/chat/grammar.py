@@ -5,6 +5,7 @@ schema. Knows nothing of sampling or of how an answer is run.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,12 @@ value: %json {schema}
 """
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # names to schemas
 _VALUES = ("enum", "const", "default", "examples", "required")  # hold no schemas
+# llguidance rounds a number from 2^53 on, where it must be exact; a bound it cuts to 64 bits, which
+# is as good.
+_EXACT: dict[str, float] = {
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), 2**63 - 1),
+    **dict.fromkeys(("const", "enum"), math.inf),
+}
 
 
 class _Vocabulary(TokenizerWrapper):
@@ -108,11 +115,13 @@ class Grammar:
         for found in _schemas(schema):
             least, required = found.get("minProperties", 0), found.get("required", [])
             # under a keyword of somebody's own, where no metaschema looks, they may be anything
-            if not (isinstance(least, (int, float)) and isinstance(required, list)):
-                continue
-            if least > len(required):
+            are_read = isinstance(least, (int, float)) and isinstance(required, list)
+            if are_read and least > len(required):
                 # the same name twice is two properties to llguidance
                 raise self._refusal("minProperties above the number of required properties")
+            for name, most in _EXACT.items():  # with a value near -2^63 the process would end
+                if any(2**53 <= abs(number) < most for number in _numbers(found.get(name))):
+                    raise self._refusal(f"{name}: a number of 2^53 or more, which would be rounded")
         written = _ESCAPES + ("u" if re.search(r"\\u00[01]|\x7f", text) else "")
         options = {
             "whitespace_pattern": _WHITESPACE,
@@ -246,3 +255,12 @@ def _schemas(schema: Any) -> Iterator[Mapping[str, Any]]:
     elif isinstance(schema, list):
         for entry in schema:
             yield from _schemas(entry)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in a JSON value."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (Mapping, list)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(entry)
