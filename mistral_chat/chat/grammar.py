@@ -7,6 +7,7 @@ schema. Knows nothing of sampling or of how an answer is run.
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,16 @@ class Grammar:
         if kind is Draft3Validator:
             raise self._refusal("draft 3, expected draft 4 or later")
         try:
-            kind.check_schema(schema)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # of patterns
+                kind.check_schema(schema)
             text = json.dumps(schema)
         except SchemaError as error:
             at = error.json_path.removeprefix("$").removeprefix(".") or "its root"
             raise self._refusal(f"not a JSON schema: {at}: {error.message}") from error
+        except FutureWarning as error:  # llguidance takes [[:alpha:]] or && for more than it says
+            reason = f"a pattern that means one thing here and another there ({error})"
+            raise self._refusal(reason) from error
         except RecursionError as error:
             raise self._refusal("nested too deeply") from error
         except (TypeError, ValueError) as error:

@@ -307,6 +307,8 @@ def test_texts_that_would_not_be_valid_are_not_allowed(schema: Schema, text: str
         ({"enum": []}, "Unsatisfiable schema"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable schema"),
         ({"type": "string", "pattern": "(?=a)"}, "look-around"),
+        ({"pattern": "[[:alpha:]]"}, "a pattern that means one thing here and another there (Poss"),
+        ({"pattern": "[a-z&&[^e]]"}, "a pattern that means one thing here and another there (Poss"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
         ({"not": {}, "x-guidance": {"lenient": True}}, "Unimplemented keys"),
         ({"$defs": {"a": {"minProperties": 1}}, "$ref": "#/$defs/a"}, "minProperties above"),
