@@ -3,7 +3,6 @@
 Knows nothing of how flags are written, of torch, or of what a machine offers.
 """
 
-import math
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "consolidated", "hf", "dummy")
 COMPLETION_MAX_TOKENS = 256
+HOTTEST = 1e30  # it divides in float32, where a banned token's logit over infinity is NaN
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -34,7 +34,7 @@ class SamplingParams:
 
     Args:
         max_tokens: most tokens of the answer; None goes on until the context is full.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token, 1e30 is the most.
         top_p: keep the smallest set of most likely tokens whose probability reaches this.
         top_k: keep this many most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than this times the most likely one; 0 keeps all.
@@ -70,8 +70,8 @@ class SamplingParams:
             "max_tokens", self.max_tokens, "a whole number of at least 1",
         )  # fmt: skip
         _require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            "temperature", self.temperature, "a number of at least 0 (0 is greedy)",
+            0 <= self.temperature <= HOTTEST,
+            "temperature", self.temperature, f"a number from 0 (greedy) to {HOTTEST:.0e}",
         )  # fmt: skip
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and at most 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "a whole number of at least 0 (0 is off)")

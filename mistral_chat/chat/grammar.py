@@ -5,7 +5,9 @@ schema. Knows nothing of sampling or of how an answer is run.
 """
 
 import json
+import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,12 @@ value: %json {schema}
 """
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # names to schemas
 _VALUES = ("enum", "const", "default", "examples", "required")  # hold no schemas
+# llguidance rounds a number from 2^53 on, where it must be exact; a bound it cuts to 64 bits, which
+# is as good.
+_EXACT: dict[str, float] = {
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), 2**63 - 1),
+    **dict.fromkeys(("const", "enum"), math.inf),
+}
 
 
 class _Vocabulary(TokenizerWrapper):
@@ -90,23 +98,36 @@ class Grammar:
         return GrammarMask(matcher, vocab_size, self._where)
 
     def _compile(self, schema: Mapping[str, Any]) -> str:
+        if not isinstance(schema.get("$schema", ""), str):  # validator_for would fail on it
+            raise self._refusal("not a JSON schema: $schema is not of type 'string'")
         kind = validator_for(schema, default=Draft202012Validator)
         if kind is Draft3Validator:
             raise self._refusal("draft 3, expected draft 4 or later")
         try:
-            kind.check_schema(schema)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # of patterns
+                kind.check_schema(schema)
             text = json.dumps(schema)
         except SchemaError as error:
             at = error.json_path.removeprefix("$").removeprefix(".") or "its root"
             raise self._refusal(f"not a JSON schema: {at}: {error.message}") from error
+        except FutureWarning as error:  # llguidance takes [[:alpha:]] or && for more than it says
+            reason = f"a pattern that means one thing here and another there ({error})"
+            raise self._refusal(reason) from error
         except RecursionError as error:
             raise self._refusal("nested too deeply") from error
         except (TypeError, ValueError) as error:
             raise self._refusal(f"not JSON ({error})") from error
         for found in _schemas(schema):
-            if found.get("minProperties", 0) > len(found.get("required", ())):
+            least, required = found.get("minProperties", 0), found.get("required", [])
+            # under a keyword of somebody's own, where no metaschema looks, they may be anything
+            are_read = isinstance(least, (int, float)) and isinstance(required, list)
+            if are_read and least > len(required):
                 # the same name twice is two properties to llguidance
                 raise self._refusal("minProperties above the number of required properties")
+            for name, most in _EXACT.items():  # with a value near -2^63 the process would end
+                if any(2**53 <= abs(number) < most for number in _numbers(found.get(name))):
+                    raise self._refusal(f"{name}: a number of 2^53 or more, which would be rounded")
         written = _ESCAPES + ("u" if re.search(r"\\u00[01]|\x7f", text) else "")
         options = {
             "whitespace_pattern": _WHITESPACE,
@@ -240,3 +261,12 @@ def _schemas(schema: Any) -> Iterator[Mapping[str, Any]]:
     elif isinstance(schema, list):
         for entry in schema:
             yield from _schemas(entry)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in a JSON value."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (Mapping, list)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(entry)

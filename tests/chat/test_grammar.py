@@ -307,11 +307,20 @@ def test_texts_that_would_not_be_valid_are_not_allowed(schema: Schema, text: str
         ({"enum": []}, "Unsatisfiable schema"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable schema"),
         ({"type": "string", "pattern": "(?=a)"}, "look-around"),
+        ({"pattern": "[[:alpha:]]"}, "a pattern that means one thing here and another there (Poss"),
+        ({"pattern": "[a-z&&[^e]]"}, "a pattern that means one thing here and another there (Poss"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
         ({"not": {}, "x-guidance": {"lenient": True}}, "Unimplemented keys"),
         ({"$defs": {"a": {"minProperties": 1}}, "$ref": "#/$defs/a"}, "minProperties above"),
         ({"$schema": "http://json-schema.org/draft-03/schema#"}, "draft 3"),
         ({"$schema": "http://localhost/schema#"}, "answers cannot be kept"),
+        # the first of these would end the process
+        ({"enum": [{"a": [-(2**63)]}]}, "enum: a number of 2^53 or more, which would be rounded"),
+        ({"const": 2**53 + 1}, "const: a number of 2^53 or more"),
+        ({"properties": {"a": {"minimum": 2**53 + 1}}}, "minimum: a number of 2^53 or more"),
+        ({"type": "integer", "exclusiveMaximum": -(2**53)}, "exclusiveMaximum: a number of 2^53"),
+        ({"$schema": 5}, "not a JSON schema: $schema is not of type 'string'"),
+        ({"$schema": []}, "not a JSON schema: $schema is not of type 'string'"),
         ({"const": {1, 2}}, "not JSON"),
         ({"const": "\ud800"}, "answers cannot be kept"),
     ],
@@ -328,6 +337,15 @@ def test_names_of_properties_are_no_keywords() -> None:
     named: Schema = {"type": "object", "properties": {"minProperties": {"const": 3}}}
     Grammar(named | {"required": ["minProperties"], "minProperties": 1})
     Grammar({"enum": [{"minProperties": 3}]})
+
+
+def test_numbers_that_stay_exact_are_taken() -> None:
+    Grammar({"type": "integer", "minimum": 1 - 2**53, "maximum": 2**63 - 1})
+    Grammar({"enum": [2**53 - 1, 0.1, 1e-300, True]})
+
+
+def test_keywords_of_somebodys_own_may_hold_anything() -> None:
+    Grammar({"type": "null", "x-form": {"required": True}, "example": {"minProperties": "a"}})
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,11 @@ def test_help_is_asked_for_by_the_flag_alone(words: list[str], asks: bool) -> No
     ("name", "refused", "taken"),
     [
         ("max_tokens", ["0", "-1", "1.5", "many", ""], ["1", "1000000"]),
-        ("temperature", ["-1", "-0.001", "nan", "inf", "-inf", "hot"], ["0", "0.001", "2"]),
+        (
+            "temperature",
+            ["-1", "-0.001", "nan", "inf", "-inf", "hot", "1e39"],
+            ["0", "0.001", "1e30"],
+        ),
         ("top_p", ["0", "-1", "1.001", "2", "nan"], ["0.001", "1"]),
         ("top_k", ["-1", "0.5"], ["0", "1"]),
         ("min_p", ["-0.001", "1.001", "nan"], ["0", "1"]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_chat.config import SamplingParams
+from mistral_chat.config import HOTTEST, SamplingParams
 from mistral_chat.engine.sampling import (
     Draws,
     allowed_words,
@@ -162,10 +162,11 @@ def test_choose_draws_each_token_as_often_as_it_is_likely(
     assert statistic < CHI_SQUARE[freedom]
 
 
-def test_choose_never_takes_a_banned_id_however_hot() -> None:
+@pytest.mark.parametrize("temperature", [5, HOTTEST])
+def test_choose_never_takes_a_banned_id_however_hot(temperature: float) -> None:
     logits, draws = draw_logits(), Draws(0)
     banned = logits.topk(20).indices  # the most likely half
-    params = SamplingParams(temperature=5)
+    params = SamplingParams(temperature=temperature)
     chosen = {choose(logits, params, banned, draws.next()).id for _ in range(3000)}
     assert chosen == set(range(VOCAB)) - set(banned.tolist())
 
