@@ -14,7 +14,9 @@ from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.input import create_input
+from prompt_toolkit.input import Input
+from prompt_toolkit.input.posix_utils import PosixStdinReader
+from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
@@ -84,7 +86,7 @@ def make_prompt(
         enable_history_search=False,
         bottom_toolbar=bottom if is_fancy(sys.stderr) else None,
         prompt_continuation="  ",
-        input=create_input(sys.stdin),
+        input=_keyboard(),
         output=create_output(stdout=sys.stderr),  # stdout carries answers alone
         tempfile_suffix=".md",
     )
@@ -97,10 +99,17 @@ def make_question() -> PromptSession[str]:
         key_bindings=_keys(),
         multiline=True,
         prompt_continuation="  ",
-        input=create_input(sys.stdin),
+        input=_keyboard(),
         output=create_output(stdout=sys.stderr),
         tempfile_suffix=".md",
     )
+
+
+def _keyboard() -> Input:
+    """Stdin's terminal. Bytes that are no UTF-8 are seen as such, rather than typed as no text."""
+    keyboard = Vt100Input(sys.stdin)
+    keyboard.stdin_reader = PosixStdinReader(keyboard.fileno(), errors="replace")
+    return keyboard
 
 
 def _keys() -> KeyBindings:
@@ -153,7 +162,7 @@ def ask_for_paste() -> str:
         key_bindings=keys,
         multiline=True,
         prompt_continuation="  ",
-        input=create_input(sys.stdin),
+        input=_keyboard(),
         output=create_output(stdout=sys.stderr),
     )
     try:

@@ -120,6 +120,20 @@ def history(data_home: Path) -> list[str]:
     return [str(message.content) for message in conversation.messages]
 
 
+def test_typed_bytes_that_are_no_utf8_are_seen_and_end_nothing(
+    roomy_folder: Path, tmp_path: Path
+) -> None:
+    script = written(tmp_path, "one")
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
+        terminal.wait_for_prompt()
+        terminal.child.send(b"caf\xe9 \xc3\xa9")
+        terminal.wait_for("> caf\ufffd é")
+        terminal.send("\r")
+        terminal.wait_for("one")
+        assert terminal.leave() == 0
+    assert messages(tmp_path) == ["caf\ufffd é", "one"]
+
+
 @pytest.mark.parametrize("end", ["\x04", "\x1b\r"])
 def test_paste_command_takes_lines_as_they_are(
     roomy_folder: Path, tmp_path: Path, end: str
