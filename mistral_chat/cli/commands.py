@@ -5,6 +5,7 @@ Knows nothing of the prompt's keys or of how answers are printed.
 
 import difflib
 import shlex
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -145,8 +146,13 @@ class Commands:
 
     def _drop(self, rest: str) -> None:
         conversation = self._talk.chat.conversation
-        if not (rest or "1").isdecimal() or not (n := int(rest or "1")):
-            raise UsageError(f"/drop takes how many of the oldest exchanges to drop; found {rest}")
+        try:
+            n = int(rest or "1")
+        except ValueError:
+            n = 0
+        if n < 1:
+            found = chat_text.shorten(rest)
+            raise UsageError(f"/drop takes how many of the oldest exchanges to drop; found {found}")
         if n > conversation.n_exchanges:
             render.note(f"there are {conversation.n_exchanges} exchanges; nothing was dropped")
             return
@@ -173,6 +179,8 @@ class Commands:
 
     def _file(self, rest: str) -> None:
         path = _one_path("/file", rest)
+        if _is_endless(path):
+            raise UsageError(f"/file takes a file of text; {path} is a pipe or a device")
         self._talk.files.append(read_text_file(path))
         render.note(f"{path} comes before the next message")
 
@@ -255,6 +263,18 @@ def _one_path(name: str, rest: str) -> Path:
         words = shlex.split(rest)
     except ValueError:  # an open quotation mark
         words = []
-    if len(words) != 1:
+    if len(words) != 1 or "\0" in rest:
         raise UsageError(f"{name} takes one path")
-    return Path(words[0]).expanduser()
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError as error:  # ~NAME, and nobody has that name
+        raise UsageError(f"{name} {words[0]}: no such home directory") from error
+
+
+def _is_endless(path: Path) -> bool:
+    """Whether reading a file may never end, and hear no Ctrl-C."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # reading it says more
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

@@ -231,7 +231,8 @@ class Session:
         Raises:
             SessionError: it cannot be written.
         """
-        state = _read(self.path) if self._begin is None else _State()
+        begin = self._begin
+        state = _read(self.path) if begin is None else _State(system=begin["system"])
         other = Session.create(self.model, state.system)
         for message in state.messages:
             other._write(message)
@@ -246,7 +247,8 @@ class Session:
         entries = [entry] if self._begin is None else [self._begin, entry]
         lines = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            # A file that somebody has taken away must not come back without its first line.
+            flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_EXCL if self._begin else 0)
             handle = os.open(self.path, flags, 0o600)
             try:
                 data = lines.encode("utf-8", "replace")
@@ -285,9 +287,12 @@ def _find(name: str) -> Path:
             raise SessionError(f"no chat is kept in {folder}: nothing to go on with")
         return folder / f"{known[0].id}.jsonl"
     if "/" in name or name.endswith(".jsonl"):
-        path = Path(name).expanduser()
-        if path.is_file():
-            return path
+        try:
+            path = Path(name).expanduser()
+            if path.is_file():
+                return path
+        except (OSError, RuntimeError) as error:  # no permission; ~NAME, and nobody has that name
+            raise SessionError(f"{name}: cannot be read ({error})") from error
         raise SessionError(f"{name}: no such file")
     matches = sorted(folder.glob(f"{name}*.jsonl")) if name.replace("-", "").isalnum() else []
     if not matches:
@@ -319,7 +324,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+            json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
             raise SessionError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(entry, dict):
             raise SessionError(f"{path}, line {number}: expected an object")
@@ -336,9 +342,11 @@ def _is_message(entry: dict[str, Any]) -> bool:
         return False
     if entry.get("role") == "tool":
         return all(isinstance(entry.get(name), str) for name in ("tool_call_id", "name"))
-    calls = entry.get("tool_calls", [])
+    calls, ids = entry.get("tool_calls", []), entry.get("ids") or []
     return (
         entry.get("role") in ("user", "assistant")
+        and isinstance(ids, list)
+        and all(type(id_) is int for id_ in ids)
         and isinstance(calls, list)
         and all(map(_is_call, calls))
     )
@@ -353,6 +361,12 @@ def _is_call(value: Any) -> bool:
     )
 
 
+def _checked_system(value: Any, path: Path) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise SessionError(f"{path}: its system prompt is {value!r}: expected a text")
+    return value
+
+
 def _read(path: Path) -> _State:
     """What the lines of a session's file add up to.
 
@@ -365,7 +379,8 @@ def _read(path: Path) -> _State:
         if state.n_lines == 1:
             if entry.get("type") != "session" or entry.get("version") != VERSION:
                 raise SessionError(f"{path}: no chat of this program (version {VERSION})")
-            state.model, state.system = str(entry.get("model")), entry.get("system")
+            state.model = str(entry.get("model"))
+            state.system = _checked_system(entry.get("system"), path)
             continue
         kind = entry.get("type")
         if _is_message(entry):
@@ -383,7 +398,7 @@ def _read(path: Path) -> _State:
         elif kind == "clear":
             state.messages.clear()
         elif kind == "system":
-            state.system = entry.get("content")
+            state.system = _checked_system(entry.get("content"), path)
         else:
             raise SessionError(f"{path}, line {state.n_lines}: found neither message nor mark")
     if state.n_lines == 0:
