@@ -174,7 +174,9 @@ class Commands:
         if old is None:
             render.note("this chat is not kept: there is nothing to branch from")
             return
-        new = self._talk.session = old.branch()
+        new = old.branch()
+        new.hold()
+        self._talk.move_to(new)
         render.note(f"going on in {new.id}; {old.id} stays as it is")
 
     def _file(self, rest: str) -> None:

@@ -6,6 +6,7 @@ to their owner. Knows nothing of terminals or models.
 """
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -78,6 +79,12 @@ class _State:
         del self.messages[begin:]
         return gone
 
+    def unsay(self) -> None:
+        """Remove the last message where it is the person's; what it was to replace comes back."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages[-1:] = self.replaced
+            self.replaced = []
+
     def drop(self, n: int) -> None:
         """Remove the oldest exchanges."""
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
@@ -125,6 +132,7 @@ class Session:
         return session
 
     _begin: dict[str, Any] | None = None
+    _held: int | None = None  # the locked file
 
     @classmethod
     def open(cls, name: str, model: str) -> "Session":
@@ -141,6 +149,34 @@ class Session:
         _read(path)
         _cut_torn_line(path)
         return cls(path, model)
+
+    def hold(self) -> None:
+        """Keep other processes from going on with it, until `release`; does nothing without a file.
+
+        Two that add to one file, each after its own history, would make a chat of neither.
+
+        Raises:
+            SessionError: another one goes on with it.
+        """
+        if self._held is not None or self._begin is not None:
+            return
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise SessionError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if not _lock(handle):
+            os.close(handle)
+            raise SessionError(
+                f"chat {self.id} is open in another process: leave it there, /branch from it "
+                f"there, or take another one (/list)"
+            )
+        self._held = handle
+
+    def release(self) -> None:
+        """Let others go on with it."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def add_user(self, text: str, *, replaces: bool = False) -> None:
         """Keep what the person said, before it is answered.
@@ -191,11 +227,12 @@ class Session:
         """Keep another system prompt."""
         self._write({"type": "system", "content": system})
 
-    def replay(self, conversation: Conversation) -> str | None:
+    def replay(self, conversation: Conversation, *, save: bool = True) -> str | None:
         """Bring a conversation to where the session is.
 
         Args:
             conversation: is overwritten, its tools stay.
+            save: keep what becomes of messages and calls that were never answered.
 
         Returns:
             a message that never got its answer, to be asked again; it is not in the conversation.
@@ -205,8 +242,9 @@ class Session:
         unanswered = None
         if state.messages and state.messages[-1]["role"] == "user":
             unanswered = state.messages[-1]["content"]
-            self.drop_user()
-            state = _read(self.path)
+            if save:
+                self.drop_user()
+            state.unsay()
         conversation.clear()
         conversation.set_system(state.system)
         for message in state.messages:
@@ -222,7 +260,8 @@ class Session:
                 else:
                     conversation.add_answer(message["content"], ids)
         for call in conversation.close_calls(INTERRUPTED):
-            self.add_result(call, INTERRUPTED)
+            if save:
+                self.add_result(call, INTERRUPTED)
         return unanswered
 
     def branch(self) -> "Session":
@@ -307,12 +346,25 @@ def _cut_torn_line(path: Path) -> None:
     """Take away the end of a line that was never finished, so that the next one stands alone."""
     try:
         with path.open("rb+") as file:
-            data = file.read()
-            if not data.endswith(b"\n"):
+            # Where another process holds the file, such a line is on its way.
+            if _lock(file.fileno()) and not (data := file.read()).endswith(b"\n"):
                 file.truncate(data.rfind(b"\n") + 1)
                 os.fsync(file.fileno())
     except OSError as error:
         raise SessionError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _lock(handle: int) -> bool:
+    """Lock a file until it is closed; False where another process has."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (
+        OSError
+    ):  # some file systems of clusters know no locks, and chats must be kept there, too
+        return True
+    return True
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -390,9 +442,7 @@ def _read(path: Path) -> _State:
         elif kind == "undo":
             state.take_back()
         elif kind == "unsaid":
-            if state.messages and state.messages[-1]["role"] == "user":
-                state.messages[-1:] = state.replaced
-                state.replaced = []
+            state.unsay()
         elif kind == "drop" and isinstance(entry.get("exchanges"), int):
             state.drop(max(0, entry["exchanges"]))
         elif kind == "clear":

@@ -22,6 +22,7 @@ from mistral_chat.cli.flags import Options
 from mistral_chat.cli.sessions import Session, summaries
 from mistral_chat.cli.terminal_chat import TerminalChat
 from mistral_chat.config import EngineConfig
+from mistral_chat.errors import SessionError
 from tests.chat.test_chat import GREEDY, TOOL, Talk
 from tests.chat.test_rounds import ask, garble, say
 
@@ -47,7 +48,9 @@ class Keys:
 class Desk:
     """A chat, its commands, and what a person does with them."""
 
-    def __init__(self, name: str = "v3", resume: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, name: str = "v3", *, resume: str | None = None, save: bool = True, **options: Any
+    ) -> None:
         self.model = Talk(name, **options)
         self.keys = Keys()
         words = Options(
@@ -56,6 +59,7 @@ class Desk:
             instruct=self.model.chat.instruct,
             quiet=True,
             resume=resume,
+            save=save,
         )
         terminal: Any = self.keys
         self.talk = TerminalChat(self.model.chat, words, 0.0, terminal)
@@ -154,6 +158,59 @@ def test_file_has_all_but_the_answer_while_it_is_said(replace_last: bool) -> Non
     desk.talk.say("another", replace_last=replace_last)
     assert len(seen) > 3
     assert all(found == ("another", before) for found in seen)
+
+
+@pytest.mark.parametrize("way", ["new", "resumed", "branch"])
+def test_chat_that_is_open_is_opened_by_no_other(
+    way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Desk()
+    first.answer(say(first.model, "one"), say(first.model, "two"))
+    first.talk.say("first")
+    assert first.talk.session is not None
+    if way == "resumed":
+        first.talk.session.release()
+        first = Desk(resume="latest")
+    elif way == "branch":
+        left = first.talk.session
+        first.commands.run("/branch")
+        Desk(resume=left.id)
+    session = first.talk.session
+    assert session is not None
+
+    def resume_meanwhile(n_scored: int) -> None:  # noqa: ARG001
+        with pytest.raises(SessionError, match="open in another process"):
+            Desk(resume=session.id)
+
+    first.model.runner.on_scored = resume_meanwhile
+    first.answer(say(first.model, "two"))
+    first.talk.say("second")
+    assert first.kept == first.history
+    other = Desk()
+    other.commands.run(f"/load {session.id}")
+    assert "open in another process" in capsys.readouterr().err
+    assert other.history[0] == []
+    first.commands.run(f"/load {session.id}")  # its own, it may
+    assert first.talk.session is session
+    session.release()
+    other.commands.run(f"/load {session.id}")
+    assert other.history == first.history
+
+
+def test_unanswered_message_stays_in_the_file_where_nothing_is_to_be_saved() -> None:
+    desk = Desk()
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    session = desk.talk.session
+    assert session is not None
+    session.add_user("second")
+    session.release()
+    data = session.path.read_bytes()
+    for _ in range(2):
+        reader = Desk(resume="latest", save=False)
+        assert reader.talk.draft.text == "second"
+        assert reader.history == desk.history
+    assert session.path.read_bytes() == data
 
 
 def test_branch_before_the_first_message_keeps_the_system_prompt() -> None:
