@@ -115,20 +115,25 @@ class Commands:
     def _system(self, rest: str) -> None:
         conversation = self._talk.chat.conversation
         if rest:
+            self._require_template("/system")
             system = None if rest == "-" else unwrap_block(rest)
             conversation.set_system(system)
             self._talk.write(lambda session: session.set_system(system))
-        render.note(f"system prompt: {conversation.system or 'none'}")
+        render.note(f"system prompt: {chat_text.harmless(conversation.system or 'none')}")
 
     def _set(self, rest: str) -> None:
         self._talk.sampling = set_sampling(self._talk.sampling, rest)
         render.note(sampling_line(self._talk.sampling))
 
     def _show(self, _: str) -> None:
-        session = self._talk.session
+        session, system = self._talk.session, self._talk.chat.conversation.system
         render.note(sampling_line(self._talk.sampling))
-        render.note(f"system prompt: {self._talk.chat.conversation.system or 'none'}")
+        render.note(f"system prompt: {chat_text.harmless(system or 'none')}")
         render.note(f"this chat is {f'kept in {session.path}' if session else 'not kept'}")
+
+    def _require_template(self, name: str) -> None:
+        if not self._talk.chat.instruct:
+            raise UsageError(f"{name} needs --instruct: a plain completion has no template")
 
     def _last_message(self) -> str | None:
         text = self._talk.chat.conversation.copy().undo()
@@ -212,13 +217,15 @@ class Commands:
     def _load(self, rest: str) -> None:
         if not rest:
             raise UsageError("/load takes a chat's id or file: /list shows the kept ones")
+        self._require_template("/load")
         self._talk.resume(rest)
 
     def _list(self, _: str) -> None:
         kept = summaries()
         for summary in kept[:LISTED]:
             render.note(
-                f"{summary.id}  {summary.n_messages:3} messages  {summary.model}  "
+                f"{summary.id}  {summary.n_messages:3} messages  "
+                f"{chat_text.shorten(summary.model)}  "
                 f"{chat_text.shorten(summary.begins, 50)}"
             )
         if len(kept) > LISTED:

@@ -93,7 +93,11 @@ class TerminalChat:
         """
         options = self._options
         if options.resume is not None:
+            system = self.chat.conversation.system
             self.resume(options.resume)
+            if system not in (None, self.chat.conversation.system):  # the command line's wins
+                self.chat.conversation.set_system(system)
+                self.write(lambda session: session.set_system(system))
         elif self.chat.instruct and options.save:
             try:
                 self.session = Session.create(self._model, self.chat.conversation.system)
@@ -172,6 +176,7 @@ class TerminalChat:
             else:
                 self.draft = draft
             return
+        files = self.files
         if not replace_last:
             self.files = []
         if chat.instruct:
@@ -187,6 +192,7 @@ class TerminalChat:
             render.error(f"{error}; this exchange is taken back")
             chat.conversation.undo()
             self.write(Session.undo)
+            self.files, self.draft = files, Draft(text)
             return
         if rounds.ended:
             render.note(f"mistral-chat: {rounds.ended}")

@@ -20,6 +20,7 @@ from mistral_chat.cli import prompt
 from mistral_chat.cli.commands import Commands
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.sessions import Session, summaries
+from mistral_chat.cli.terminal import QuietTerminal
 from mistral_chat.cli.terminal_chat import TerminalChat
 from mistral_chat.config import EngineConfig
 from mistral_chat.errors import SessionError
@@ -300,3 +301,79 @@ def test_history_file_that_takes_no_more_says_so_once(
         history.append_string(text)
     assert capsys.readouterr().err.count("history is no longer kept (No space left") == 1
     assert history.get_strings()[-2:] == ["one", "two"]
+
+
+def test_what_was_said_earlier_is_shown_without_what_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    session = Session.create("m\x1b[5m", "s\x1b]0;title\x07")
+    session.add_user("q\x9b2J")
+    session.add_answer("a\x1b[2J👩‍👧 \x7f", None, "stop")
+    desk = Desk(resume="latest")
+    for line in ("/list", "/show", "/system", "/undo"):
+        desk.commands.run(line)
+    said = capsys.readouterr().err
+    assert "a␛[2J👩‍👧 ␡" in said
+    assert not any((c < " " and c != "\n") or "\x7f" <= c < "\xa0" for c in said)
+
+
+def test_system_prompt_of_the_command_line_wins_over_the_kept_one() -> None:
+    desk = Desk(system="kept")
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    assert desk.talk.session is not None
+    desk.talk.session.release()
+    again = Desk(resume="latest", system="given")
+    assert [str(message.content) for message in again.history[0]] == ["given", "first", "one"]
+    assert again.kept == again.history
+
+
+def test_plain_completion_refuses_what_only_a_chat_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    desk = Desk()
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    assert desk.talk.session is not None
+    desk.talk.session.release()
+    capsys.readouterr()
+    plain = Desk(instruct=False)
+    for line in (f"/load {desk.talk.session.id}", "/system Be brief."):
+        plain.commands.run(line)
+        assert "needs --instruct" in capsys.readouterr().err
+    assert plain.history == ([], {})
+    assert plain.talk.session is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "text", "pressed"),
+    [
+        ("ab\x1b[A\x1bOB\x1b[1;5Cc", "abc", False),  # arrows
+        ("one\x1b\rtwo\r", "one\ntwo\n", False),
+        ("gone\x03stays é中", "stays é中", True),
+    ],
+)
+def test_keys_typed_during_an_answer_leave_their_letters(
+    monkeypatch: pytest.MonkeyPatch, typed: str, text: str, pressed: bool
+) -> None:
+    mine, theirs = os.openpty()
+    with os.fdopen(mine, "wb", buffering=0) as keys, os.fdopen(theirs) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        with QuietTerminal() as terminal:
+            keys.write(typed.encode())
+            assert terminal.poll() == (pressed, text)
+
+
+def test_message_whose_results_fill_the_context_stands_at_the_prompt_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = tmp_path / "note"
+    note.write_text("from the file")
+    desk = Desk(max_seq_len=110, tools=[TOOL])
+    desk.commands.run(f"/file {note}")
+    desk.talk._desk.run = lambda call: "word " * 300  # type: ignore[method-assign]
+    desk.answer(ask(desk.model, [("f", {})]))
+    desk.talk.say("Is it so?")
+    assert "this exchange is taken back" in capsys.readouterr().err
+    assert desk.kept == desk.history == ([], {})
+    assert (desk.talk.draft.text, desk.talk.files) == ("Is it so?", ["from the file"])
