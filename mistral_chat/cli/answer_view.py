@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from rich.text import Text
 
 from mistral_chat.cli import render
+from mistral_chat.cli.chat_text import harmless
 from mistral_chat.cli.markdown import START, Seam, code_rows, finished, to_ansi
 from mistral_chat.cli.markdown import render as render_markdown
 from mistral_chat.cli.terminal import is_fancy
@@ -24,15 +25,6 @@ __all__ = ["AnswerView", "MarkdownView", "RawView", "make_view"]
 REFRESH_S = 0.05  # a person sees no difference to faster
 SHARE = 0.1  # of the time, at most, goes into drawing: a long block is drawn less often
 RESTING_S = 0.2  # a window that is being dragged is left alone for this long
-# Letters for what a terminal would obey; line ends and tabs stay.
-_VISIBLE: dict[int, str | None] = {
-    **{code: chr(0x2400 + code) for code in range(0x20)},
-    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
-    0x7F: "\u2421",
-    ord("\t"): "\t",
-    ord("\n"): "\n",
-    ord("\r"): None,
-}
 NO_WRAP, WRAP = "\x1b[?7l", "\x1b[?7h"
 ERASE_LINE, ERASE_BELOW, HOME = "\x1b[K", "\x1b[J", "\x1b[H"
 
@@ -112,7 +104,7 @@ class MarkdownView:
 
     def add(self, text: str) -> None:
         """Take the next piece of the answer; draw, unless that was just done."""
-        self._source += text.translate(_VISIBLE)
+        self._source += harmless(text)
         started = time.monotonic()
         if started < self._due or not self._has_rested(started):
             return

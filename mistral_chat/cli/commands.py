@@ -5,6 +5,7 @@ Knows nothing of the prompt's keys or of how answers are printed.
 
 import difflib
 import shlex
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -114,20 +115,25 @@ class Commands:
     def _system(self, rest: str) -> None:
         conversation = self._talk.chat.conversation
         if rest:
+            self._require_template("/system")
             system = None if rest == "-" else unwrap_block(rest)
             conversation.set_system(system)
             self._talk.write(lambda session: session.set_system(system))
-        render.note(f"system prompt: {conversation.system or 'none'}")
+        render.note(f"system prompt: {chat_text.harmless(conversation.system or 'none')}")
 
     def _set(self, rest: str) -> None:
         self._talk.sampling = set_sampling(self._talk.sampling, rest)
         render.note(sampling_line(self._talk.sampling))
 
     def _show(self, _: str) -> None:
-        session = self._talk.session
+        session, system = self._talk.session, self._talk.chat.conversation.system
         render.note(sampling_line(self._talk.sampling))
-        render.note(f"system prompt: {self._talk.chat.conversation.system or 'none'}")
+        render.note(f"system prompt: {chat_text.harmless(system or 'none')}")
         render.note(f"this chat is {f'kept in {session.path}' if session else 'not kept'}")
+
+    def _require_template(self, name: str) -> None:
+        if not self._talk.chat.instruct:
+            raise UsageError(f"{name} needs --instruct: a plain completion has no template")
 
     def _last_message(self) -> str | None:
         text = self._talk.chat.conversation.copy().undo()
@@ -145,8 +151,13 @@ class Commands:
 
     def _drop(self, rest: str) -> None:
         conversation = self._talk.chat.conversation
-        if not (rest or "1").isdecimal() or not (n := int(rest or "1")):
-            raise UsageError(f"/drop takes how many of the oldest exchanges to drop; found {rest}")
+        try:
+            n = int(rest or "1")
+        except ValueError:
+            n = 0
+        if n < 1:
+            found = chat_text.shorten(rest)
+            raise UsageError(f"/drop takes how many of the oldest exchanges to drop; found {found}")
         if n > conversation.n_exchanges:
             render.note(f"there are {conversation.n_exchanges} exchanges; nothing was dropped")
             return
@@ -168,11 +179,15 @@ class Commands:
         if old is None:
             render.note("this chat is not kept: there is nothing to branch from")
             return
-        new = self._talk.session = old.branch()
+        new = old.branch()
+        new.hold()
+        self._talk.move_to(new)
         render.note(f"going on in {new.id}; {old.id} stays as it is")
 
     def _file(self, rest: str) -> None:
         path = _one_path("/file", rest)
+        if _is_endless(path):
+            raise UsageError(f"/file takes a file of text; {path} is a pipe or a device")
         self._talk.files.append(read_text_file(path))
         render.note(f"{path} comes before the next message")
 
@@ -202,13 +217,15 @@ class Commands:
     def _load(self, rest: str) -> None:
         if not rest:
             raise UsageError("/load takes a chat's id or file: /list shows the kept ones")
+        self._require_template("/load")
         self._talk.resume(rest)
 
     def _list(self, _: str) -> None:
         kept = summaries()
         for summary in kept[:LISTED]:
             render.note(
-                f"{summary.id}  {summary.n_messages:3} messages  {summary.model}  "
+                f"{summary.id}  {summary.n_messages:3} messages  "
+                f"{chat_text.shorten(summary.model)}  "
                 f"{chat_text.shorten(summary.begins, 50)}"
             )
         if len(kept) > LISTED:
@@ -255,6 +272,18 @@ def _one_path(name: str, rest: str) -> Path:
         words = shlex.split(rest)
     except ValueError:  # an open quotation mark
         words = []
-    if len(words) != 1:
+    if len(words) != 1 or "\0" in rest:
         raise UsageError(f"{name} takes one path")
-    return Path(words[0]).expanduser()
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError as error:  # ~NAME, and nobody has that name
+        raise UsageError(f"{name} {words[0]}: no such home directory") from error
+
+
+def _is_endless(path: Path) -> bool:
+    """Whether reading a file may never end, and hear no Ctrl-C."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # reading it says more
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

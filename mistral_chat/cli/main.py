@@ -178,7 +178,10 @@ def _lead(options: flags.Options, started: float) -> int:
 
         if prompt is not None:
             raise UsageError("--resume goes on with a chat at a terminal: stdin is none")
-        Session.open(options.resume, "")  # a chat that is not there needs no model
+        session = Session.open(options.resume, "")
+        if options.save:
+            session.hold()  # a chat that is not there, or open elsewhere, needs no model
+            session.release()
     system = options.system
     if options.system_file is not None:
         system = one_shot.read_text_file(options.system_file)

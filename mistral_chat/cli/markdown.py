@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from markdown_it.tree import SyntaxTreeNode
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
@@ -61,6 +62,7 @@ LISTS = ("bullet_list", "ordered_list")
 BULLET, BAR = " • ", "│ "
 NARROWEST = 8  # below that, lines are cut rather than wrapped ever narrower
 TAB = 4
+DEEPEST = 20  # spans in each other; a model that repeats itself opens hundreds
 
 # No HTML: a tag that a model writes is text to be seen. No link definitions: they may stand after
 # their use, and a line that was printed cannot change any more.
@@ -173,7 +175,10 @@ class _Page:
 
     def __init__(self, source: str) -> None:
         self._lines = source.split("\n")
-        self.blocks: Sequence[SyntaxTreeNode] = SyntaxTreeNode(_PARSER.parse(source)).children
+        tokens = _PARSER.parse(source)
+        for token in tokens:
+            token.children = _shallow(token.children)
+        self.blocks: Sequence[SyntaxTreeNode] = SyntaxTreeNode(tokens).children
 
     def blank_before(self, node: SyntaxTreeNode) -> bool:
         """Whether the source has a blank line before a block; quotes have their marks in it."""
@@ -223,6 +228,15 @@ class _Page:
             marks = [Text(mark, BOLD), *[Text(" " * len(mark))] * (len(inside) - 1)]
             lines += [mark + line for mark, line in zip(marks, inside, strict=True)]
         return lines
+
+
+def _shallow(spans: list[Token] | None) -> list[Token] | None:
+    """Spans without those in too many others: blocks have a limit in the parser, spans none."""
+    if spans is None:
+        return None
+    for span in spans:
+        span.children = _shallow(span.children)  # of an image's text
+    return [span for span in spans if not span.nesting or span.level < DEEPEST]
 
 
 def _first_line(node: SyntaxTreeNode) -> int:

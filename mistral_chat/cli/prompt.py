@@ -4,17 +4,25 @@ prompt_toolkit does the work; this says which keys and what stands at the bottom
 """
 
 import os
+import shlex
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+import termios
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app
+from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.input import create_input
+from prompt_toolkit.input import Input
+from prompt_toolkit.input.posix_utils import PosixStdinReader
+from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
@@ -31,10 +39,26 @@ __all__ = [
 ]
 
 BLOCK = '"""'
+EDITORS = ("editor", "nano", "vi", "emacs")
 WITH_PATHS = ("/file", "/save", "/load")
 
 
 WordsAfter = Callable[[str], Iterable[tuple[str, str]]]
+
+
+class _HistoryFile(FileHistory):
+    """Earlier messages in a file; where it takes no more, they are kept until the end alone."""
+
+    _is_kept = True
+
+    def store_string(self, string: str) -> None:
+        if not self._is_kept:
+            return
+        try:
+            super().store_string(string)
+        except OSError as error:
+            self._is_kept = False
+            render.note(f"mistral-chat: history is no longer kept ({error.strerror})")
 
 
 class _Completer(Completer):
@@ -84,9 +108,8 @@ def make_prompt(
         enable_history_search=False,
         bottom_toolbar=bottom if is_fancy(sys.stderr) else None,
         prompt_continuation="  ",
-        input=create_input(sys.stdin),
+        input=_keyboard(),
         output=create_output(stdout=sys.stderr),  # stdout carries answers alone
-        tempfile_suffix=".md",
     )
 
 
@@ -97,10 +120,16 @@ def make_question() -> PromptSession[str]:
         key_bindings=_keys(),
         multiline=True,
         prompt_continuation="  ",
-        input=create_input(sys.stdin),
+        input=_keyboard(),
         output=create_output(stdout=sys.stderr),
-        tempfile_suffix=".md",
     )
+
+
+def _keyboard() -> Input:
+    """Stdin's terminal. Bytes that are no UTF-8 are seen as such, rather than typed as no text."""
+    keyboard = Vt100Input(sys.stdin)
+    keyboard.stdin_reader = PosixStdinReader(keyboard.fileno(), errors="replace")
+    return keyboard
 
 
 def _keys() -> KeyBindings:
@@ -120,15 +149,57 @@ def _keys() -> KeyBindings:
         event.current_buffer.insert_text("\n")
 
     @keys.add("c-g")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.open_in_editor()
+    def _(event: KeyPressEvent) -> None:  # noqa: ARG001
+        open_editor()
 
     return keys
 
 
 def open_editor() -> None:
-    """As a prompt begins: open its text in $EDITOR, as Ctrl-G does."""
-    get_app().current_buffer.open_in_editor()
+    """Open the text of the prompt that is there in $EDITOR; also as the prompt begins."""
+    buffer = get_app().current_buffer
+
+    async def edit() -> None:
+        text = await run_in_terminal(lambda: _edited(buffer.text), in_executor=True)
+        buffer.document = Document(text)
+
+    get_app().create_background_task(edit())
+
+
+def _edited(text: str) -> str:
+    """What a person makes of a text in their editor; the text itself where that fails."""
+    given = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    editor = given or next(filter(shutil.which, EDITORS), None)
+    if editor is None:
+        render.error(f"no editor: expected $EDITOR, or one of {', '.join(EDITORS)}")
+        return text
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "message.md"
+            path.write_text(text, encoding="utf-8", newline="")
+            with _without_signals():
+                code = subprocess.call([*shlex.split(editor), str(path)])
+            if code == 0:
+                # What is no UTF-8 is seen at the prompt, and the rest is not lost.
+                return path.read_bytes().decode("utf-8", "replace").removesuffix("\n")
+        fault = f"ended with code {code}"
+    except (OSError, ValueError) as error:  # not there; an open quotation mark; a full disk
+        fault = f"cannot be run ({error})"
+    render.error(f"the editor {editor!r} {fault}: the text stays as it was; $EDITOR names another")
+    return text
+
+
+@contextmanager
+def _without_signals() -> Iterator[None]:
+    """Ctrl-C is a key of the editor's: as a signal it would end a launcher, and with it all."""
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ISIG
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def ask_for_paste() -> str:
@@ -153,7 +224,7 @@ def ask_for_paste() -> str:
         key_bindings=keys,
         multiline=True,
         prompt_continuation="  ",
-        input=create_input(sys.stdin),
+        input=_keyboard(),
         output=create_output(stdout=sys.stderr),
     )
     try:
@@ -184,4 +255,4 @@ def _history() -> History:
     except OSError as error:
         render.note(f"mistral-chat: no history file ({path}: {error.strerror})")
         return InMemoryHistory()
-    return FileHistory(path)
+    return _HistoryFile(str(path))

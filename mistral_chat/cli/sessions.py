@@ -6,6 +6,7 @@ to their owner. Knows nothing of terminals or models.
 """
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -78,6 +79,12 @@ class _State:
         del self.messages[begin:]
         return gone
 
+    def unsay(self) -> None:
+        """Remove the last message where it is the person's; what it was to replace comes back."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages[-1:] = self.replaced
+            self.replaced = []
+
     def drop(self, n: int) -> None:
         """Remove the oldest exchanges."""
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
@@ -125,6 +132,7 @@ class Session:
         return session
 
     _begin: dict[str, Any] | None = None
+    _held: int | None = None  # the locked file
 
     @classmethod
     def open(cls, name: str, model: str) -> "Session":
@@ -141,6 +149,34 @@ class Session:
         _read(path)
         _cut_torn_line(path)
         return cls(path, model)
+
+    def hold(self) -> None:
+        """Keep other processes from going on with it, until `release`; does nothing without a file.
+
+        Two that add to one file, each after its own history, would make a chat of neither.
+
+        Raises:
+            SessionError: another one goes on with it.
+        """
+        if self._held is not None or self._begin is not None:
+            return
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise SessionError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if not _lock(handle):
+            os.close(handle)
+            raise SessionError(
+                f"chat {self.id} is open in another process: leave it there, /branch from it "
+                f"there, or take another one (/list)"
+            )
+        self._held = handle
+
+    def release(self) -> None:
+        """Let others go on with it."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def add_user(self, text: str, *, replaces: bool = False) -> None:
         """Keep what the person said, before it is answered.
@@ -191,11 +227,12 @@ class Session:
         """Keep another system prompt."""
         self._write({"type": "system", "content": system})
 
-    def replay(self, conversation: Conversation) -> str | None:
+    def replay(self, conversation: Conversation, *, save: bool = True) -> str | None:
         """Bring a conversation to where the session is.
 
         Args:
             conversation: is overwritten, its tools stay.
+            save: keep what becomes of messages and calls that were never answered.
 
         Returns:
             a message that never got its answer, to be asked again; it is not in the conversation.
@@ -205,8 +242,9 @@ class Session:
         unanswered = None
         if state.messages and state.messages[-1]["role"] == "user":
             unanswered = state.messages[-1]["content"]
-            self.drop_user()
-            state = _read(self.path)
+            if save:
+                self.drop_user()
+            state.unsay()
         conversation.clear()
         conversation.set_system(state.system)
         for message in state.messages:
@@ -222,7 +260,8 @@ class Session:
                 else:
                     conversation.add_answer(message["content"], ids)
         for call in conversation.close_calls(INTERRUPTED):
-            self.add_result(call, INTERRUPTED)
+            if save:
+                self.add_result(call, INTERRUPTED)
         return unanswered
 
     def branch(self) -> "Session":
@@ -231,7 +270,8 @@ class Session:
         Raises:
             SessionError: it cannot be written.
         """
-        state = _read(self.path) if self._begin is None else _State()
+        begin = self._begin
+        state = _read(self.path) if begin is None else _State(system=begin["system"])
         other = Session.create(self.model, state.system)
         for message in state.messages:
             other._write(message)
@@ -246,7 +286,8 @@ class Session:
         entries = [entry] if self._begin is None else [self._begin, entry]
         lines = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            # A file that somebody has taken away must not come back without its first line.
+            flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_EXCL if self._begin else 0)
             handle = os.open(self.path, flags, 0o600)
             try:
                 data = lines.encode("utf-8", "replace")
@@ -285,9 +326,12 @@ def _find(name: str) -> Path:
             raise SessionError(f"no chat is kept in {folder}: nothing to go on with")
         return folder / f"{known[0].id}.jsonl"
     if "/" in name or name.endswith(".jsonl"):
-        path = Path(name).expanduser()
-        if path.is_file():
-            return path
+        try:
+            path = Path(name).expanduser()
+            if path.is_file():
+                return path
+        except (OSError, RuntimeError) as error:  # no permission; ~NAME, and nobody has that name
+            raise SessionError(f"{name}: cannot be read ({error})") from error
         raise SessionError(f"{name}: no such file")
     matches = sorted(folder.glob(f"{name}*.jsonl")) if name.replace("-", "").isalnum() else []
     if not matches:
@@ -302,12 +346,25 @@ def _cut_torn_line(path: Path) -> None:
     """Take away the end of a line that was never finished, so that the next one stands alone."""
     try:
         with path.open("rb+") as file:
-            data = file.read()
-            if not data.endswith(b"\n"):
+            # Where another process holds the file, such a line is on its way.
+            if _lock(file.fileno()) and not (data := file.read()).endswith(b"\n"):
                 file.truncate(data.rfind(b"\n") + 1)
                 os.fsync(file.fileno())
     except OSError as error:
         raise SessionError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _lock(handle: int) -> bool:
+    """Lock a file until it is closed; False where another process has."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (
+        OSError
+    ):  # some file systems of clusters know no locks, and chats must be kept there, too
+        return True
+    return True
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -319,7 +376,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+            json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
             raise SessionError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(entry, dict):
             raise SessionError(f"{path}, line {number}: expected an object")
@@ -336,9 +394,11 @@ def _is_message(entry: dict[str, Any]) -> bool:
         return False
     if entry.get("role") == "tool":
         return all(isinstance(entry.get(name), str) for name in ("tool_call_id", "name"))
-    calls = entry.get("tool_calls", [])
+    calls, ids = entry.get("tool_calls", []), entry.get("ids") or []
     return (
         entry.get("role") in ("user", "assistant")
+        and isinstance(ids, list)
+        and all(type(id_) is int for id_ in ids)
         and isinstance(calls, list)
         and all(map(_is_call, calls))
     )
@@ -353,6 +413,12 @@ def _is_call(value: Any) -> bool:
     )
 
 
+def _checked_system(value: Any, path: Path) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise SessionError(f"{path}: its system prompt is {value!r}: expected a text")
+    return value
+
+
 def _read(path: Path) -> _State:
     """What the lines of a session's file add up to.
 
@@ -365,7 +431,8 @@ def _read(path: Path) -> _State:
         if state.n_lines == 1:
             if entry.get("type") != "session" or entry.get("version") != VERSION:
                 raise SessionError(f"{path}: no chat of this program (version {VERSION})")
-            state.model, state.system = str(entry.get("model")), entry.get("system")
+            state.model = str(entry.get("model"))
+            state.system = _checked_system(entry.get("system"), path)
             continue
         kind = entry.get("type")
         if _is_message(entry):
@@ -375,15 +442,13 @@ def _read(path: Path) -> _State:
         elif kind == "undo":
             state.take_back()
         elif kind == "unsaid":
-            if state.messages and state.messages[-1]["role"] == "user":
-                state.messages[-1:] = state.replaced
-                state.replaced = []
+            state.unsay()
         elif kind == "drop" and isinstance(entry.get("exchanges"), int):
             state.drop(max(0, entry["exchanges"]))
         elif kind == "clear":
             state.messages.clear()
         elif kind == "system":
-            state.system = entry.get("content")
+            state.system = _checked_system(entry.get("content"), path)
         else:
             raise SessionError(f"{path}, line {state.n_lines}: found neither message nor mark")
     if state.n_lines == 0:

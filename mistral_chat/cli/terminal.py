@@ -7,6 +7,7 @@ text. Knows nothing of prompts or answers.
 
 import codecs
 import os
+import re
 import select
 import sys
 import termios
@@ -16,6 +17,8 @@ from typing import IO, Any, Self
 __all__ = ["CTRL_C", "QuietTerminal", "is_fancy", "is_terminal"]
 
 CTRL_C = 0x03
+# What keys without a letter send, such as arrows: ESC [ ... letter, ESC O letter, ESC letter.
+_KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[ -~]|[ -~])?")
 
 
 def is_terminal(stream: IO[Any] | None) -> bool:
@@ -80,6 +83,5 @@ class QuietTerminal:
             data += part
         pressed = CTRL_C in data
         typed = self._decoder.decode(data.rpartition(bytes([CTRL_C]))[2])
-        return pressed, "".join(
-            c for c in typed.replace("\r", "\n") if c.isprintable() or c == "\n"
-        )
+        text = _KEY.sub("", typed.replace("\r", "\n"))
+        return pressed, "".join(c for c in text if c.isprintable() or c == "\n")

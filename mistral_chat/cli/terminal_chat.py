@@ -93,7 +93,11 @@ class TerminalChat:
         """
         options = self._options
         if options.resume is not None:
+            system = self.chat.conversation.system
             self.resume(options.resume)
+            if system not in (None, self.chat.conversation.system):  # the command line's wins
+                self.chat.conversation.set_system(system)
+                self.write(lambda session: session.set_system(system))
         elif self.chat.instruct and options.save:
             try:
                 self.session = Session.create(self._model, self.chat.conversation.system)
@@ -107,11 +111,21 @@ class TerminalChat:
             name: as `Session.open` takes it.
 
         Raises:
-            SessionError: there is no such chat, or it cannot be read.
+            SessionError: there is no such chat, it cannot be read, or another process goes on
+                with it.
         """
-        session = Session.open(name, self._model)
-        unanswered = session.replay(self.chat.conversation)
-        self.session = session if self._options.save else None
+        session, save = Session.open(name, self._model), self._options.save
+        if self.session is not None and session.path.resolve() == self.session.path.resolve():
+            session = self.session
+        if save:
+            session.hold()
+        try:
+            unanswered = session.replay(self.chat.conversation, save=save)
+        except SessionError:
+            if session is not self.session:
+                session.release()
+            raise
+        self.move_to(session if save else None)
         self.answer = None
         self.draft = Draft(unanswered or "")
         n = len(self.chat.conversation.messages) - (self.chat.conversation.system is not None)
@@ -121,14 +135,21 @@ class TerminalChat:
         for line in last_exchange(self.chat.conversation):
             render.note(line)
 
+    def move_to(self, session: Session | None) -> None:
+        """Keep what follows in another session, or in none."""
+        if self.session is not None and self.session is not session:
+            self.session.release()
+        self.session = session
+
     def write(self, write: Callable[[Session], None]) -> None:
         """Write to the session; where that fails, say so once and go on without."""
         if self.session is None:
             return
         try:
             write(self.session)
+            self.session.hold()  # its file comes with the first line
         except SessionError as error:
-            self.session = None
+            self.move_to(None)
             render.error(error)
 
     # Messages.
@@ -155,6 +176,7 @@ class TerminalChat:
             else:
                 self.draft = draft
             return
+        files = self.files
         if not replace_last:
             self.files = []
         if chat.instruct:
@@ -170,6 +192,7 @@ class TerminalChat:
             render.error(f"{error}; this exchange is taken back")
             chat.conversation.undo()
             self.write(Session.undo)
+            self.files, self.draft = files, Draft(text)
             return
         if rounds.ended:
             render.note(f"mistral-chat: {rounds.ended}")

@@ -141,6 +141,12 @@ def test_styles_streamed_are_those_of_the_whole() -> None:
             assert streamed.screen.buffer[y][x] == at_once.screen.buffer[y][x], (y, x)
 
 
+@pytest.mark.parametrize("mark", ["*", "_", "~~", "**", "*a ", "![*"])
+def test_spans_in_thousands_of_others_are_shown(mark: str) -> None:
+    text = mark * 2000 + "x" + mark[::-1] * 2000
+    assert "x" in "".join(line.plain for line in render(text, 80))
+
+
 @pytest.mark.parametrize("columns", [8, 20, 80, 200])
 def test_no_line_is_wider_than_the_window(columns: int) -> None:
     for line in render(SAMPLE + "| a " * 60 + "|\n" + "|-" * 60 + "|\n", columns):

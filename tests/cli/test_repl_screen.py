@@ -120,6 +120,20 @@ def history(data_home: Path) -> list[str]:
     return [str(message.content) for message in conversation.messages]
 
 
+def test_typed_bytes_that_are_no_utf8_are_seen_and_end_nothing(
+    roomy_folder: Path, tmp_path: Path
+) -> None:
+    script = written(tmp_path, "one")
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
+        terminal.wait_for_prompt()
+        terminal.child.send(b"caf\xe9 \xc3\xa9")
+        terminal.wait_for("> caf\ufffd é")
+        terminal.send("\r")
+        terminal.wait_for("one")
+        assert terminal.leave() == 0
+    assert messages(tmp_path) == ["caf\ufffd é", "one"]
+
+
 @pytest.mark.parametrize("end", ["\x04", "\x1b\r"])
 def test_paste_command_takes_lines_as_they_are(
     roomy_folder: Path, tmp_path: Path, end: str
@@ -253,6 +267,59 @@ def test_edit_opens_the_editor_and_asks_in_place_of_the_last_message(
         terminal.wait_for("three")
         assert terminal.leave() == 0
     assert history(tmp_path) == ["first", "**one**", "from the editor", "**three**"]
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("/no/such editor", "the editor '/no/such editor' cannot be run"),
+        ("'", "cannot be run (No closing quotation)"),
+        ("false", "the editor 'false' ended with code 1"),
+    ],
+)
+def test_editor_that_fails_is_named_and_the_text_stays(
+    roomy_folder: Path, tmp_path: Path, program: str, said: str
+) -> None:
+    env = {"EDITOR": program, "VISUAL": ""}
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", size=(120, 24), env=env) as terminal:
+        terminal.wait_for_prompt()
+        terminal.send("half a line\x07")
+        terminal.wait_for(said)
+        terminal.wait_for(lambda text: text.endswith("> half a line"))
+        terminal.child.sendintr()
+        assert terminal.leave() == 0
+
+
+def test_editor_that_writes_no_utf8_loses_nothing_else(roomy_folder: Path, tmp_path: Path) -> None:
+    program = tmp_path / "editor"
+    program.write_text("#!/bin/sh\nprintf 'caf\\351 noir' > $1\n")
+    program.chmod(0o700)
+    env = {"EDITOR": str(program), "VISUAL": ""}
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", env=env) as terminal:
+        terminal.wait_for_prompt()
+        terminal.send("\x07")
+        terminal.wait_for("> caf\ufffd noir")
+        terminal.child.sendintr()
+        assert terminal.leave() == 0
+
+
+# As a signal it would go to the launcher of the ranks, too, which ends all of them.
+def test_interrupt_in_the_editor_is_a_key_of_the_editors(
+    roomy_folder: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "editor"
+    key = "$(dd bs=1 count=1 2> /dev/null | od -An -tx1)"
+    program.write_text(f"#!/bin/sh\nstty -icanon\necho ready\nprintf '%s' \"key{key}\" > $1\n")
+    program.chmod(0o700)
+    env = {"EDITOR": str(program), "VISUAL": ""}
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", env=env) as terminal:
+        terminal.wait_for_prompt()
+        terminal.send("\x07")
+        terminal.wait_for("ready")
+        terminal.child.sendintr()
+        terminal.wait_for("> key 03")
+        terminal.child.sendintr()
+        assert terminal.leave() == 0
 
 
 def test_regen_that_is_stopped_before_its_first_word_keeps_the_old_answer(

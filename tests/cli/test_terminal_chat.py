@@ -1,0 +1,379 @@
+"""The chat without its terminal: whatever is typed, the file says what the model is told.
+
+The model's answers are scripted; engine, templates, commands and files are the real ones.
+"""
+
+import errno
+import json
+import os
+import random
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prompt_toolkit.history import FileHistory
+
+from mistral_chat.chat.conversation import Conversation
+from mistral_chat.cli import prompt
+from mistral_chat.cli.commands import Commands
+from mistral_chat.cli.flags import Options
+from mistral_chat.cli.sessions import Session, summaries
+from mistral_chat.cli.terminal import QuietTerminal
+from mistral_chat.cli.terminal_chat import TerminalChat
+from mistral_chat.config import EngineConfig
+from mistral_chat.errors import SessionError
+from tests.chat.test_chat import GREEDY, TOOL, Talk
+from tests.chat.test_rounds import ask, garble, say
+
+WORDS = ["one", "two words", "", "  spaces ", "é🙂", "a\n\nb", "</s>", "[INST] x"]
+
+
+@pytest.fixture(autouse=True)
+def _data_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+
+
+class Keys:
+    """A terminal at which Ctrl-C may be pressed."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def poll(self) -> tuple[bool, str]:
+        pressed, self.pressed = self.pressed, False
+        return pressed, ""
+
+
+class Desk:
+    """A chat, its commands, and what a person does with them."""
+
+    def __init__(
+        self, name: str = "v3", *, resume: str | None = None, save: bool = True, **options: Any
+    ) -> None:
+        self.model = Talk(name, **options)
+        self.keys = Keys()
+        words = Options(
+            engine=EngineConfig(model=Path("m")),
+            sampling=GREEDY,
+            instruct=self.model.chat.instruct,
+            quiet=True,
+            resume=resume,
+            save=save,
+        )
+        terminal: Any = self.keys
+        self.talk = TerminalChat(self.model.chat, words, 0.0, terminal)
+        self.talk.open_session()
+        self.commands = Commands(self.talk)
+
+    def answer(self, *parts: Sequence[int]) -> None:
+        """What the model says next."""
+        self.model.runner.script = deque(id_ for part in parts for id_ in part)
+
+    @property
+    def history(self) -> tuple[list[Any], dict[int, tuple[int, ...]]]:
+        conversation = self.model.chat.conversation
+        return conversation.messages, conversation._written
+
+    @property
+    def kept(self) -> tuple[list[Any], dict[int, tuple[int, ...]]]:
+        """The history that the file gives back."""
+        session = self.talk.session
+        assert session is not None
+        conversation = Conversation()
+        assert Session.open(str(session.path), "m").replay(conversation) is None
+        return conversation.messages, conversation._written
+
+
+def act(desk: Desk, rng: random.Random) -> str:
+    """Do something at random; what it was."""
+    model, talk = desk.model, desk.talk
+    answers = [say(model, rng.choice(WORDS)) for _ in range(3)]
+    if model.chat.conversation.tools and rng.random() < 0.4:
+        answers.insert(0, rng.choice([ask(model, [("f", {})] * 2, "Hm."), garble(model)]))
+        text = rng.choice(["22", "é", "word " * 300])
+        talk._desk.run = lambda call: text  # type: ignore[method-assign]
+    desk.answer(*answers)
+    desk.keys.pressed = rng.random() < 0.1
+    ids = [kept.id for kept in summaries()]
+    message = rng.choice([*WORDS[:2], "hello", "word " * 120, "word " * 2000])
+    what = rng.choice(
+        ["say"] * 4
+        + ["/regen", "in place", "/undo", "/drop", f"/drop {rng.randrange(4)}", "/branch", "/clear",
+           "/system -", f"/system {message}", f"/load {rng.choice(ids or ['x'])}", "/tokens"]
+    )  # fmt: skip
+    if what == "say":
+        talk.say(message)
+    elif what == "in place":
+        if model.chat.conversation.n_exchanges:
+            talk.say(message, replace_last=True)
+    else:
+        desk.commands.run(what)
+    return what
+
+
+# The promise that no chat is lost: after everything that can be done, one that is killed goes on
+# with the same history, token for token.
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(("name", "tools"), [("v3", False), ("v3", True), ("v7", True)])
+def test_file_gives_back_the_history_after_every_command(name: str, tools: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    desk = Desk(
+        name,
+        max_seq_len=600,
+        tools=[TOOL] if tools else [],
+        system="Be brief." if seed % 2 else None,
+    )
+    done = []
+    for _ in range(30):
+        done.append(act(desk, rng))
+        session = desk.talk.session
+        assert session is not None, done
+        if session.path.exists():
+            assert desk.kept == desk.history, done
+        else:
+            assert len(desk.history[0]) == (desk.model.chat.conversation.system is not None), done
+
+
+# Wherever a kill falls in an answer: all before it is kept, and the message is asked again.
+@pytest.mark.parametrize("replace_last", [False, True])
+def test_file_has_all_but_the_answer_while_it_is_said(replace_last: bool) -> None:
+    desk = Desk()
+    for n in range(2):
+        desk.answer(say(desk.model, f"answer {n}"))
+        desk.talk.say(f"question {n}")
+    before = desk.history[0][:]
+    session = desk.talk.session
+    assert session is not None
+    seen = []
+
+    def look(n_scored: int) -> None:  # noqa: ARG001
+        copy = session.path.with_name("copy.jsonl")
+        copy.write_bytes(session.path.read_bytes())
+        conversation = Conversation()
+        seen.append((Session.open(str(copy), "m").replay(conversation), conversation.messages))
+
+    desk.model.runner.on_scored = look
+    desk.answer(say(desk.model, "the last answer"))
+    desk.talk.say("another", replace_last=replace_last)
+    assert len(seen) > 3
+    assert all(found == ("another", before) for found in seen)
+
+
+@pytest.mark.parametrize("way", ["new", "resumed", "branch"])
+def test_chat_that_is_open_is_opened_by_no_other(
+    way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Desk()
+    first.answer(say(first.model, "one"), say(first.model, "two"))
+    first.talk.say("first")
+    assert first.talk.session is not None
+    if way == "resumed":
+        first.talk.session.release()
+        first = Desk(resume="latest")
+    elif way == "branch":
+        left = first.talk.session
+        first.commands.run("/branch")
+        Desk(resume=left.id)
+    session = first.talk.session
+    assert session is not None
+
+    def resume_meanwhile(n_scored: int) -> None:  # noqa: ARG001
+        with pytest.raises(SessionError, match="open in another process"):
+            Desk(resume=session.id)
+
+    first.model.runner.on_scored = resume_meanwhile
+    first.answer(say(first.model, "two"))
+    first.talk.say("second")
+    assert first.kept == first.history
+    other = Desk()
+    other.commands.run(f"/load {session.id}")
+    assert "open in another process" in capsys.readouterr().err
+    assert other.history[0] == []
+    first.commands.run(f"/load {session.id}")  # its own, it may
+    assert first.talk.session is session
+    session.release()
+    other.commands.run(f"/load {session.id}")
+    assert other.history == first.history
+
+
+def test_unanswered_message_stays_in_the_file_where_nothing_is_to_be_saved() -> None:
+    desk = Desk()
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    session = desk.talk.session
+    assert session is not None
+    session.add_user("second")
+    session.release()
+    data = session.path.read_bytes()
+    for _ in range(2):
+        reader = Desk(resume="latest", save=False)
+        assert reader.talk.draft.text == "second"
+        assert reader.history == desk.history
+    assert session.path.read_bytes() == data
+
+
+def test_branch_before_the_first_message_keeps_the_system_prompt() -> None:
+    desk = Desk(system="Be brief.")
+    desk.commands.run("/branch")
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    assert desk.kept == desk.history
+    assert desk.history[0][0].content == "Be brief."
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["/file ~nobody-of-this-name/x", "/save ~nobody-of-this-name/x", "/load ~nobody-of-this-name/x",
+     "/file a\0b", "/save a\0b", "/load ./a\0b", f"/file {'x' * 5000}", f"/load ./{'x' * 5000}",
+     "/file /", "/file /dev/zero", "/save /", "/load /", f"/drop {'9' * 5000}", "/drop 0",
+     "/drop -1", "/drop x", "/set temperature nan", "/set top_p nan", "/set min_p inf",
+     "/set temperature 1e999", f"/set seed {'9' * 5000}", f"/set max_tokens {'9' * 5000}",
+     "/set stop", "/file", "/file 'a", "/load"],
+)  # fmt: skip
+def test_command_that_cannot_be_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    desk = Desk()
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    before = desk.history[0][:]
+    capsys.readouterr()
+    desk.commands.run(line)
+    said = capsys.readouterr().err
+    assert said.startswith("mistral-chat: error: ")
+    assert said.count("\n") == 1
+    assert (desk.history[0], desk.talk.files, desk.talk.sampling) == (before, [], GREEDY)
+
+
+def test_file_that_is_a_pipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    Desk().commands.run(f"/file {tmp_path / 'pipe'}")
+    assert "is a pipe or a device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        json.dumps({"role": "user", "content": "\ud83d"}),
+        json.dumps({"type": "system", "content": 5}),
+        json.dumps({"role": "assistant", "content": "x", "model": "m", "ids": "abc"}),
+        json.dumps({"role": "assistant", "content": "x", "model": "m", "ids": [1, "a"]}),
+    ],
+)
+def test_broken_chat_is_refused_and_the_one_that_is_on_goes_on(
+    tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"type": "session", "version": 1}\n' + line + "\n")
+    desk = Desk()
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    desk.commands.run(f"/load {path}")
+    assert f"mistral-chat: error: {path}" in capsys.readouterr().err
+    assert len(desk.history[0]) == 2
+    assert desk.kept == desk.history
+
+
+def test_chat_whose_file_is_taken_away_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    desk = Desk()
+    desk.answer(say(desk.model, "one"), say(desk.model, "two"))
+    desk.talk.say("first")
+    assert desk.talk.session is not None
+    path = desk.talk.session.path
+    path.unlink()
+    desk.talk.say("second")
+    assert "this chat is no longer kept" in capsys.readouterr().err
+    assert not path.exists()  # without its first line it would be no chat
+    assert desk.talk.session is None
+
+
+def test_history_file_that_takes_no_more_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = prompt._history()
+
+    def refuse(self: FileHistory, string: str) -> None:  # noqa: ARG001
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(FileHistory, "store_string", refuse)
+    for text in ("one", "two"):
+        history.append_string(text)
+    assert capsys.readouterr().err.count("history is no longer kept (No space left") == 1
+    assert history.get_strings()[-2:] == ["one", "two"]
+
+
+def test_what_was_said_earlier_is_shown_without_what_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    session = Session.create("m\x1b[5m", "s\x1b]0;title\x07")
+    session.add_user("q\x9b2J")
+    session.add_answer("a\x1b[2J👩‍👧 \x7f", None, "stop")
+    desk = Desk(resume="latest")
+    for line in ("/list", "/show", "/system", "/undo"):
+        desk.commands.run(line)
+    said = capsys.readouterr().err
+    assert "a␛[2J👩‍👧 ␡" in said
+    assert not any((c < " " and c != "\n") or "\x7f" <= c < "\xa0" for c in said)
+
+
+def test_system_prompt_of_the_command_line_wins_over_the_kept_one() -> None:
+    desk = Desk(system="kept")
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    assert desk.talk.session is not None
+    desk.talk.session.release()
+    again = Desk(resume="latest", system="given")
+    assert [str(message.content) for message in again.history[0]] == ["given", "first", "one"]
+    assert again.kept == again.history
+
+
+def test_plain_completion_refuses_what_only_a_chat_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    desk = Desk()
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    assert desk.talk.session is not None
+    desk.talk.session.release()
+    capsys.readouterr()
+    plain = Desk(instruct=False)
+    for line in (f"/load {desk.talk.session.id}", "/system Be brief."):
+        plain.commands.run(line)
+        assert "needs --instruct" in capsys.readouterr().err
+    assert plain.history == ([], {})
+    assert plain.talk.session is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "text", "pressed"),
+    [
+        ("ab\x1b[A\x1bOB\x1b[1;5Cc", "abc", False),  # arrows
+        ("one\x1b\rtwo\r", "one\ntwo\n", False),
+        ("gone\x03stays é中", "stays é中", True),
+    ],
+)
+def test_keys_typed_during_an_answer_leave_their_letters(
+    monkeypatch: pytest.MonkeyPatch, typed: str, text: str, pressed: bool
+) -> None:
+    mine, theirs = os.openpty()
+    with os.fdopen(mine, "wb", buffering=0) as keys, os.fdopen(theirs) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        with QuietTerminal() as terminal:
+            keys.write(typed.encode())
+            assert terminal.poll() == (pressed, text)
+
+
+def test_message_whose_results_fill_the_context_stands_at_the_prompt_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = tmp_path / "note"
+    note.write_text("from the file")
+    desk = Desk(max_seq_len=110, tools=[TOOL])
+    desk.commands.run(f"/file {note}")
+    desk.talk._desk.run = lambda call: "word " * 300  # type: ignore[method-assign]
+    desk.answer(ask(desk.model, [("f", {})]))
+    desk.talk.say("Is it so?")
+    assert "this exchange is taken back" in capsys.readouterr().err
+    assert desk.kept == desk.history == ([], {})
+    assert (desk.talk.draft.text, desk.talk.files) == ("Is it so?", ["from the file"])
