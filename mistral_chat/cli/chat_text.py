@@ -11,7 +11,6 @@ from pathlib import Path
 
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
-    SystemMessage,
     ToolMessage,
     UserMessage,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "clipboard_sequence",
     "harmless",
     "last_exchange",
-    "n_said",
     "shorten",
     "visible",
     "write_markdown",
@@ -67,11 +65,6 @@ def call_line(call: ToolCall) -> str:
 def visible(text: str) -> str:
     """Text of a model's without what a terminal obeys, or what would turn its direction."""
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-
-
-def n_said(conversation: Conversation) -> int:
-    """Messages but the system prompt."""
-    return sum(not isinstance(message, SystemMessage) for message in conversation.messages)
 
 
 def last_exchange(conversation: Conversation) -> Iterator[str]:

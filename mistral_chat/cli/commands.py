@@ -9,8 +9,6 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mistral_common.protocol.instruct.messages import UserMessage
-
 from mistral_chat.cli import chat_text, render
 from mistral_chat.cli.one_shot import read_text_file
 from mistral_chat.cli.prompt import ask_for_paste, unwrap_block
@@ -147,6 +145,7 @@ class Commands:
             render.note("there is nothing to take back")
         else:
             self._talk.write(Session.undo)
+            self._talk.count_tokens()
             render.note(f"taken back: {chat_text.shorten(text)}")
 
     def _drop(self, rest: str) -> None:
@@ -172,7 +171,7 @@ class Commands:
 
     def _edit(self, _: str) -> None:
         if (text := self._last_message()) is not None:
-            self._talk.draft = Draft(text, replace_last=True, in_editor=True)
+            self._talk.draft = Draft.of(text, replace_last=True, in_editor=True)
 
     def _branch(self, _: str) -> None:
         old = self._talk.session
@@ -234,15 +233,12 @@ class Commands:
             render.note("no chat is kept yet")
 
     def _tokens(self, _: str) -> None:
-        chat = self._talk.chat
-        most = chat.engine.max_seq_len
-        if not chat.instruct or not chat_text.n_said(chat.conversation):
+        most, used = self._talk.chat.engine.max_seq_len, self._talk.count_tokens()
+        if not used:
             render.note(f"context {most:,}; nothing said yet")
             return
-        # The template has no end without a next message; the least of them is one token.
-        n = len(chat.conversation.encode(chat.tokenizer, [UserMessage(content=".")])) - 1
         render.note(
-            f"{n:,} tokens in this chat, marks of the next message included; {most - n:,} of "
+            f"{used:,} tokens in this chat, marks of the next message included; {most - used:,} of "
             f"{most:,} left"
         )
 
@@ -261,6 +257,7 @@ class Commands:
         talk.write(Session.clear)
         talk.files = []
         talk.answer = None
+        talk.count_tokens()
         render.note("conversation cleared")
 
     def _exit(self, _: str) -> None:

@@ -61,7 +61,7 @@ class _State:
         model: of now.
         system: prompt.
         messages: as they stand in the file.
-        replaced: what the last message of the person's, as yet unanswered, stands in place of.
+        replaced: what the last exchange stands in place of.
         n_lines: read so far.
     """
 
@@ -80,10 +80,10 @@ class _State:
         return gone
 
     def unsay(self) -> None:
-        """Remove the last message where it is the person's; what it was to replace comes back."""
-        if self.messages and self.messages[-1]["role"] == "user":
-            self.messages[-1:] = self.replaced
-            self.replaced = []
+        """Remove the last exchange, which came to nothing; what it was to replace comes back."""
+        self.take_back()
+        self.messages += self.replaced
+        self.replaced = []
 
     def drop(self, n: int) -> None:
         """Remove the oldest exchanges."""
@@ -207,8 +207,8 @@ class Session:
         """Keep what came of a call."""
         self._write({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text})
 
-    def drop_user(self) -> None:
-        """The last thing that the person said got no answer and is not part of the chat."""
+    def drop_last(self) -> None:
+        """The last exchange came to no answer and is not part of the chat."""
         self._write({"type": "unsaid"})
 
     def undo(self) -> None:
@@ -243,7 +243,7 @@ class Session:
         if state.messages and state.messages[-1]["role"] == "user":
             unanswered = state.messages[-1]["content"]
             if save:
-                self.drop_user()
+                self.drop_last()
             state.unsay()
         conversation.clear()
         conversation.set_system(state.system)
@@ -360,10 +360,8 @@ def _lock(handle: int) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (
-        OSError
-    ):  # some file systems of clusters know no locks, and chats must be kept there, too
-        return True
+    except OSError:
+        return True  # some file systems of clusters know no locks, and chats are kept there, too
     return True
 
 
@@ -436,7 +434,8 @@ def _read(path: Path) -> _State:
             continue
         kind = entry.get("type")
         if _is_message(entry):
-            state.replaced = state.take_back() if entry.pop("replaces", False) else []
+            if entry.get("role") == "user":
+                state.replaced = state.take_back() if entry.pop("replaces", False) else []
             state.messages.append(entry)
             state.model = str(entry.get("model", state.model))
         elif kind == "undo":

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from mistral_common.protocol.instruct.messages import UserMessage
+
 from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
@@ -16,6 +18,7 @@ from mistral_chat.cli.calls import CallDesk
 from mistral_chat.cli.chat_text import last_exchange
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.one_shot import report, report_figures
+from mistral_chat.cli.prompt import BLOCK
 from mistral_chat.cli.sessions import Session
 from mistral_chat.cli.terminal import QuietTerminal
 from mistral_chat.errors import ContextLengthError, PromptError, SessionError, UsageError
@@ -28,10 +31,10 @@ LEAST_ANSWER = 256  # tokens that an answer should have room for, or an eighth o
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A message that is not sent yet.
+    """What stands at the next prompt.
 
     Args:
-        text: so far.
+        text: as it is to be typed.
         replace_last: it is to stand in place of the last exchange.
         in_editor: it is to be opened in the editor.
     """
@@ -39,6 +42,12 @@ class Draft:
     text: str = ""
     replace_last: bool = False
     in_editor: bool = False
+
+    @classmethod
+    def of(cls, message: str, *, replace_last: bool = False, in_editor: bool = False) -> "Draft":
+        """A message that was not sent yet, typed so that it is not taken for a command."""
+        text = f"{BLOCK}{message}{BLOCK}" if message.startswith("/") else message
+        return cls(text, replace_last, in_editor)
 
 
 class TerminalChat:
@@ -74,6 +83,7 @@ class TerminalChat:
         self.session: Session | None = None
         self._options = options
         self._terminal = terminal
+        self._used = 0  # tokens of context, of late
         self._warned_full = False
         self._desk = CallDesk(
             functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
@@ -127,7 +137,8 @@ class TerminalChat:
             raise
         self.move_to(session if save else None)
         self.answer = None
-        self.draft = Draft(unanswered or "")
+        self.draft = Draft.of(unanswered or "")
+        self.count_tokens()
         n = len(self.chat.conversation.messages) - (self.chat.conversation.system is not None)
         render.note(f"chat {session.id}, {n} messages" + (
             "; its last message had no answer and stands at the prompt" if unanswered else ""
@@ -166,11 +177,12 @@ class TerminalChat:
         """
         chat, options = self.chat, self._options
         message = text if replace_last else "\n\n".join([*self.files, text])
+        before = chat.conversation.copy()
         try:
             stream = chat.send(message, self.sampling, replace_last=replace_last)
         except (PromptError, UsageError) as error:  # such as /set stop beside a schema
             render.error(f"{error}; the message was not sent")
-            draft = Draft(text, replace_last)
+            draft = Draft.of(text, replace_last=replace_last)
             if isinstance(error, UsageError) or self._is_room_offered(message, error):
                 self.unsent = draft
             else:
@@ -190,9 +202,10 @@ class TerminalChat:
                 answer = self._print_answer(following, None)
         except PromptError as error:  # such as results that fill the context
             render.error(f"{error}; this exchange is taken back")
-            chat.conversation.undo()
-            self.write(Session.undo)
-            self.files, self.draft = files, Draft(text)
+            chat.conversation = before
+            self.write(Session.drop_last)
+            self.files, self.draft = files, Draft.of(text, replace_last=replace_last)
+            self.count_tokens()
             return
         if rounds.ended:
             render.note(f"mistral-chat: {rounds.ended}")
@@ -236,7 +249,7 @@ class TerminalChat:
             else:
                 self.write(lambda session: session.add_answer(answer.said, ids, reason))
         elif chat.instruct and message is not None:
-            self.write(Session.drop_user)
+            self.write(Session.drop_last)
         return answer
 
     def _run_calls(self, rounds: Rounds, answer: Answer) -> ChatStream | None:
@@ -259,6 +272,17 @@ class TerminalChat:
 
     # The context.
 
+    def count_tokens(self) -> int:
+        """Tokens of the conversation in the template; 0 where nothing was said."""
+        chat = self.chat
+        if not chat.instruct or not chat.conversation.n_exchanges:
+            self._used = 0
+        else:
+            # The template has no end without a next message; the least of them is one token.
+            ids = chat.conversation.encode(chat.tokenizer, [UserMessage(content=".")])
+            self._used = len(ids) - 1
+        return self._used
+
     def _is_room_offered(self, message: str, error: PromptError) -> bool:
         """Say which command makes room for a message that did not fit; whether there is one."""
         if not isinstance(error, ContextLengthError) or not self.chat.instruct:
@@ -273,7 +297,7 @@ class TerminalChat:
         return bool(n)
 
     def _warn_when_nearly_full(self, answer: Answer) -> None:
-        used = answer.usage.prompt_tokens + answer.usage.completion_tokens
+        used = self._used = answer.usage.prompt_tokens + answer.usage.completion_tokens
         most = self.chat.engine.max_seq_len
         if not self.chat.instruct or used < NEARLY_FULL * most:
             self._warned_full = False
@@ -304,14 +328,12 @@ class TerminalChat:
         """What stands under the prompt."""
         most = self.chat.engine.max_seq_len
         parts = [self._model, self._ranks]
-        answer = self.answer
-        if answer is not None:
-            used = answer.usage.prompt_tokens + answer.usage.completion_tokens
-            parts.append(f"context {used:,} used, {most - used:,} left")
-            if answer.decode_tokens_per_s is not None:
-                parts.append(f"{answer.decode_tokens_per_s:.1f} tokens/s")
+        if self._used:
+            parts.append(f"context {self._used:,} used, {most - self._used:,} left")
         else:
             parts.append(f"context {most:,}")
+        if self.answer is not None and self.answer.decode_tokens_per_s is not None:
+            parts.append(f"{self.answer.decode_tokens_per_s:.1f} tokens/s")
         if self.files:
             parts.append(f"{len(self.files)} file(s) before the next message")
         return " · ".join(parts)

@@ -58,7 +58,9 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
         sorted_probs, ids = probs.topk(n_kept)
         if params.top_p < 1:
             share = sorted_probs / sorted_probs.sum()
-            sorted_probs = sorted_probs.masked_fill(share.cumsum(0) - share >= params.top_p, 0)
+            ahead = share.cumsum(0) - share
+            ahead[0] = -1  # also where top_p is 0 in float32
+            sorted_probs = sorted_probs.masked_fill(ahead >= params.top_p, 0)
         probs = torch.zeros_like(probs).scatter_(0, ids, sorted_probs)
     return probs / probs.sum()
 

@@ -37,6 +37,7 @@ class Scripted(Runner):
         args = SimpleNamespace(vocab_size=vocab_size)
         self.model: Any = SimpleNamespace(args=args, device=device)
         self.cache: Any = SimpleNamespace(n_slots=1)
+        self.group: Any = SimpleNamespace(world_size=1)
         self.max_seq_len = max_seq_len
         self.chunk_size = 16
         self.decoder = None

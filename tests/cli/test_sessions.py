@@ -436,7 +436,7 @@ def test_session_keeps_the_last_exchange_where_nothing_took_its_place(ends: str)
     before = replayed(session.id)[0].messages
     session.add_user("another", replaces=True)
     if ends == "nothing was said":
-        session.drop_user()
+        session.drop_last()
     conversation, unanswered = replayed(session.id)
     assert conversation.messages == before
     assert unanswered == ("another" if ends == "killed" else None)

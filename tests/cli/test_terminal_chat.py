@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from mistral_chat.chat.conversation import Conversation
 from mistral_chat.cli import prompt
 from mistral_chat.cli.commands import Commands
 from mistral_chat.cli.flags import Options
+from mistral_chat.cli.prompt import unwrap_block
 from mistral_chat.cli.sessions import Session, summaries
 from mistral_chat.cli.terminal import QuietTerminal
-from mistral_chat.cli.terminal_chat import TerminalChat
+from mistral_chat.cli.terminal_chat import Draft, TerminalChat
 from mistral_chat.config import EngineConfig
 from mistral_chat.errors import SessionError
 from tests.chat.test_chat import GREEDY, TOOL, Talk
@@ -377,3 +379,54 @@ def test_message_whose_results_fill_the_context_stands_at_the_prompt_again(
     assert "this exchange is taken back" in capsys.readouterr().err
     assert desk.kept == desk.history == ([], {})
     assert (desk.talk.draft.text, desk.talk.files) == ("Is it so?", ["from the file"])
+
+
+def test_exchange_comes_back_where_results_fill_the_context_of_the_one_in_its_place() -> None:
+    desk = Desk(max_seq_len=110, tools=[TOOL])
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    before = desk.kept
+    desk.talk._desk.run = lambda call: "word " * 300  # type: ignore[method-assign]
+    desk.answer(ask(desk.model, [("f", {})]))
+    desk.talk.say("Is it so?", replace_last=True)
+    assert desk.kept == desk.history == before
+    assert desk.talk.draft == Draft("Is it so?", replace_last=True)
+    desk.answer(say(desk.model, "two"))
+    desk.talk.say("Is it so?", replace_last=True)
+    assert desk.kept == desk.history
+    assert [str(message.content) for message in desk.history[0]] == ["Is it so?", "two"]
+
+
+def test_bottom_line_follows_what_is_taken_out() -> None:
+    desk = Desk(max_seq_len=600)
+
+    def used() -> int:
+        found = re.search(r"context ([\d,]+) used, ([\d,]+) left", desk.talk.bottom_line)
+        assert found is not None, desk.talk.bottom_line
+        n, left = (int(number.replace(",", "")) for number in found.groups())
+        assert n + left == 600
+        return n
+
+    assert desk.talk.bottom_line.endswith("context 600")
+    figures = []
+    for n in range(3):
+        desk.answer(say(desk.model, "some answer"))
+        desk.talk.say(f"question {n}")
+        figures.append(used())
+    assert figures == sorted(figures)
+    desk.commands.run("/undo")
+    assert used() == pytest.approx(figures[1], abs=2)
+    desk.commands.run("/drop")
+    assert used() == pytest.approx(figures[0], abs=2)
+    assert desk.talk.session is not None
+    desk.commands.run(f"/load {desk.talk.session.id}")
+    assert used() == pytest.approx(figures[0], abs=2)
+    desk.commands.run("/clear")
+    assert desk.talk.bottom_line.endswith("context 600")
+
+
+@pytest.mark.parametrize("text", ["/undo", "/a\nb\n\n/c", "/etc/hosts says what?", "plain"])
+def test_message_that_stands_at_the_prompt_again_is_no_command(text: str) -> None:
+    typed = Draft.of(text).text
+    assert not typed.startswith("/")
+    assert unwrap_block(typed) == text

@@ -53,7 +53,7 @@ def test_probabilities_top_k_keeps_the_most_likely(top_k: int, temperature: floa
         assert kept(got) == set(by_probability(softmax(logits, 1))[:top_k])
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [1e-300, 1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_probabilities_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float) -> None:
     for seed in range(5):
         logits = draw_logits(seed)
@@ -110,7 +110,13 @@ def test_probabilities_keep_their_proportions_and_sum_to_one(params: SamplingPar
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(top_k=1), SamplingParams(top_p=1e-9), SamplingParams(min_p=1.0)]
+    "params",
+    [
+        SamplingParams(top_k=1),
+        SamplingParams(top_p=1e-9),
+        SamplingParams(top_p=1e-300),
+        SamplingParams(min_p=1.0),
+    ],
 )
 def test_probabilities_keep_one_of_equals_at_least(params: SamplingParams) -> None:
     got = probabilities(torch.zeros(VOCAB), params)
