@@ -18,7 +18,7 @@ import pytest
 from mistral_chat.chat.functions import MAX_CHARS, CallsCancelledError, PythonFunctions
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.errors import PromptError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, is_alive, wait_for_end
 
 EVERY_TYPE = '''
 from dataclasses import dataclass
@@ -325,21 +325,6 @@ def test_cancelled_call_ends_at_once(misdeeds: Offered) -> None:
         )
     assert time.monotonic() - started < 5
     assert misdeeds.call("add", a=1, b=1) == "2"
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 10
-    while is_alive(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_process_that_cannot_be_started_leaves_no_pipes(

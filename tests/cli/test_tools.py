@@ -19,7 +19,7 @@ import pytest
 from mistral_chat.chat.functions import CallsCancelledError, PythonFunctions
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli.calls import CallDesk
-from tests.conftest import ROOT, TINY, Finished, command_env, make_folder
+from tests.conftest import ROOT, TINY, Finished, command_env, make_folder, wait_for_end
 from tests.terminal import typed_at
 
 FUNCTIONS = '''
@@ -213,13 +213,6 @@ def wait_for(path: Path) -> int:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return int(path.read_text())
-
-
-def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_interrupt_during_a_call_ends_with_130(
