@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ TINY = TransformerArgs(
     vocab_size=32768,
     max_seq_len=512,
 )
+
+# So many tokens take 10 s at the least: an answer that is interrupted or whose rank is killed is
+# still going on then, also where the test has to wait for its turn.
+ROOMY_SEQ_LEN = 8192
 
 
 def random_weights(args: TransformerArgs, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -89,6 +93,13 @@ def make_folder(folder: Path, args: TransformerArgs = TINY) -> Path:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model; read only."""
     return make_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def roomy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a context for long texts and answers; read only."""
+    folder = tmp_path_factory.mktemp("models") / "roomy"
+    return make_folder(folder, replace(TINY, max_seq_len=ROOMY_SEQ_LEN))
 
 
 @pytest.fixture
