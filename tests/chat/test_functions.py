@@ -285,13 +285,14 @@ def test_result_that_is_long_is_cut_and_says_so(misdeeds: Offered) -> None:
 
 
 def test_hanging_call_is_killed_and_the_next_one_has_a_new_process(tmp_path: Path) -> None:
-    offered = Offered(write(tmp_path, MISDEEDS), 1.5)
+    # Processes have no more time to start than that, either.
+    offered = Offered(write(tmp_path, MISDEEDS), 4)
     with offered.functions:
         assert [offered.call("counts") for _ in range(3)] == ["1", "2", "3"]
         started = time.monotonic()
-        said = "error: no result after 1.5 s (--tool_timeout); it was stopped"
+        said = "error: no result after 4 s (--tool_timeout); it was stopped"
         assert offered.call("hangs") == said
-        assert 1.5 <= time.monotonic() - started < 5
+        assert 4 <= time.monotonic() - started < 20
         assert offered.call("counts") == "1"
         # One that takes its pipes away can no longer answer, whatever it does.
         assert offered.call("closes").startswith("error: ")
@@ -323,7 +324,7 @@ def test_cancelled_call_ends_at_once(misdeeds: Offered) -> None:
         misdeeds.functions.call(
             call("sleeps", seconds=60), lambda: time.monotonic() - started > 0.3
         )
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert misdeeds.call("add", a=1, b=1) == "2"
 
 
