@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -35,6 +37,10 @@ TINY = TransformerArgs(
     vocab_size=32768,
     max_seq_len=512,
 )
+
+# So many tokens take 10 s at the least: an answer that is interrupted or whose rank is killed is
+# still going on then, also where the test has to wait for its turn.
+ROOMY_SEQ_LEN = 8192
 
 
 def random_weights(args: TransformerArgs, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -89,6 +95,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def roomy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a context for long texts and answers; read only."""
+    folder = tmp_path_factory.mktemp("models") / "roomy"
+    return make_folder(folder, replace(TINY, max_seq_len=ROOMY_SEQ_LEN))
+
+
 @pytest.fixture
 def broken_folder(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model to break."""
@@ -124,6 +137,22 @@ def command_env(**changes: str) -> dict[str, str]:
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR")
     kept = {key: value for key, value in os.environ.items() if key not in drop}
     return kept | {"PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"} | changes
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # perhaps while it was looked at
+        return False
+
+
+def wait_for_end(pid: int) -> None:
+    """Until a process runs no more."""
+    deadline = time.monotonic() + 20
+    while is_alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture

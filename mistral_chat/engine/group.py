@@ -33,6 +33,7 @@ PATIENCE = timedelta(days=30)
 START_TIMEOUT = timedelta(minutes=10)
 HEADER = 64
 VERDICT_S = 1.0
+ENDING_S = 5.0  # for a thread that has heard of a loss to say so, on a machine that is busy
 SPEAK_TIMEOUT_S = 5.0
 OTHERS_CANNOT_SHARE = "another rank cannot share its memory"
 
@@ -142,7 +143,7 @@ class Group:
             if self._lifeline is None:
                 raise RankLostError(what) from error
             if self._lifeline.await_an_end(SPEAK_TIMEOUT_S):
-                time.sleep(VERDICT_S)  # it is about to end this process
+                time.sleep(ENDING_S)  # it is about to end this process
             if self.is_leader:
                 raise RankLostError(what) from error
             self._lifeline.fail(what)

@@ -18,7 +18,7 @@ import pytest
 from mistral_chat.chat.functions import MAX_CHARS, CallsCancelledError, PythonFunctions, _Worker
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.errors import PromptError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, is_alive, wait_for_end
 
 EVERY_TYPE = '''
 from dataclasses import dataclass
@@ -338,13 +338,14 @@ def test_result_that_is_long_is_cut_and_says_so(misdeeds: Offered) -> None:
 
 
 def test_hanging_call_is_killed_and_the_next_one_has_a_new_process(tmp_path: Path) -> None:
-    offered = Offered(write(tmp_path, MISDEEDS), 1.5)
+    # Processes have no more time to start than that, either.
+    offered = Offered(write(tmp_path, MISDEEDS), 4)
     with offered.functions:
         assert [offered.call("counts") for _ in range(3)] == ["1", "2", "3"]
         started = time.monotonic()
-        said = "error: no result after 1.5 s (--tool_timeout); it was stopped"
+        said = "error: no result after 4 s (--tool_timeout); it was stopped"
         assert offered.call("hangs") == said
-        assert 1.5 <= time.monotonic() - started < 5
+        assert 4 <= time.monotonic() - started < 20
         assert offered.call("counts") == "1"
         # One that takes stderr away can still say why it failed.
         assert offered.call("takes_stderr") == "error: ValueError: the reason"
@@ -400,23 +401,8 @@ def test_cancelled_call_ends_at_once(misdeeds: Offered) -> None:
         misdeeds.functions.call(
             call("sleeps", seconds=60), lambda: time.monotonic() - started > 0.3
         )
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert misdeeds.call("add", a=1, b=1) == "2"
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 10
-    while is_alive(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_process_that_cannot_be_started_leaves_no_pipes(

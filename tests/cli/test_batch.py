@@ -64,8 +64,11 @@ def _texts(records: list[dict[str, Any]]) -> dict[Any, str]:
     return texts
 
 
-def _command(folder: Path, source: Path, target: Path, *words: object) -> list[str]:
-    return [sys.executable, "-m", "mistral_chat", "batch", *map(str, (folder, source, target)),
+def _command(
+    folder: Path, source: Path, target: Path, *words: object, gap_s: float = 0.0
+) -> list[str]:
+    program = ["tests.scripts.scripted", "-", str(gap_s)] if gap_s else ["mistral_chat"]
+    return [sys.executable, "-m", *program, "batch", *map(str, (folder, source, target)),
             "--temperature=0", "--dtype=float32", *map(str, words)]  # fmt: skip
 
 
@@ -92,8 +95,9 @@ def test_killed_twice_and_started_again_is_one_by_one(tiny_folder: Path, tmp_pat
     values = [{"prompt": text, "max_tokens": 2 + n % 7} for n, text in prompts.items()]
     source, target = _write(tmp_path / "in", *values), tmp_path / "out"
     command = _command(tiny_folder, source, target, "--max_batch_size", 6)
+    slowly = _command(tiny_folder, source, target, "--max_batch_size", 6, gap_s=0.03)
     for n_lines in (30, 110):
-        with _start(command) as process:
+        with _start(slowly) as process:  # far from its end, however late the kill comes
             _await_lines(target, n_lines)
             process.kill()
         assert target.read_bytes().count(b"\n") < 200

@@ -31,8 +31,8 @@ def _gone(processes: list[psutil.Process], since: float) -> bool:
 
 @pytest.mark.parametrize("launched", ["own", "torchrun"])
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_rank_in_an_answer_ends_all(tiny_folder: Path, launched: str, killed: int) -> None:
-    words = [str(tiny_folder), "--prompt", "Hello", "--max_tokens", "500", "--temperature", "0"]
+def test_killed_rank_in_an_answer_ends_all(roomy_folder: Path, launched: str, killed: int) -> None:
+    words = [str(roomy_folder), "--prompt", "Hello", "--max_tokens", "8000", "--temperature", "0"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mistral_chat"]
     command = launcher if launched == "torchrun" else ["-m", "mistral_chat"]
     if launched == "own":

@@ -213,9 +213,9 @@ def test_full_context_is_said(run: Run, tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_interrupt_keeps_what_was_written(tiny_folder: Path, n_ranks: int) -> None:
-    command = [sys.executable, "-m", "mistral_chat", str(tiny_folder), "--prompt", "Hello",
-               "--max_tokens", "480", "--nproc_per_node", str(n_ranks)]  # fmt: skip
+def test_interrupt_keeps_what_was_written(roomy_folder: Path, n_ranks: int) -> None:
+    command = [sys.executable, "-m", "mistral_chat", str(roomy_folder), "--prompt", "Hello",
+               "--max_tokens", "8000", "--seed", "1", "--nproc_per_node", str(n_ranks)]  # fmt: skip
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

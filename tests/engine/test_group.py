@@ -108,7 +108,7 @@ def test_broken_exchange_on_another_rank_is_told_to_rank_0() -> None:
 @pytest.mark.usefixtures("broken")
 def test_lost_rank_is_named_before_the_broken_exchange_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "SPEAK_TIMEOUT_S", 10.0)
-    monkeypatch.setattr(group_module, "VERDICT_S", 0.2)
+    monkeypatch.setattr(group_module, "ENDING_S", 0.2)
     heard: queue.SimpleQueue[str] = queue.SimpleQueue()
     with lifelines() as (leads, follows):
         leads.on_lost = heard.put

@@ -186,10 +186,10 @@ def test_leader_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_follower_says_when_nobody_answers() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = server.getsockname()
-    with pytest.raises(OSError, match="refused"):
-        Lifeline.follow(address, 1, SECRET)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody else's either
+        with pytest.raises(OSError, match="refused"):
+            Lifeline.follow(unused.getsockname(), 1, SECRET)
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,11 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine import loading as watching
 from mistral_chat.engine.group import Group, Place
-from mistral_chat.engine.start_up import load_runner
+from mistral_chat.engine.start_up import load_runner, reading_threads
 from mistral_chat.errors import PromptError
 from mistral_chat.model import loading
 from tests.conftest import ROOT, command_env
@@ -41,14 +42,15 @@ class Ranks:
 
     def __init__(self, folder: Path, marks: Path, plan: dict[int, dict[str, Any]]) -> None:
         self._marks = marks
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        # As torchrun does: the store is no rank's, and its port was never anybody else's.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         said = json.dumps({"marks": str(marks), "stall_s": STALL_S, "ranks": plan})
         words = [str(folder), "--prompt", "x", "--max_tokens", "2", "--device", "cpu"]
         self.processes = []
         for rank in range(2):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._store.port}
+            place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
             with ExitStack() as files:
                 out, err = (
                     files.enter_context((marks / f"{name}-{rank}").open("wb"))
@@ -76,10 +78,12 @@ class Ranks:
 
     def _await(self, is_so: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
+        alive = True
         while not is_so():
+            assert alive, self.err
             assert time.monotonic() < deadline, self.err
-            assert any(process.poll() is None for process in self.processes), self.err
             time.sleep(0.05)
+            alive = any(process.poll() is None for process in self.processes)
 
     def codes(self, timeout_s: float) -> list[int]:
         deadline = time.monotonic() + timeout_s
@@ -253,20 +257,26 @@ def test_file_that_changes_after_the_check_ends_all_with_one_line(
 def test_failure_beside_the_reading_ends_it(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    whole, n_read = os.preadv, 0
+    whole, stop = os.preadv, loading.Reading.stop
+    stopped = threading.Event()
+    offsets: list[int] = []
 
-    def slow(fd: int, buffers: Any, offset: int) -> int:
-        nonlocal n_read
-        n_read += 1
-        time.sleep(0.05)
+    def read_late(fd: int, buffers: Any, offset: int) -> int:
+        offsets.append(offset)
+        stopped.wait(60)
         return whole(fd, buffers, offset)
+
+    def stop_and_note(reading: loading.Reading) -> None:
+        stop(reading)
+        stopped.set()
 
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(os, "preadv", read_late)
+    monkeypatch.setattr(loading.Reading, "stop", stop_and_note)
     monkeypatch.setattr(loading, "CPU_PIECE_BYTES", 2**14)
     with pytest.raises(type(error)):
         load_runner(EngineConfig(model=tiny_folder, device="cpu"), Group(Place()), meanwhile=fail)
-    assert n_read < 100
+    assert len(offsets) <= reading_threads(torch.device("cpu"), Place())  # one for each
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]

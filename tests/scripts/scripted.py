@@ -1,10 +1,12 @@
 """The real command on the real model, whose answers are written beforehand.
 
     python -m tests.scripts.scripted ANSWERS.json GAP_S MODEL WORDS
+    python -m tests.scripts.scripted - GAP_S WORDS
 
 ANSWERS.json is a list of answers, each a text or a list of texts and marks such as "[TOOL_CALLS]".
 Steps run as ever; only the scores of the next scripted token are raised above all others, and that
-takes GAP_S. An answer that is cut short is followed by the next one, the last by empty ones.
+takes GAP_S. An answer that is cut short is followed by the next one, the last by empty ones. `-`
+leaves answers as they are: each step, of whatever command, takes GAP_S longer, and that is all.
 """
 
 import json
@@ -59,7 +61,21 @@ def play(answers: list[str | list[str]], gap_s: float, folder: Path) -> None:
     Runner.run = run_scripted  # type: ignore[method-assign]
 
 
+def slow_down(gap_s: float) -> None:
+    """Have every step from now on take so much longer."""
+    run = Runner.run
+
+    def run_slowly(self: Runner, step: Step) -> torch.Tensor | None:
+        time.sleep(gap_s)
+        return run(self, step)
+
+    Runner.run = run_slowly  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     _, answers, gap_s, *words = sys.argv
-    play(json.loads(Path(answers).read_text()), float(gap_s), Path(words[0]))
+    if answers == "-":
+        slow_down(float(gap_s))
+    else:
+        play(json.loads(Path(answers).read_text()), float(gap_s), Path(words[0]))
     sys.exit(main(words))
