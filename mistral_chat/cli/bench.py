@@ -137,9 +137,9 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
         from mistral_chat.chat.grammar import read_grammar
 
         kept_to = start.tokenizer_of(options.engine), read_grammar(options.json_schema)
-    begun = time.monotonic()
+    aside = time.monotonic() - torch_imported
     group = Group(Place(), shards=asked.shard_of) if asked.shard_of else current_group()
-    joined = time.monotonic()
+    joined = time.monotonic() - aside
     device = choose_device(options.engine.device, group.place.local_rank)
     about = {
         "device": _device_name(device),
@@ -178,7 +178,7 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
         "read_gb_per_s": ceiling / 1e9,
         "product_tflop_per_s": group.minimum(int(measure.product_flops(runner))) / 1e12,
         "sum_us": {path: s * 1e6 for path, s in measure.sum_s(group, runner).items()},
-        "start": _start(runner, started, imported, torch_imported, joined - begun, loading, loaded),
+        "start": _start(runner, started, imported, torch_imported, joined, loading, loaded),
         "memory": _memory(runner),
         "decode": [],
     }

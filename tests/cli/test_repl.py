@@ -1,6 +1,5 @@
 """The chat at a terminal, typed at through a pseudo-terminal."""
 
-import os
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -139,21 +138,6 @@ def test_prompt_keys_and_commands(tiny_folder: Path, tmp_path: Path) -> None:
     history = tmp_path / "mistral-chat" / "history"
     assert "half a line" not in history.read_text()
     assert history.stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize("kind", [["--instruct"], []])
-def test_typed_bytes_that_are_no_utf8_end_nothing(
-    tiny_folder: Path, tmp_path: Path, kind: list[str]
-) -> None:
-    with _terminal(tmp_path, tiny_folder, *kind, "--max_tokens", "4") as child:
-        _await_prompt(child)
-        os.write(child.child_fd, b"caf\xe9\r")
-        child.expect("half of a surrogate pair.*the message was not sent")
-        _await_prompt(child)
-        child.send("\x15cafe\r")  # the message stands there again
-        _await_answer(child)
-        _await_prompt(child)
-        assert _leave(child) == 0
 
 
 def test_stdout_of_a_chat_holds_answers_alone(tiny_folder: Path, tmp_path: Path) -> None:
