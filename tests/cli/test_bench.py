@@ -90,13 +90,17 @@ SCHEMA = {
 }
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.fixture
+def schema_file(tmp_path: Path) -> Path:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+    return path
+
+
 def test_bench_measures_answers_of_a_schema_beside_free_text(
-    run: Run, tiny_folder: Path, tmp_path: Path, n_ranks: int
+    run: Run, tiny_folder: Path, schema_file: Path
 ) -> None:
-    schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps(SCHEMA))
-    words = ("--json_schema", schema, "--nproc_per_node", n_ranks)
+    words = ("--json_schema", schema_file, "--nproc_per_node", 2)
     kept = measured(run, tiny_folder, *words)["json_schema"]
     assert isinstance(kept, dict)
     assert set(kept) == {
@@ -106,7 +110,10 @@ def test_bench_measures_answers_of_a_schema_beside_free_text(
     assert kept["tokens"] >= 100
     assert min(kept["ms_per_token"], kept["free_ms_per_token"]) > 0
     assert kept["mask_ms"] > 0
-    done = run("bench", tiny_folder, *SMALL, *words)
+
+
+def test_bench_prints_answers_of_a_schema(run: Run, tiny_folder: Path, schema_file: Path) -> None:
+    done = run("bench", tiny_folder, *SMALL, "--json_schema", schema_file)
     assert done.code == 0, done.err
     assert "answers kept to a schema" in done.out
 
