@@ -5,6 +5,7 @@ they come. Knows nothing of models, sampling or terminals.
 """
 
 import codecs
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +61,8 @@ class Tokenizer:
     Args:
         path: a tekken.json or a SentencePiece model of Mistral's.
 
+    `fingerprint` is the same for two files that hold the same.
+
     Raises:
         TokenizerError: the file cannot be read as one.
     """
@@ -69,6 +72,7 @@ class Tokenizer:
             self.mistral: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.from_file(
                 path
             )
+            data = path.read_bytes()
         except (MistralCommonException, OSError, ValueError, KeyError, TypeError, AssertionError,
                 RuntimeError, AttributeError) as error:  # fmt: skip
             # mistral-common and SentencePiece check a file with asserts and bare look-ups
@@ -79,6 +83,7 @@ class Tokenizer:
         raw = self.mistral.instruct_tokenizer.tokenizer
         assert isinstance(raw, (Tekkenizer, SentencePieceTokenizer))
         self.raw: Tekkenizer | SentencePieceTokenizer = raw
+        self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
         self.eos_id = int(raw.eos_id)
         written = {text: _special_id(raw, text) for text in _WRITTEN}
         self._written = {id_: text for text, id_ in written.items() if id_ is not None}

@@ -96,12 +96,15 @@ class Session:
 
     Args:
         path: of a file that `create` or `open` has looked at.
-        model: the name of the model of now; ids of another model's answers are of no use to it.
+        model: the name of the model of now.
+        tokenizer: fingerprint of its tokenizer: ids of answers that another one wrote are of no
+            use to it. None, and files of before there were any, go by the model's name.
     """
 
-    def __init__(self, path: Path, model: str) -> None:
+    def __init__(self, path: Path, model: str, tokenizer: str | None = None) -> None:
         self.path = path
         self.model = model
+        self.tokenizer = tokenizer
 
     @property
     def id(self) -> str:
@@ -109,7 +112,7 @@ class Session:
         return self.path.stem
 
     @classmethod
-    def create(cls, model: str, system: str | None) -> "Session":
+    def create(cls, model: str, system: str | None, tokenizer: str | None = None) -> "Session":
         """Begin a new one; its file comes with the first message.
 
         Raises:
@@ -124,7 +127,9 @@ class Session:
                 f"--no_save keeps none"
             ) from error
         now = datetime.now()
-        session = cls(folder / f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.jsonl", model)
+        session = cls(
+            folder / f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.jsonl", model, tokenizer
+        )
         session._begin = {
             "type": "session", "version": VERSION, "created": now.isoformat(timespec="seconds"),
             "model": model, "system": system,
@@ -135,12 +140,13 @@ class Session:
     _held: int | None = None  # the locked file
 
     @classmethod
-    def open(cls, name: str, model: str) -> "Session":
+    def open(cls, name: str, model: str, tokenizer: str | None = None) -> "Session":
         """An earlier one.
 
         Args:
             name: its id, the beginning of one, a file, or `latest`.
             model: of now.
+            tokenizer: of now.
 
         Raises:
             SessionError: there is none, more than one, or the file is no session.
@@ -148,7 +154,7 @@ class Session:
         path = _find(name)
         _read(path)
         _cut_torn_line(path)
-        return cls(path, model)
+        return cls(path, model, tokenizer)
 
     def hold(self) -> None:
         """Keep other processes from going on with it, until `release`; does nothing without a file.
@@ -191,17 +197,35 @@ class Session:
     def add_answer(self, text: str, ids: tuple[int, ...] | None, finish_reason: str) -> None:
         """Keep what the model said."""
         self._write(
-            {"role": "assistant", "content": text, "finish_reason": finish_reason,
-             "model": self.model, "ids": ids}
-        )  # fmt: skip
+            {
+                "role": "assistant",
+                "content": text,
+                "finish_reason": finish_reason,
+                **self._made(ids),
+            }
+        )
 
     def add_calls(self, text: str, calls: Sequence[ToolCall], ids: tuple[int, ...] | None) -> None:
         """Keep that the model asks for calls, before any is run."""
         listed = [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in calls]
         self._write(
             {"role": "assistant", "content": text, "tool_calls": listed,
-             "finish_reason": "tool_calls", "model": self.model, "ids": ids}
+             "finish_reason": "tool_calls", **self._made(ids)}
         )  # fmt: skip
+
+    def _made(self, ids: tuple[int, ...] | None) -> dict[str, Any]:
+        """Who made an answer, and as which tokens."""
+        made: dict[str, Any] = {"model": self.model, "ids": ids}
+        return made if self.tokenizer is None else {"tokenizer": self.tokenizer, **made}
+
+    def _ids_of(self, answer: dict[str, Any]) -> Sequence[int] | None:
+        """The tokens of an answer, where they are the same to the model of now."""
+        known = "tokenizer" in answer and self.tokenizer is not None
+        own = (
+            (answer["tokenizer"] == self.tokenizer) if known else answer.get("model") == self.model
+        )
+        ids: Sequence[int] | None = answer.get("ids") if own else None
+        return ids
 
     def add_result(self, call: ToolCall, text: str) -> None:
         """Keep what came of a call."""
@@ -253,7 +277,7 @@ class Session:
             elif message["role"] == "tool":
                 conversation.add_result(_call_of(message), message["content"])
             else:
-                ids = message.get("ids") if message.get("model") == self.model else None
+                ids = self._ids_of(message)
                 if message.get("tool_calls"):
                     calls = [ToolCall(**call) for call in message["tool_calls"]]
                     conversation.add_calls(message["content"], calls, ids)
@@ -272,7 +296,7 @@ class Session:
         """
         begin = self._begin
         state = _read(self.path) if begin is None else _State(system=begin["system"])
-        other = Session.create(self.model, state.system)
+        other = Session.create(self.model, state.system, self.tokenizer)
         for message in state.messages:
             other._write(message)
         return other

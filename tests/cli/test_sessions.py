@@ -70,6 +70,31 @@ def test_session_of_another_model_gives_back_texts_without_ids() -> None:
     assert conversation.last_ids is None
 
 
+# Folders of two models may have one name, and one tokenizer serves many models.
+@pytest.mark.parametrize(
+    ("first", "then", "same"),
+    [
+        (("m", "t"), ("m", "t"), True),
+        (("m", "t"), ("other", "t"), True),
+        (("m", "t"), ("m", "u"), False),
+        (("m", None), ("m", "t"), True),  # of before there were fingerprints
+        (("m", None), ("other", "t"), False),
+    ],
+)
+def test_session_gives_back_ids_where_the_tokenizer_is_the_same(
+    first: tuple[str, str | None], then: tuple[str, str | None], same: bool
+) -> None:
+    session = Session.create(first[0], None, first[1])
+    session.add_user("q")
+    session.add_calls("", CALLS, (5, 6))
+    for call in CALLS:
+        session.add_result(call, "r")
+    session.add_answer("a", (1, 2), "stop")
+    conversation = Conversation()
+    Session.open(session.branch().id, *then).replay(conversation)
+    assert conversation._written == ({1: (5, 6), 4: (1, 2)} if same else {})
+
+
 def test_session_is_private_and_named_for_resume() -> None:
     session = make_session()
     assert re.fullmatch(SESSION_ID, session.id)
