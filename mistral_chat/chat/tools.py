@@ -27,6 +27,9 @@ UNREADABLE = "unreadable_call"  # stands in the history for calls that cannot be
 _ID_ALPHABET = string.ascii_letters + string.digits
 
 
+NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call that the model asks for.
@@ -69,10 +72,8 @@ def make_tool(entry: Any, where: str) -> Tool:
     Raises:
         PromptError: not a function schema; `where` is named.
     """
-    if isinstance(entry, dict) and "function" not in entry:
-        entry = {"type": "function", "function": entry}
     try:
-        tool = Tool.model_validate(entry)
+        tool = Tool.model_validate(_as_mistral_has_it(entry))
     except ValidationError as error:
         fault = error.errors()[0]
         at = ".".join(str(part) for part in fault["loc"]) or "it"
@@ -80,6 +81,21 @@ def make_tool(entry: Any, where: str) -> Tool:
     if refusal := _refusal(tool.function):
         raise PromptError(f"{where}: not a function schema: {refusal}")
     return tool
+
+
+def _as_mistral_has_it(entry: Any) -> Any:
+    """A tool of OpenAI's, flat or not, or a bare function, with what they may leave out."""
+    if not isinstance(entry, dict):
+        return entry
+    if "function" not in entry:
+        kind = entry.get("type", "function")
+        function = {name: value for name, value in entry.items() if name != "type"}
+        entry = {"type": kind, "function": function}
+    function = entry["function"]
+    if isinstance(function, dict):
+        given = {name: value for name, value in function.items() if value is not None}
+        entry = entry | {"function": {"parameters": NO_PARAMETERS} | given}
+    return entry
 
 
 def _refusal(function: Function) -> str | None:

@@ -211,13 +211,29 @@ def write(folder: Path, value: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "value", [[WEATHER], [{"type": "function", "function": WEATHER}], [{"function": WEATHER}]]
+    "value",
+    [
+        [WEATHER],
+        [{"type": "function", "function": WEATHER}],
+        [{"function": WEATHER}],
+        [{"type": "function", **WEATHER}],  # OpenAI's flat form
+        [{"type": "function", **WEATHER, "strict": None}],
+    ],
 )
 def test_read_tools_takes_functions_bare_or_wrapped(tmp_path: Path, value: Any) -> None:
     (tool,) = read_tools(write(tmp_path, value))
     assert tool.function.name == "get_weather"
     assert tool.function.description == "Weather of a place"
     assert tool.function.parameters == WEATHER["parameters"]
+
+
+@pytest.mark.parametrize("left_out", [{}, {"parameters": None, "description": None}])
+def test_read_tools_takes_a_function_without_parameters(
+    tmp_path: Path, left_out: dict[str, None]
+) -> None:
+    (tool,) = read_tools(write(tmp_path, [{"function": {"name": "now", **left_out}}]))
+    assert tool.function.description == ""
+    assert tool.function.parameters == {"type": "object", "properties": {}}
 
 
 def test_read_tools_keeps_the_order(tmp_path: Path) -> None:
@@ -235,6 +251,7 @@ def test_read_tools_keeps_the_order(tmp_path: Path) -> None:
         ([WEATHER, 3], "tool 2: not a function schema"),
         ([WEATHER, {"parameters": {}}], "tool 2: not a function schema: .*name"),
         ([{"function": None}], "tool 1: not a function schema"),
+        ([{"type": "web_search", **WEATHER}], "tool 1: not a function schema: type"),
         ([WEATHER | {"parameters": "city"}], "tool 1: not a function schema: .*parameters"),
         ([WEATHER | {"name": "get weather"}], "tool 1: .*name: found 'get weather', expected"),
         ([WEATHER | {"parameters": {"type": "number?"}}], r"tool 1: .*parameters at \$.type: "),
