@@ -19,6 +19,7 @@ from mistral_chat.errors import OutputError, PromptError, ToolError
 __all__ = ["answer_once", "read_prompt", "read_text_file", "report", "report_figures"]
 
 INTERRUPTED = 130
+MOST_FILE_BYTES = 64 << 20
 
 
 def read_prompt(options: Options) -> str | None:
@@ -59,12 +60,18 @@ def read_text_file(path: Path) -> str:
     """A file's text, without the line end at its end.
 
     Raises:
-        PromptError: it cannot be read, or is no UTF-8.
+        PromptError: it cannot be read, is no UTF-8, or longer than any context.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MOST_FILE_BYTES + 1)
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > MOST_FILE_BYTES:
+        raise PromptError(
+            f"{path}: more than {MOST_FILE_BYTES >> 20} MiB, which no context holds: expected a "
+            f"text for the model to read"
+        )
     return _decode(data, str(path))
 
 

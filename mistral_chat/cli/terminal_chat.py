@@ -110,7 +110,9 @@ class TerminalChat:
                 self.write(lambda session: session.set_system(system))
         elif self.chat.instruct and options.save:
             try:
-                self.session = Session.create(self._model, self.chat.conversation.system)
+                self.session = Session.create(
+                    self._model, self.chat.conversation.system, self.chat.tokenizer.fingerprint
+                )
             except SessionError as error:
                 render.error(error)
 
@@ -124,7 +126,8 @@ class TerminalChat:
             SessionError: there is no such chat, it cannot be read, or another process goes on
                 with it.
         """
-        session, save = Session.open(name, self._model), self._options.save
+        session = Session.open(name, self._model, self.chat.tokenizer.fingerprint)
+        save = self._options.save
         if self.session is not None and session.path.resolve() == self.session.path.resolve():
             session = self.session
         if save:
