@@ -148,7 +148,7 @@ def _lead(asked: Asked, started: float) -> int:
         )
     tools, grammar = _read_defaults(options)
     with Output(asked.target, source_stat) as output:
-        done, n_errors = output.resume(lines)
+        done, n_errors = output.resume(lines, _model_name(options))
         progress = Progress(len(lines), len(done), n_errors, quiet=options.quiet)
         _end_on_signals(progress)
         todo = []
@@ -252,7 +252,7 @@ def _record(
     from mistral_chat.cli import render
 
     options = asked.options
-    model = str(options.engine.model or options.engine.shape)
+    model = _model_name(options)
     world_size = engine.runner.group.world_size
     text = render.answer_json(answer, model=model, world_size=world_size, load_s=load_s)
     value: dict[str, Any] = {"id": line.id} | json.loads(text)
@@ -262,6 +262,10 @@ def _record(
         cut = render.notice_of(answer, line.question.params, engine.max_seq_len)
         value |= error_record(line, f"{cut}: the answer is no whole JSON text; give it more room")
     return value
+
+
+def _model_name(options: flags.Options) -> str:
+    return str(options.engine.model or options.engine.shape)
 
 
 def _close_idle(group: "Group") -> None:

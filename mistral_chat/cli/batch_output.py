@@ -94,14 +94,18 @@ class Output:
         except OSError:
             return  # a file system without locks
 
-    def resume(self, lines: Sequence[Line]) -> tuple[set[int], int]:
+    def resume(self, lines: Sequence[Line], model: str) -> tuple[set[int], int]:
         """Read what an earlier run wrote, and cut off a line that it did not finish.
+
+        Args:
+            lines: of IN.
+            model: of this run, as its records name it; the folder may be written in another way.
 
         Returns:
             the numbers of the lines that need no run, and how many of them have an error.
 
         Raises:
-            OutputError: it holds something else than answers to these lines.
+            OutputError: it holds something else than answers of this model to these lines.
         """
         if self._fd is None or not self._is_file:
             return set(), 0
@@ -116,7 +120,7 @@ class Output:
                     torn = text.rstrip(b"\0")  # what a power cut leaves of an append
                     break
                 end += len(text)
-                id_, error = self._read_record(text, place)
+                id_, error = self._read_record(text, place, model)
                 # A line whose id is another's has its error by its number.
                 named = _ERROR_LINE.match(error or "")
                 line = by_number.get(int(named[1])) if named else None
@@ -137,7 +141,7 @@ class Output:
             raise OutputError(f"{self._target}: cannot be written ({error.strerror})") from error
         return done, n_errors
 
-    def _read_record(self, text: bytes, place: int) -> tuple[str | int, str | None]:
+    def _read_record(self, text: bytes, place: int, model: str) -> tuple[str | int, str | None]:
         try:
             value = json.loads(text.decode("utf-8"))
         except (ValueError, RecursionError) as fault:
@@ -148,12 +152,15 @@ class Output:
         error = value.get("error")
         if not isinstance(error if "error" in value else value.get("text"), str):
             raise self._foreign(place, "it has neither text nor error")
+        writer = value.get("model", model)
+        if not isinstance(writer, str) or Path(writer).name != Path(model).name:
+            raise self._foreign(place, f"{shown(writer)} wrote it, and MODEL is {shown(model)}")
         return id_, error
 
     def _foreign(self, place: int, why: str) -> OutputError:
         return OutputError(
-            f"{self._target}, line {place}: {why}: expected what a run of this IN wrote, or an "
-            f"OUT that is empty or new"
+            f"{self._target}, line {place}: {why}: expected what a run of this IN and MODEL "
+            f"wrote, or an OUT that is empty or new"
         )
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -509,6 +509,8 @@ def test_torn_line_is_cut_off_and_run_again(tiny_folder: Path, tmp_path: Path, t
         ([{"id": True, "text": "a"}], "line 1: it has no id"),
         ([{"id": 1}], "line 1: it has neither text nor error"),
         ([{"prompt": "a", "id": 1}], "line 1: it has neither text nor error"),
+        ([DONE | {"model": "folder/other"}], 'line 1: "folder/other" wrote it, and MODEL is "'),
+        ([DONE | {"model": None}], "line 1: null wrote it"),
     ],
 )
 def test_out_of_something_else_is_refused_and_left(
@@ -519,6 +521,16 @@ def test_out_of_something_else_is_refused_and_left(
     before = target.read_bytes()
     assert main(["batch", str(_shape(tmp_path)), str(source), str(target)]) == 1
     assert said in capsys.readouterr().err
+    assert target.read_bytes() == before
+
+
+def test_answers_of_the_model_in_another_writing_are_kept(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    source = _write(tmp_path / "in", {"prompt": "a"})
+    target = _write(tmp_path / "out", DONE | {"model": f"../{tiny_folder.name}"})
+    before = target.read_bytes()
+    assert main(["batch", f"{tiny_folder}/", str(source), str(target), "--quiet"]) == 0
     assert target.read_bytes() == before
 
 
