@@ -4,7 +4,6 @@ It is its own journal: a run that finds it goes on with the lines that it lacks.
 models.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_chat.cli.batch_lines import Line, shown
+from mistral_chat.cli.locks import lock
 from mistral_chat.errors import OutputError, UsageError
 
 __all__ = ["Output", "error_record"]
@@ -60,8 +60,10 @@ class Output:
             found = os.fstat(self._fd)
             self._is_file = stat.S_ISREG(found.st_mode)
             self._refuse_source(found, source)
-            if self._is_file:
-                self._lock()
+            if self._is_file and not lock(self._fd):
+                raise OutputError(
+                    f"{target}: another run is writing it: wait for its end, or name another OUT"
+                )
             if is_new and self._is_file:  # the name must outlive a power cut as well
                 folder = os.open(path.parent, os.O_RDONLY)
                 try:
@@ -82,17 +84,6 @@ class Output:
     def _refuse_source(self, found: os.stat_result, source: os.stat_result) -> None:
         if stat.S_ISREG(found.st_mode) and os.path.samestat(found, source):
             raise UsageError(f"IN and OUT are the same file ({self._target}): expected two")
-
-    def _lock(self) -> None:
-        assert self._fd is not None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{self._target}: another run is writing it: wait for its end, or name another OUT"
-            ) from error
-        except OSError:
-            return  # a file system without locks
 
     def resume(self, lines: Sequence[Line], model: str) -> tuple[set[int], int]:
         """Read what an earlier run wrote, and cut off a line that it did not finish.

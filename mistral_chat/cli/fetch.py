@@ -4,7 +4,6 @@ Each comes into a partial file that an interrupted download leaves behind, and i
 SHA-256. Knows nothing of layouts.
 """
 
-import fcntl
 import hashlib
 import io
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from mistral_chat import __version__
+from mistral_chat.cli.locks import lock
 from mistral_chat.cli.progress import byte_bar
 from mistral_chat.cli.repository import home_of
 from mistral_chat.errors import DownloadError
@@ -160,15 +160,11 @@ class _Partial(io.FileIO):
 
     def __init__(self, path: Path, on_bytes: OnBytes, stopped: threading.Event) -> None:
         super().__init__(path, "a+")
-        try:
-            fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(self.fileno()):  # without locks the digest tells what two writers made of it
             self.close()
             raise DownloadError(
                 f"{path}: another download is writing it: wait until that has ended"
-            ) from None
-        except OSError:
-            pass  # a file system without locks; the digest tells what two writers made of it
+            )
         self._on_bytes = on_bytes
         self._stopped = stopped
         self._digest()

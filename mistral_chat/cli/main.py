@@ -193,6 +193,7 @@ def _lead(options: flags.Options, started: float) -> int:
     from mistral_chat.cli.calls import print_line
     from mistral_chat.cli.repl import chat_at_terminal
     from mistral_chat.cli.terminal import QuietTerminal
+    from mistral_chat.cli.terminal_chat import TerminalChat
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.launch import current_group
@@ -241,5 +242,6 @@ def _lead(options: flags.Options, started: float) -> int:
             run = functions if options.yes else None
             return one_shot.answer_once(chat, options, prompt, loaded.load_s, run)
         with QuietTerminal() as terminal:
-            chat_at_terminal(chat, options, loaded.load_s, terminal, functions)
+            talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
+            chat_at_terminal(talk, quiet=options.quiet)
     return 0

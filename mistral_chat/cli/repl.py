@@ -1,39 +1,25 @@
 """The loop of a chat at a terminal: ask for a line, run it as a command or say it."""
 
-from mistral_chat.chat.chat import Chat
-from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.cli import render
 from mistral_chat.cli.commands import Commands, LeaveError
-from mistral_chat.cli.flags import Options
 from mistral_chat.cli.prompt import make_prompt, open_editor, unwrap_block
-from mistral_chat.cli.terminal import QuietTerminal
 from mistral_chat.cli.terminal_chat import Draft, TerminalChat
 
 __all__ = ["chat_at_terminal"]
 
 
-def chat_at_terminal(
-    chat: Chat,
-    options: Options,
-    load_s: float,
-    terminal: QuietTerminal,
-    functions: PythonFunctions | None = None,
-) -> None:
+def chat_at_terminal(talk: TerminalChat, *, quiet: bool) -> None:
     """Ask and answer until the person leaves.
 
     Args:
-        chat: to talk to.
-        options: of the command line.
-        load_s: seconds that loading took.
-        terminal: quiet already.
-        functions: that the model may have called.
+        talk: not begun yet.
+        quiet: no greeting.
 
     Raises:
         SessionError: the chat to go on with is not there.
     """
-    talk = TerminalChat(chat, options, load_s, terminal, functions)
     commands = Commands(talk)
-    if not options.quiet:
+    if not quiet:
         render.note(talk.greeting)
     talk.open_session()
     prompt = make_prompt(commands.meanings, commands.words_after, lambda: talk.bottom_line)

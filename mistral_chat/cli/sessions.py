@@ -6,89 +6,23 @@ to their owner. Knows nothing of terminals or models.
 """
 
 import errno
-import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from mistral_chat.chat.conversation import Conversation
 from mistral_chat.chat.tools import ToolCall
-from mistral_chat.cli.flags import LATEST_SESSION
+from mistral_chat.cli import session_files
+from mistral_chat.cli.locks import lock
 from mistral_chat.errors import SessionError
 
-__all__ = ["Session", "Summary", "sessions_folder", "summaries"]
+__all__ = ["Session"]
 
-VERSION = 1
 INTERRUPTED = "error: the chat ended before there was a result"
-
-
-def sessions_folder() -> Path:
-    """Where sessions are kept: in the data directory of the XDG standard, on Linux."""
-    return Path(platformdirs.user_data_path("mistral-chat")) / "sessions"
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """One session of a list.
-
-    Args:
-        id: its name.
-        model: whom it was held with, last.
-        begins: the first message, on one line.
-        n_messages: of both sides.
-        changed: when something was last said.
-    """
-
-    id: str
-    model: str
-    begins: str
-    n_messages: int
-    changed: datetime
-
-
-@dataclass
-class _State:
-    """What a file's lines add up to.
-
-    Args:
-        model: of now.
-        system: prompt.
-        messages: as they stand in the file.
-        replaced: what the last exchange stands in place of.
-        n_lines: read so far.
-    """
-
-    model: str = ""
-    system: str | None = None
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    replaced: list[dict[str, Any]] = field(default_factory=list)
-    n_lines: int = 0
-
-    def take_back(self) -> list[dict[str, Any]]:
-        """Remove the last exchange, and give it."""
-        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        begin = said[-1] if said else 0
-        gone = self.messages[begin:]
-        del self.messages[begin:]
-        return gone
-
-    def unsay(self) -> None:
-        """Remove the last exchange, which came to nothing; what it was to replace comes back."""
-        self.take_back()
-        self.messages += self.replaced
-        self.replaced = []
-
-    def drop(self, n: int) -> None:
-        """Remove the oldest exchanges."""
-        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        del self.messages[: [*said, len(self.messages)][min(n, len(said))]]
 
 
 class Session:
@@ -118,7 +52,7 @@ class Session:
         Raises:
             SessionError: the folder cannot be made.
         """
-        folder = sessions_folder()
+        folder = session_files.sessions_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -131,8 +65,8 @@ class Session:
             folder / f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.jsonl", model, tokenizer
         )
         session._begin = {
-            "type": "session", "version": VERSION, "created": now.isoformat(timespec="seconds"),
-            "model": model, "system": system,
+            "type": "session", "version": session_files.VERSION,
+            "created": now.isoformat(timespec="seconds"), "model": model, "system": system,
         }  # fmt: skip
         return session
 
@@ -151,9 +85,9 @@ class Session:
         Raises:
             SessionError: there is none, more than one, or the file is no session.
         """
-        path = _find(name)
-        _read(path)
-        _cut_torn_line(path)
+        path = session_files.find(name)
+        session_files.read(path)
+        session_files.cut_torn_line(path)
         return cls(path, model, tokenizer)
 
     def hold(self) -> None:
@@ -170,7 +104,7 @@ class Session:
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise SessionError(f"{self.path}: cannot be read ({error.strerror})") from error
-        if not _lock(handle):
+        if not lock(handle):
             os.close(handle)
             raise SessionError(
                 f"chat {self.id} is open in another process: leave it there, /branch from it "
@@ -262,7 +196,7 @@ class Session:
             a message that never got its answer, to be asked again; it is not in the conversation.
             Calls that never got their result get one that says so.
         """
-        state = _read(self.path)
+        state = session_files.read(self.path)
         unanswered = None
         if state.messages and state.messages[-1]["role"] == "user":
             unanswered = state.messages[-1]["content"]
@@ -295,7 +229,11 @@ class Session:
             SessionError: it cannot be written.
         """
         begin = self._begin
-        state = _read(self.path) if begin is None else _State(system=begin["system"])
+        state = (
+            session_files.read(self.path)
+            if begin is None
+            else session_files.State(system=begin["system"])
+        )
         other = Session.create(self.model, state.system, self.tokenizer)
         for message in state.messages:
             other._write(message)
@@ -327,153 +265,6 @@ class Session:
         self._begin = None
 
 
-def summaries() -> list[Summary]:
-    """All sessions, the latest first. Files that are none are left out."""
-    found = []
-    for path in sessions_folder().glob("*.jsonl"):
-        try:
-            state = _read(path)
-            changed = datetime.fromtimestamp(path.stat().st_mtime)
-        except (SessionError, OSError):
-            continue
-        first = next((m["content"] for m in state.messages if m["role"] == "user"), "")
-        begins = " ".join(first.split())
-        found.append(Summary(path.stem, state.model, begins, len(state.messages), changed))
-    return sorted(found, key=lambda s: (s.changed, s.id), reverse=True)
-
-
-def _find(name: str) -> Path:
-    folder = sessions_folder()
-    if name == LATEST_SESSION:
-        known = summaries()
-        if not known:
-            raise SessionError(f"no chat is kept in {folder}: nothing to go on with")
-        return folder / f"{known[0].id}.jsonl"
-    if "/" in name or name.endswith(".jsonl"):
-        try:
-            path = Path(name).expanduser()
-            if path.is_file():
-                return path
-        except (OSError, RuntimeError) as error:  # no permission; ~NAME, and nobody has that name
-            raise SessionError(f"{name}: cannot be read ({error})") from error
-        raise SessionError(f"{name}: no such file")
-    matches = sorted(folder.glob(f"{name}*.jsonl")) if name.replace("-", "").isalnum() else []
-    if not matches:
-        raise SessionError(f"no chat {name!r} in {folder}: /list shows those there are")
-    if len(matches) > 1:
-        some = ", ".join(path.stem for path in matches[:4])
-        raise SessionError(f"{name!r} begins {len(matches)} chats ({some}): say more of it")
-    return matches[0]
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Take away the end of a line that was never finished, so that the next one stands alone."""
-    try:
-        with path.open("rb+") as file:
-            # Where another process holds the file, such a line is on its way.
-            if _lock(file.fileno()) and not (data := file.read()).endswith(b"\n"):
-                file.truncate(data.rfind(b"\n") + 1)
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise SessionError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _lock(handle: int) -> bool:
-    """Lock a file until it is closed; False where another process has."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # some file systems of clusters know no locks, and chats are kept there, too
-    return True
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; a last line that was never finished is left out."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SessionError(f"{path}: cannot be read ({error.strerror})") from error
-    for number, line in enumerate(data.split(b"\n")[:-1], 1):
-        try:
-            entry = json.loads(line)
-            json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
-        except (ValueError, RecursionError) as error:
-            raise SessionError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise SessionError(f"{path}, line {number}: expected an object")
-        yield entry
-
-
 def _call_of(result: dict[str, Any]) -> ToolCall:
     """The call that a result belongs to; its arguments stand with the call itself."""
     return ToolCall(result["tool_call_id"], result["name"], {})
-
-
-def _is_message(entry: dict[str, Any]) -> bool:
-    if not isinstance(entry.get("content"), str):
-        return False
-    if entry.get("role") == "tool":
-        return all(isinstance(entry.get(name), str) for name in ("tool_call_id", "name"))
-    calls, ids = entry.get("tool_calls", []), entry.get("ids") or []
-    return (
-        entry.get("role") in ("user", "assistant")
-        and isinstance(ids, list)
-        and all(type(id_) is int for id_ in ids)
-        and isinstance(calls, list)
-        and all(map(_is_call, calls))
-    )
-
-
-def _is_call(value: Any) -> bool:
-    kinds = {"id": str, "name": str, "arguments": dict}
-    return (
-        isinstance(value, dict)
-        and value.keys() == kinds.keys()
-        and all(isinstance(value[name], kind) for name, kind in kinds.items())
-    )
-
-
-def _checked_system(value: Any, path: Path) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise SessionError(f"{path}: its system prompt is {value!r}: expected a text")
-    return value
-
-
-def _read(path: Path) -> _State:
-    """What the lines of a session's file add up to.
-
-    Raises:
-        SessionError: the file cannot be read or is no session.
-    """
-    state = _State()
-    for entry in _lines(path):
-        state.n_lines += 1
-        if state.n_lines == 1:
-            if entry.get("type") != "session" or entry.get("version") != VERSION:
-                raise SessionError(f"{path}: no chat of this program (version {VERSION})")
-            state.model = str(entry.get("model"))
-            state.system = _checked_system(entry.get("system"), path)
-            continue
-        kind = entry.get("type")
-        if _is_message(entry):
-            if entry.get("role") == "user":
-                state.replaced = state.take_back() if entry.pop("replaces", False) else []
-            state.messages.append(entry)
-            state.model = str(entry.get("model", state.model))
-        elif kind == "undo":
-            state.take_back()
-        elif kind == "unsaid":
-            state.unsay()
-        elif kind == "drop" and isinstance(entry.get("exchanges"), int):
-            state.drop(max(0, entry["exchanges"]))
-        elif kind == "clear":
-            state.messages.clear()
-        elif kind == "system":
-            state.system = _checked_system(entry.get("content"), path)
-        else:
-            raise SessionError(f"{path}, line {state.n_lines}: found neither message nor mark")
-    if state.n_lines == 0:
-        raise SessionError(f"{path}: empty: expected a chat")
-    return state

@@ -228,10 +228,10 @@ def test_undo_regen_and_branch_go_on_where_they_should(roomy_folder: Path, tmp_p
     assert len(texts) == 2
 
 
-def editor(folder: Path, text: str) -> dict[str, str]:
-    """What makes a program the editor that notes what it was given and writes a text instead."""
+def editor(folder: Path, script: str) -> dict[str, str]:
+    """What makes a shell script, given the file as $1, the editor."""
     program = folder / "editor"
-    program.write_text(f"#!/bin/sh\ncp $1 {folder}/given\nprintf '%s' '{text}' > $1\n")
+    program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o700)
     return {"EDITOR": str(program), "VISUAL": str(program)}
 
@@ -240,7 +240,7 @@ def test_edit_opens_the_editor_and_asks_in_place_of_the_last_message(
     roomy_folder: Path, tmp_path: Path
 ) -> None:
     script = written(tmp_path, "**one**", "**two**", "**three**")
-    env = editor(tmp_path, "from the editor")
+    env = editor(tmp_path, f"cp $1 {tmp_path}/given; printf 'from the editor' > $1")
     with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script, env=env) as terminal:
         terminal.ask("/edit")
         terminal.wait_for("nothing was said yet")
@@ -282,10 +282,7 @@ def test_editor_that_fails_is_named_and_the_text_stays(
 
 
 def test_editor_that_writes_no_utf8_loses_nothing_else(roomy_folder: Path, tmp_path: Path) -> None:
-    program = tmp_path / "editor"
-    program.write_text("#!/bin/sh\nprintf 'caf\\351 noir' > $1\n")
-    program.chmod(0o700)
-    env = {"EDITOR": str(program), "VISUAL": ""}
+    env = editor(tmp_path, "printf 'caf\\351 noir' > $1")
     with chat_terminal(tmp_path, roomy_folder, "--instruct", env=env) as terminal:
         terminal.wait_for_prompt()
         terminal.send("\x07")
@@ -298,11 +295,8 @@ def test_editor_that_writes_no_utf8_loses_nothing_else(roomy_folder: Path, tmp_p
 def test_interrupt_in_the_editor_is_a_key_of_the_editors(
     roomy_folder: Path, tmp_path: Path
 ) -> None:
-    program = tmp_path / "editor"
     key = "$(dd bs=1 count=1 2> /dev/null | od -An -tx1)"
-    program.write_text(f"#!/bin/sh\nstty -icanon\necho ready\nprintf '%s' \"key{key}\" > $1\n")
-    program.chmod(0o700)
-    env = {"EDITOR": str(program), "VISUAL": ""}
+    env = editor(tmp_path, f"stty -icanon; echo ready; printf '%s' \"key{key}\" > $1")
     with chat_terminal(tmp_path, roomy_folder, "--instruct", env=env) as terminal:
         terminal.wait_for_prompt()
         terminal.send("\x07")

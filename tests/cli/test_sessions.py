@@ -12,7 +12,8 @@ from mistral_chat.chat.conversation import Conversation
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli import chat_text, settings
 from mistral_chat.cli.flags import SESSION_ID
-from mistral_chat.cli.sessions import Session, sessions_folder, summaries
+from mistral_chat.cli.session_files import sessions_folder, summaries
+from mistral_chat.cli.sessions import Session
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import MistralChatError, OutputError, SessionError, UsageError
 

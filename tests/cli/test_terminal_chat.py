@@ -21,7 +21,8 @@ from mistral_chat.cli import one_shot, prompt
 from mistral_chat.cli.commands import Commands
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.prompt import unwrap_block
-from mistral_chat.cli.sessions import Session, summaries
+from mistral_chat.cli.session_files import summaries
+from mistral_chat.cli.sessions import Session
 from mistral_chat.cli.terminal import QuietTerminal
 from mistral_chat.cli.terminal_chat import Draft, TerminalChat
 from mistral_chat.config import EngineConfig
