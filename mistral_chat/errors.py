@@ -18,6 +18,8 @@
 A message says what was found, what was expected and what to do, in one line.
 """
 
+import re
+
 __all__ = [
     "CheckpointError",
     "ContextLengthError",
@@ -33,7 +35,42 @@ __all__ = [
     "TokenizerError",
     "ToolError",
     "UsageError",
+    "one_line",
+    "shown",
 ]
+
+MOST_CHARACTERS = 300
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value that a file or a person gave, as a message may quote it.
+
+    Args:
+        value: of any kind and size; a long one is cut in its middle.
+        most: characters.
+    """
+    if isinstance(value, int) and abs(value) >= 10**MOST_CHARACTERS:
+        return "a number of more than 300 digits"  # Python refuses to write some of these
+    return _cut(repr(value), most)
+
+
+def one_line(text: object, most: int = MOST_CHARACTERS) -> str:
+    """A message as a terminal may get it: one line, bounded, without control characters.
+
+    Args:
+        text: an error or a text; what it quotes may come from a hostile file.
+        most: characters; what is beyond them is cut out of the middle, since the end of a message
+            says what to do.
+    """
+    return _cut(_CONTROLS.sub("\ufffd", " ".join(str(text).split())), most)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    tail = (most - 3) // 3
+    return f"{text[: most - 3 - tail]}...{text[-tail:]}"
 
 
 class MistralChatError(Exception):

@@ -1,0 +1,167 @@
+"""The one way to read a small file that somebody else wrote: regular, of bounded size, UTF-8.
+
+A FIFO, a device, a link to /dev/zero or a sparse terabyte must neither hang the program nor fill
+its memory; nested brackets and numbers of a thousand digits must not end it with a traceback.
+Knows nothing of what the files mean.
+"""
+
+import json
+import math
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from mistral_chat.errors import MistralChatError, shown
+
+__all__ = [
+    "SMALL_FILE_BYTES",
+    "decode_text",
+    "parse_json",
+    "read_json",
+    "read_small_file",
+    "read_text",
+    "read_toml",
+]
+
+SMALL_FILE_BYTES = 64 << 20
+MOST_DIGITS = 30  # of a whole number; 2^64 has 20
+_BOM = b"\xef\xbb\xbf"
+_LFS = b"version https://git-lfs"
+
+Error = type[MistralChatError]
+
+
+def read_small_file(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES) -> bytes:
+    """All bytes of a regular file.
+
+    Args:
+        path: links are followed.
+        error: what to raise.
+        most_bytes: a longer file is refused.
+
+    Raises:
+        MistralChatError: of the type `error`: not there, no regular file, too long, not readable,
+            or a Git LFS pointer in the place of the file.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                raise error(f"{path} is a folder: expected a file")
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{path} is no regular file: expected a file on a disk")
+            data = b""
+            if status.st_size <= most_bytes:
+                with open(fd, "rb", closefd=False) as file:  # noqa: PTH123, it is open
+                    data = file.read(most_bytes + 1)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist: expected a file") from None
+    except (OSError, ValueError) as failure:  # ValueError: a NUL byte in the path
+        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
+        raise error(f"{path} cannot be read ({reason})") from failure
+    size = max(status.st_size, len(data))
+    if size > most_bytes:
+        raise error(f"{path} has {size:,} bytes: expected at most {most_bytes:,}")
+    if data.startswith(_LFS):
+        raise error(
+            f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`, or "
+            f"with `mistral-chat download`"
+        )
+    return data
+
+
+def decode_text(data: bytes, where: str, error: Error) -> str:
+    """UTF-8 text, without a byte order mark at its beginning.
+
+    Raises:
+        MistralChatError: of the type `error`: no UTF-8, or a NUL byte.
+    """
+    begin = len(_BOM) if data.startswith(_BOM) else 0
+    try:
+        text = data[begin:].decode("utf-8")
+    except UnicodeDecodeError as failure:
+        at = begin + failure.start
+        raise error(
+            f"{where} is not UTF-8 text: byte 0x{data[at]:02x} at offset {at}; expected UTF-8 "
+            f"(iconv -f latin1 -t utf-8 may help)"
+        ) from failure
+    if "\0" in text:
+        raise error(f"{where} holds a NUL byte at offset {data.index(0)}: expected text")
+    return text
+
+
+def read_text(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES) -> str:
+    """A file's text; errors as `read_small_file` and `decode_text`."""
+    return decode_text(read_small_file(path, error, most_bytes), str(path), error)
+
+
+def read_json(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES) -> Any:
+    """A file's JSON value; errors as `read_text` and `parse_json`."""
+    return parse_json(read_text(path, error, most_bytes), str(path), error)
+
+
+def parse_json(text: str, where: str, error: Error) -> Any:
+    """The value of a JSON text, as the standard has it.
+
+    Raises:
+        MistralChatError: of the type `error`: no JSON, nested too deeply, NaN or Infinity, a name
+            that stands twice in an object, or a number that no machine computes with.
+    """
+
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise error(f"{where} holds a number of {len(digits)} digits: expected at most 30")
+        return int(digits)
+
+    def fraction(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise error(f"{where} holds the number {shown(digits)}: expected one below 1e308")
+        return value
+
+    def constant(name: str) -> None:
+        raise error(f"{where} holds {name}, which is no JSON: expected a number or null")
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise error(f"{where} holds the name {shown(twice)} twice in one object")
+        return value
+
+    try:
+        return json.loads(
+            text,
+            parse_int=whole,
+            parse_float=fraction,
+            parse_constant=constant,
+            object_pairs_hook=members,
+        )
+    except json.JSONDecodeError as failure:
+        raise error(
+            f"{where} is not JSON: {failure.msg} in line {failure.lineno}, column {failure.colno}"
+        ) from failure
+    except RecursionError:
+        raise error(f"{where} is nested too deeply: expected a few hundred levels") from None
+
+
+def read_toml(path: Path, error: Error, most_bytes: int = 1 << 20) -> dict[str, Any]:
+    """A file's TOML tables.
+
+    Raises:
+        MistralChatError: of the type `error`: as `read_text`, or no TOML.
+    """
+    text = read_text(path, error, most_bytes)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as failure:
+        raise error(f"{path} is not TOML: {failure}") from failure
+    except (RecursionError, ValueError) as failure:  # ValueError: a number of 5,000 digits
+        raise error(f"{path} cannot be read as TOML ({type(failure).__name__})") from None
