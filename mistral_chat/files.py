@@ -56,7 +56,7 @@ def read_small_file(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES
                 raise error(f"{path} is no regular file: expected a file on a disk")
             data = b""
             if status.st_size <= most_bytes:
-                with open(fd, "rb", closefd=False) as file:  # noqa: PTH123, it is open
+                with open(fd, "rb", closefd=False) as file:
                     data = file.read(most_bytes + 1)
         finally:
             os.close(fd)
