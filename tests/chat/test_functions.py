@@ -345,7 +345,7 @@ def test_hanging_call_is_killed_and_the_next_one_has_a_new_process(tmp_path: Pat
         started = time.monotonic()
         said = "error: no result after 4 s (--tool_timeout); it was stopped"
         assert offered.call("hangs") == said
-        assert 4 <= time.monotonic() - started < 20
+        assert 4 <= time.monotonic() - started < 120
         assert offered.call("counts") == "1"
         # One that takes stderr away can still say why it failed.
         assert offered.call("takes_stderr") == "error: ValueError: the reason"
@@ -382,7 +382,7 @@ def test_what_a_call_prints_is_shown_though_it_never_returns(
         def hangs() -> None:
             'Hang.'
             print("waiting for the door")
-            time.sleep(60)
+            time.sleep(300)
         def ends() -> None:
             'End the process.'
             print("leaving")
@@ -401,7 +401,7 @@ def test_cancelled_call_ends_at_once(misdeeds: Offered) -> None:
         misdeeds.functions.call(
             call("sleeps", seconds=60), lambda: time.monotonic() - started > 0.3
         )
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
     assert misdeeds.call("add", a=1, b=1) == "2"
 
 
@@ -476,7 +476,7 @@ def test_functions_end_with_the_process_that_started_them(tmp_path: Path, how: i
         assert len(pids) == 2
         assert all(map(is_alive, pids))
         os.kill(parent.pid, how)
-        parent.wait(10)
+        parent.wait(60)
         for pid in pids:
             wait_for_end(pid)
 

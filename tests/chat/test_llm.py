@@ -257,7 +257,7 @@ def run_script(body: str) -> "subprocess.CompletedProcess[str]":
         [sys.executable, "-W", "ignore", "-c", f"from mistral_chat import LLM\n{body}"],
         capture_output=True,  # returns once every process that holds the pipes has ended
         text=True,
-        timeout=150,  # two ranks of a busy machine take their time to start
+        timeout=400,  # two ranks of a busy machine take their time to start
         env=command_env(PYTHONWARNINGS="ignore"),
         cwd=ROOT,
         check=False,

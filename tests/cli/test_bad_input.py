@@ -316,7 +316,7 @@ def _run_redirected(redirection: str, *words: str | Path) -> Finished:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=command_env(),
         cwd=ROOT,
         check=False,
@@ -352,7 +352,7 @@ def test_reader_that_closes_the_pipe_ends_all_quietly(tiny_folder: Path, n_ranks
         ["bash", "-c", script, sys.executable, *words, "--nproc_per_node", str(n_ranks)],
         stdin=subprocess.DEVNULL,
         capture_output=True,  # every rank holds stderr: that this returns means that all ended
-        timeout=90,
+        timeout=300,
         env=command_env(),
         cwd=ROOT,
         check=False,

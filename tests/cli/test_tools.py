@@ -79,7 +79,7 @@ class Script:
             [sys.executable, "-m", *self.words(answers, "--prompt", "Hi", *words)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=90,
+            timeout=300,
             env=command_env(),
             cwd=ROOT,
             check=False,
@@ -221,7 +221,7 @@ def test_interrupt_during_a_call_ends_with_130(
     ) as child:  # fmt: skip
         pid = wait_for(marker)
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=120)
     assert (child.returncode, out) == (130, "\n")
     assert "interrupted" in err
     wait_for_end(pid)
