@@ -190,7 +190,7 @@ class Reader:
 
     def _group_name(self) -> str:
         rest = self._text[self._at :]
-        opened = re.match(r"[^)\s]{0,12}", rest)
+        opened = re.match(r"<[^>)]{1,20}>|[=!<]{0,2}|[^)\s]{0,3}", rest)
         shown = f"(?{opened[0] if opened else ''}"
         if rest.startswith(("=", "!", "<=", "<!")):
             return f"look-around ({shown}...)"

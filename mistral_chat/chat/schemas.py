@@ -5,18 +5,18 @@ bounds, formats, names that run out. Each is put here into words that it keeps, 
 they allow being the same or fewer. Knows nothing of tokens.
 """
 
-import decimal
 import json
 import math
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, TypeGuard, cast
+from typing import Any
 from urllib.parse import unquote
 
 from mistral_chat.chat.characters import KEY_ASCII, KEY_TEXT, TEXT, Ranges, common, complement
 from mistral_chat.chat.formats import FORMATS, NOT_HELD
+from mistral_chat.chat.number_bounds import check_multiples, rewrite_numbers
 from mistral_chat.chat.patterns import NotHeldError, Pattern, write_search
 from mistral_chat.errors import shown
 
@@ -28,12 +28,6 @@ _IN_ONE = (
 )
 _IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-# llguidance reads a decimal exactly up to these.
-_MOST_DIGITS = 15
-_MOST_PLACES = 22
-_WIDEST = 2**63 - 1024  # of 64 bits, and exact as a float
-_MOST_FACTOR = 2**32 - 1  # llguidance's least common multiple is of 32 bits
-
 # llguidance rounds a number from 2^53 on, where it must be exact; a bound it cuts to 64 bits, which
 # is as good.
 _EXACT: dict[str, float] = {
@@ -58,13 +52,11 @@ def rewrite_schema(schema: Mapping[str, Any]) -> Found:
     places = list(_reachable(root))
     texts = {text for text in _texts(root) if len(text) < 256}
     escapes = needs_unicode_escapes(root)
-    _check_multiples([found["multipleOf"] for _, found in places if "multipleOf" in found])
+    check_multiples([found["multipleOf"] for _, found in places if "multipleOf" in found])
     for at, found in places:
         try:
             _check_counts(found)
-            _rewrite_bound(found, "minimum", "exclusiveMinimum", math.inf)
-            _rewrite_bound(found, "maximum", "exclusiveMaximum", -math.inf)
-            _rewrite_multiple(found)
+            rewrite_numbers(found)
             _rewrite_text(found)
             if escapes:
                 _check_names_are_plain(found)
@@ -154,71 +146,6 @@ def _numbers(value: Any) -> Iterator[int | float]:
     elif isinstance(value, (dict, list)):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _numbers(entry)
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _rewrite_bound(found: Found, name: str, exclusive: str, inwards: float) -> None:
-    """Put an exclusive bound as the next number: digits beyond would be rounded to the bound."""
-    bound, edge = found.get(name), found.pop(exclusive, None)
-    if edge is True:  # draft 4
-        edge = bound
-    bounds: list[int | float] = [bound] if _is_number(bound) else []
-    if _is_number(edge):
-        if abs(edge) < 2**53:
-            bounds.append(math.nextafter(edge, inwards) if edge else 0.0)
-        else:
-            bounds.append(edge + (1 if inwards > 0 else -1))
-    if not bounds:
-        return
-    best = max(bounds) if inwards > 0 else min(bounds)
-    if best == 0 and edge == 0:
-        found[name] = math.copysign(10.0**-_MOST_PLACES, inwards)
-    elif abs(best) < 2**53:
-        found[name] = _rounded(best, inwards)
-    elif best > 0 > inwards or best < 0 < inwards:
-        found[name] = _WIDEST if best > 0 else -_WIDEST
-    else:
-        raise NotHeldError(f"{name}: a number of 2^53 or more, which would be rounded")
-
-
-def _rounded(bound: int | float, inwards: float) -> int | float:
-    """A bound in digits that llguidance reads without rounding, at worst a little narrower."""
-    if isinstance(bound, int) or bound.is_integer():
-        return int(bound)
-    rounding = decimal.ROUND_CEILING if inwards > 0 else decimal.ROUND_FLOOR
-    digits = decimal.Context(prec=_MOST_DIGITS, rounding=rounding).create_decimal(repr(bound))
-    if -cast(int, digits.as_tuple().exponent) > _MOST_PLACES:
-        digits = digits.quantize(decimal.Decimal(1).scaleb(-_MOST_PLACES), rounding)
-    return float(digits)
-
-
-def _rewrite_multiple(found: Found) -> None:
-    value = found.get("multipleOf")
-    if not _is_number(value):
-        return
-    whole, parts = value.as_integer_ratio()
-    if parts == 1:
-        found["multipleOf"] = whole
-    elif whole != 1 or parts > 2**9:
-        # 0.3 / 0.1 is no whole number to a machine, so that validators refuse multiples
-        raise NotHeldError(
-            f"multipleOf: {shown(value)}, whose multiples are rounded: expected a whole number, "
-            f"or 0.5, 0.25, ..."
-        )
-
-
-def _check_multiples(values: list[Any]) -> None:
-    """Refuse what llguidance, which multiplies in 32 bits, could not merge."""
-    ratios = {value.as_integer_ratio() for value in values if _is_number(value)}
-    if len(ratios) > 1:
-        most_parts = max(parts for _, parts in ratios)
-        scale = 10 ** most_parts.bit_length()
-        scaled = {whole * scale // parts for whole, parts in ratios}
-        if math.lcm(*scaled) * max(scaled) > _MOST_FACTOR:
-            raise NotHeldError(f"multipleOf: {len(ratios)} different ones, too large to merge")
 
 
 def _rewrite_text(found: Found) -> None:
