@@ -390,7 +390,7 @@ def test_wrong_schema_of_the_flags_is_named_before_the_model_is_loaded(
     path.write_text('{"not": {}}')
     words = ["batch", str(_shape(tmp_path)), str(source), str(tmp_path / "out")]
     assert main([*words, "--json_schema", str(path)]) == 1
-    said = 'answers cannot be kept to this schema: Unimplemented keys: ["not"]'
+    said = 'answers cannot be kept to this schema: not supported: "not"'
     assert capsys.readouterr().err == f"mistral-chat: error: {path}: {said}\n"
     assert not (tmp_path / "out").exists()
 
