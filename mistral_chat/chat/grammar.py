@@ -22,6 +22,7 @@ from torch import Tensor
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.engine.engine import TokenMask
 from mistral_chat.errors import PromptError, UsageError
+from mistral_chat.files import read_json
 
 __all__ = ["ANY_OBJECT", "Grammar", "GrammarMask", "choose_grammar", "read_grammar"]
 
@@ -205,16 +206,7 @@ def read_grammar(path: Path) -> Grammar:
     Raises:
         PromptError: unreadable, not a JSON object, or a schema that no answer can be kept to.
     """
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"found {constant}")
-
-    try:
-        schema = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path}: not valid JSON ({error})") from error
+    schema = read_json(path, PromptError, pipes=True)
     if not isinstance(schema, dict):
         raise PromptError(
             f"{path}: found {type(schema).__name__}, expected a JSON object, which is the schema"

@@ -17,6 +17,7 @@ from mistral_chat.cli import flags, start
 from mistral_chat.cli.batch_lines import Line, asks_json, is_torn, read_lines, read_source
 from mistral_chat.cli.batch_output import Output, error_record
 from mistral_chat.cli.batch_progress import Progress
+from mistral_chat.cli.texts import read_text_file
 from mistral_chat.cli.words import read_own, whole_from
 from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import PromptError, UsageError
@@ -131,12 +132,10 @@ def _follow(options: flags.Options) -> int:
 
 def _lead(asked: Asked, started: float) -> int:
     """Rank 0: read IN and OUT, load if anything is left to do, answer."""
-    from mistral_chat.cli import one_shot
-
     options = asked.options
     system = options.system
     if options.system_file is not None:
-        system = one_shot.read_text_file(options.system_file)
+        system = read_text_file(options.system_file)
     for name, text in (("system", system), *(("stop", stop) for stop in options.sampling.stop)):
         if text and is_torn(text):
             raise PromptError(f"--{name} is not UTF-8 text: expected UTF-8 on the command line")

@@ -17,7 +17,7 @@ import pytest
 from prompt_toolkit.history import FileHistory
 
 from mistral_chat.chat.conversation import Conversation
-from mistral_chat.cli import one_shot, prompt
+from mistral_chat.cli import prompt
 from mistral_chat.cli.commands import Commands
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.prompt import unwrap_block
@@ -434,12 +434,13 @@ def test_message_that_stands_at_the_prompt_again_is_no_command(text: str) -> Non
 
 
 def test_file_that_no_context_holds_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(one_shot, "MOST_FILE_BYTES", 1 << 20)
     desk = Desk()
-    for size, n_files in ((1 << 20, 1), ((1 << 20) + 1, 1)):
-        (tmp_path / "long").write_text("x" * size)
+    for size, n_files in ((1 << 20, 1), ((64 << 20) + 1, 1)):
+        with (tmp_path / "long").open("wb") as file:
+            file.write(b"x" * min(size, 1 << 20))
+            file.truncate(size)
         desk.commands.run(f"/file {tmp_path / 'long'}")
         assert len(desk.talk.files) == n_files
-    assert "more than 1 MiB, which no context holds" in capsys.readouterr().err
+    assert "long has 67,108,865 bytes: expected at most 67,108,864" in capsys.readouterr().err
