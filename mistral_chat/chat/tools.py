@@ -6,7 +6,7 @@ Calls are found by the control token that starts them, never by searching text. 
 import hashlib
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "ToolCall",
     "make_id",
     "make_tool",
+    "make_tools",
     "nests_at_most",
     "parse_tool_calls",
     "read_tools",
@@ -73,6 +74,18 @@ def read_tools(path: Path) -> list[Tool]:
     if not isinstance(listed, list) or not listed:
         raise PromptError(f"{path}: expected a JSON list of function schemas")
     return [make_tool(entry, f"{path}, tool {n}") for n, entry in enumerate(listed, 1)]
+
+
+def make_tools(tools: Sequence[Mapping[str, Any] | Tool]) -> list[Tool]:
+    """Tools from their JSON form, those that are none yet.
+
+    Raises:
+        PromptError: not a function schema; which of them is named.
+    """
+    return [
+        tool if isinstance(tool, Tool) else make_tool(dict(tool), f"tool {n}")
+        for n, tool in enumerate(tools, 1)
+    ]
 
 
 def make_tool(entry: Any, where: str) -> Tool:

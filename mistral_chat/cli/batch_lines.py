@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_chat.chat.batch import Question
+from mistral_chat.chat.messages import read_messages
 from mistral_chat.cli import flags
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import PromptError, UsageError
@@ -83,7 +84,7 @@ def read_lines(data: bytes, options: flags.Options, system: str | None) -> list[
     Args:
         data: all of IN.
         options: their sampling is the default; instruct makes a prompt a message.
-        system: put before a conversation that has no system message.
+        system: put before a conversation that has no system or developer message.
     """
     found: list[Line] = []
     owners: dict[str | int, int] = {}
@@ -156,8 +157,11 @@ def _read_question(
         raise _LineError("expected either prompt or messages")
     if prompt is not None and not isinstance(prompt, str):
         raise _LineError(f"prompt is {shown(prompt)}: expected a text")
-    if messages is not None and not _is_list_of(messages, dict):
-        raise _LineError(f"messages are {shown(messages)}: expected a list of objects")
+    if messages is not None:
+        try:
+            messages = read_messages(messages)
+        except PromptError as error:
+            raise _LineError(str(error)) from error
     if tools is not None and not _is_list_of(tools, dict):
         raise _LineError(f"tools are {shown(tools)}: expected a list of function schemas")
     params = _read_sampling(value, options.sampling)
@@ -170,9 +174,7 @@ def _read_question(
     else:
         if messages is None:
             messages = [{"role": "user", "content": prompt}]
-        if system is not None and not any(m.get("role") == "system" for m in messages):
-            messages = [{"role": "system", "content": system}, *messages]
-        question = Question(messages=messages, tools=tools, params=params, **held)
+        question = Question(messages=messages, system=system, tools=tools, params=params, **held)
     if question.is_json(by_default=asks_json(options)):
         offers_tools = tools or (tools is None and is_message and options.tools is not None)
         for name, given in (("stop", params.stop), ("tools", offers_tools)):

@@ -23,6 +23,7 @@ from mistral_chat.engine.group import PeerFailedError
 from tests.conftest import ROOT, Run, command_env
 
 OPENAI = {"method": "POST", "url": "/v1/completions"}
+ASKED = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(autouse=True)
@@ -210,8 +211,9 @@ def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch_lines.Line]:
         ({"prompt": "a", "messages": []}, "expected either prompt or messages"),
         ({"prompt": "a", "tempratur": 1}, 'unknown field "tempratur"'),
         ({"prompt": 1}, "prompt is 1: expected a text"),
-        ({"messages": "a"}, 'messages are "a": expected a list of objects'),
-        ({"messages": ["a"]}, 'messages are ["a"]: expected a list of objects'),
+        ({"messages": "a"}, "messages are 'a': expected a list of objects"),
+        ({"messages": ["a"]}, "message 1 is 'a': expected an object"),
+        ({"messages": []}, "messages are empty: expected one at least"),
         ({"prompt": "a", "id": 1.5}, "id is 1.5: expected a text or a whole number"),
         ({"prompt": "a", "id": True}, "id is true: expected a text or a whole number"),
         ({"prompt": "a", "max_tokens": 1.0}, "max_tokens is 1.0: expected a whole number"),
@@ -229,7 +231,7 @@ def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch_lines.Line]:
         ({"prompt": "a", "json_object": 1}, "json_object is 1: expected true or false"),
         ({"prompt": "a", "json_object": True, "json_schema": {}}, "expected one of them"),
         ({"prompt": "a", "json_object": True, "stop": "}"}, "stop and a JSON schema: expected one"),
-        ({"messages": [], "json_schema": {}, "tools": [{}]}, "tools and a JSON schema"),
+        ({"messages": ASKED, "json_schema": {}, "tools": [{}]}, "tools and a JSON schema"),
         (
             {"custom_id": "a", "body": {"prompt": "a", "response_format": "text"}},
             'response_format is "text": expected the type text, json_object or json_schema',
@@ -455,10 +457,10 @@ def test_bad_lines_are_answered_with_their_error(
     for number, id_, said in (
         (1, 1, "not JSON"),
         (3, "long", "the prompt has 602 tokens and the context holds 512"),
-        (4, "role", "messages are not a conversation"),
-        (5, "picture", "a part of type 'image_url'"),
+        (4, "role", "message 1: role is 'nobody': expected system, developer, user"),
+        (5, "picture", "message 1: part 1 of content: type is 'image_url': expected text"),
         (6, "tool", "tool 1: not a function schema"),
-        (7, "none", ""),
+        (7, "none", "messages are empty"),
         (8, 2, "the id 2 is that of line 2 already"),
         (9, 1, "the id 1 is that of line 1 already"),
     ):
