@@ -125,7 +125,12 @@ def _read_object(text: bytes) -> dict[str, Any]:
         raise _LineError("expected a JSON object with prompt or messages")
     if _SURROGATE.search(text) and is_torn(json.dumps(value, ensure_ascii=False)):
         raise _LineError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
-    return value
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
+    """An object less its fields that are null, which clients write for those that are not set."""
+    return {name: entry for name, entry in value.items() if entry is not None}
 
 
 def is_torn(text: str) -> bool:
@@ -210,23 +215,24 @@ def _read_body(value: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         raise _LineError(f"url is {shown(url)}: expected {_CHAT_URL} or {_COMPLETION_URL}")
     if not isinstance(body, dict):
         raise _LineError(f"body is {shown(body)}: expected an object")
+    body = _without_nulls(body)
     _check_names(body, _BODY_FIELDS, " in body")
     needed = {_CHAT_URL: "messages", _COMPLETION_URL: "prompt"}.get(url or "")
-    if needed and body.get(needed) is None:
+    if needed and needed not in body:
         raise _LineError(f"body has no {needed}, which {url} needs")
     for name, neutral in _NEUTRAL.items():
-        if body.get(name) not in (None, *neutral):
+        if name in body and body[name] not in neutral:
             found = shown(body[name])
             raise _LineError(f"{name} is {found}: expected {shown(neutral[0])}, or to leave it out")
     fields = {name: body[name] for name in body if name in _FIELDS}
-    if body.get("max_completion_tokens") is not None:
+    if "max_completion_tokens" in body:
         fields["max_tokens"] = body["max_completion_tokens"]
-    if body.get("response_format") is not None:
+    if "response_format" in body:
         fields |= _read_response_format(body["response_format"])
     if isinstance(body.get("logprobs"), bool):  # of a chat: a switch, and a number beside it
         top = body.get("top_logprobs")
         fields["logprobs"] = (0 if top is None else top) if body["logprobs"] else None
-    elif body.get("top_logprobs") is not None:
+    elif "top_logprobs" in body:
         raise _LineError("top_logprobs needs logprobs to be true")
     return fields, url
 
@@ -238,6 +244,7 @@ def _read_response_format(found: Any) -> dict[str, Any]:
         raise _LineError(
             f"response_format is {shown(found)}: expected the type text, json_object or json_schema"
         )
+    found = _without_nulls(found)
     _check_names(found, ("type", "json_schema"), " in response_format")
     if kind != "json_schema":
         return {"json_object": kind == "json_object"}
