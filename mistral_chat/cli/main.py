@@ -202,7 +202,9 @@ def _lead(options: flags.Options, started: float) -> int:
     tools: list[Tool] = []
     if options.tools is not None and options.tools.suffix == ".py":
         on_printed = (lambda line: None) if options.quiet else print_line
-        functions = PythonFunctions(options.tools, options.tool_timeout, on_printed)
+        functions = PythonFunctions(
+            options.tools, options.tool_timeout, on_printed, options.tools_env
+        )
         atexit.register(functions.close)  # should this process be killed, it ends them, too
         tools = functions.tools
     elif options.tools is not None:
