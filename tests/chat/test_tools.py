@@ -373,13 +373,15 @@ def test_damaged_calls_are_what_was_written_or_none() -> None:
 
 def test_calls_cut_short_are_those_that_were_whole() -> None:
     listed = [{"name": f"f{n}", "arguments": each} for n, each in enumerate(ARGUMENTS)]
-    text = json.dumps(listed)
+    entries = [json.dumps(call) for call in listed]
+    text = f"[{', '.join(entries)}]"
+    ends = [len("[" + ", ".join(entries[:n])) for n in range(1, len(entries) + 1)]
     whole = [(call["name"], call["arguments"], None) for call in listed]
     for end in range(len(text) + 1):
         read = read_listed_calls(text[:end])
-        assert read is None or read == whole[: len(read)]
-        is_whole = text[:end].endswith("}}") and read is not None
-        assert (read is not None) == (is_whole or end == len(text))
+        n_whole = sum(each <= end for each in ends)
+        is_read = end in ends or end == len(text)  # after a comma another call was to come
+        assert read == (whole[:n_whole] if is_read else None)
     body = json.dumps(ARGUMENTS[1])
     for end in range(len(body)):
         assert read_named_call("f", body[:end]) == (None if end else ("f", {}))
