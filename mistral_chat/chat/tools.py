@@ -25,7 +25,7 @@ from mistral_chat.chat.call_text import (
     read_named_call,
 )
 from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.errors import PromptError
+from mistral_chat.errors import PromptError, shown
 from mistral_chat.files import read_json
 
 __all__ = [
@@ -80,12 +80,15 @@ def make_tools(tools: Sequence[Mapping[str, Any] | Tool]) -> list[Tool]:
     """Tools from their JSON form, those that are none yet.
 
     Raises:
-        PromptError: not a function schema; which of them is named.
+        PromptError: no list, or not a function schema; which of them is named.
     """
-    return [
-        tool if isinstance(tool, Tool) else make_tool(dict(tool), f"tool {n}")
-        for n, tool in enumerate(tools, 1)
-    ]
+    if not isinstance(tools, (list, tuple)):
+        raise PromptError(f"tools are {shown(tools)}: expected a list of function schemas")
+    made = []
+    for n, tool in enumerate(tools, 1):
+        entry = dict(tool) if isinstance(tool, Mapping) else tool
+        made.append(tool if isinstance(tool, Tool) else make_tool(entry, f"tool {n}"))
+    return made
 
 
 def make_tool(entry: Any, where: str) -> Tool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mistral_chat import errors
 from mistral_chat.chat.batch import Question
 from mistral_chat.chat.messages import read_messages
 from mistral_chat.cli import flags
@@ -167,8 +168,8 @@ def _read_question(
             messages = read_messages(messages)
         except PromptError as error:
             raise _LineError(str(error)) from error
-    if tools is not None and not _is_list_of(tools, dict):
-        raise _LineError(f"tools are {shown(tools)}: expected a list of function schemas")
+    if tools is not None and not isinstance(tools, list):
+        raise _LineError(f"tools are {errors.shown(tools)}: expected a list of function schemas")
     params = _read_sampling(value, options.sampling)
     held = _read_format(value)
     is_message = prompt is None or instruct

@@ -42,7 +42,9 @@ def llm(tiny_folder: Path) -> Iterator[LLM]:
 
 
 def _ask_python(llm: LLM, messages: Any, **asked: Any) -> Answer:
-    return llm.chat(messages, GREEDY, [TOOL] if "tools" in asked else (), **asked.get("held", {}))
+    offered = asked.get("held", {}).get("tools", [TOOL] if "tools" in asked else ())
+    held = _without(asked.get("held", {}), "tools")
+    return llm.chat(messages, GREEDY, offered, **held)
 
 
 def _ask_batch(llm: LLM, messages: Any, *words: str, **asked: Any) -> Answer:
@@ -135,6 +137,26 @@ def test_fault_is_said_alike_in_python_and_in_a_batch(llm: LLM, messages: Any, s
         found.append(str(caught.value))
     assert found[0] == found[1] == one_line(found[0])
     assert found[0].startswith(said) or (said in found[0] and found[0].startswith("message "))
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ({"name": "f"}, "tools are {'name': 'f'}: expected a list of function schemas"),
+        ("f", "tools are 'f': expected a list"),
+        ([3], "tool 1: not a function schema"),
+        ([{"name": "f"}, {"name": "g h"}], "tool 2: not a function schema: function.name: found"),
+        ([{"type": "web_search", "name": "f"}], "tool 1: not a function schema: type"),
+    ],
+)
+def test_fault_of_a_tool_is_said_alike(llm: LLM, tools: Any, said: str) -> None:
+    found = []
+    for ask in (_ask_python, _ask_batch):
+        with pytest.raises(PromptError) as caught:
+            ask(llm, [USER], held={"tools": tools})
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+    assert found[0].startswith(said)
 
 
 @pytest.mark.parametrize(
