@@ -4,6 +4,7 @@ The model's answers are scripted; engine, templates, commands and files are the 
 """
 
 import errno
+import io
 import json
 import os
 import random
@@ -449,7 +450,7 @@ def test_file_that_no_context_holds_is_refused(
 @pytest.fixture
 def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Makes the data directory one of a disk that takes nothing, from then on."""
-    opened, mkdir = os.open, os.mkdir
+    opened, opened_file, mkdir = os.open, io.open, os.mkdir
 
     def check(path: Any) -> None:
         if Path(os.fsdecode(path)).is_relative_to(tmp_path):
@@ -460,6 +461,11 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], N
             check(path)
         return opened(path, flags, *more, **named)
 
+    def open_file_to_read(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if set(mode) & set("wax+"):
+            check(path)
+        return opened_file(path, mode, *more, **named)
+
     def make_none(path: Any, *more: Any, **named: Any) -> None:
         if not os.path.isdir(path):  # noqa: PTH112
             check(path)
@@ -467,6 +473,7 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], N
 
     def begin() -> None:
         monkeypatch.setattr(os, "open", open_to_read)
+        monkeypatch.setattr(io, "open", open_file_to_read)  # which pathlib opens with
         monkeypatch.setattr(os, "mkdir", make_none)
 
     return begin
