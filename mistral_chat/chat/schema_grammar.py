@@ -51,7 +51,7 @@ def read_schema(path: Path) -> Mapping[str, Any]:
     Raises:
         PromptError: unreadable, or not a JSON object.
     """
-    schema = read_json(path, PromptError)
+    schema = read_json(path, PromptError, pipes=True)
     if not isinstance(schema, dict):
         raise PromptError(
             f"{path}: found {type(schema).__name__}, expected a JSON object, which is the schema"

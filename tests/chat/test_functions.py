@@ -15,9 +15,10 @@ from typing import Any
 import jsonschema
 import pytest
 
+from mistral_chat.chat.function_environment import is_secret
 from mistral_chat.chat.functions import MAX_CHARS, CallsCancelledError, PythonFunctions, _Worker
 from mistral_chat.chat.tools import ToolCall
-from mistral_chat.errors import PromptError
+from mistral_chat.errors import PromptError, UsageError
 from tests.conftest import ROOT, is_alive, wait_for_end
 
 EVERY_TYPE = '''
@@ -613,3 +614,53 @@ def test_file_that_changes_is_read_again_by_the_next_process(tmp_path: Path) -> 
         )
         write(tmp_path, "def add(a: int, b: int) -> int:\n    'd'\n    return a - b")
         assert functions.call(call("add", a=1, b=1)) == "0"
+
+
+SECRETS = ("HF_TOKEN", "OPENAI_API_KEY", "MISTRAL_API_KEY", "GITHUB_TOKEN", "CLIENT_SECRET",
+           "SECRET_KEY_BASE", "PGPASSWORD", "DB_PASSWORD_FILE", "AWS_PROFILE", "npm_config_token",
+           "GOOGLE_APPLICATION_CREDENTIALS", "MISTRAL_CHAT_API_KEY", "MISTRAL_CHAT_LIFELINE",
+           "DB_PASS", "HUGGING_FACE_HUB_TOKEN", "APIKEY")  # fmt: skip
+HARMLESS = ("PATH", "HOME", "LANG", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "KEYBOARD", "BYPASS",
+            "http_proxy", "MONKEY_ISLAND", "HF_HOME", "COMPASS_DIR")  # fmt: skip
+
+ENVIRONMENT = '''
+import os
+
+def seen() -> list[str]:
+    """Names of variables."""
+    return list(os.environ)
+
+def needs() -> str:
+    """A value of the environment."""
+    return os.environ["WEATHER_API_KEY"]
+'''
+
+
+@pytest.mark.parametrize("name", [*SECRETS, *HARMLESS])
+def test_secrets_are_known_by_their_names(name: str) -> None:
+    assert is_secret(name) == (name in SECRETS)
+
+
+def test_functions_see_the_environment_without_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*SECRETS, *HARMLESS, "WEATHER_API_KEY"):
+        if name not in os.environ:
+            monkeypatch.setenv(name, "x")
+    path, printed = write(tmp_path, ENVIRONMENT), []
+    with PythonFunctions(path, 60, printed.append, ["HF_TOKEN"]) as functions:
+        seen = set(json.loads(functions.call(ToolCall("a" * 9, "seen", {}))))
+        said = functions.call(ToolCall("a" * 9, "needs", {}))
+    assert seen >= {*HARMLESS, "HF_TOKEN"}
+    assert seen.isdisjoint({*SECRETS, "WEATHER_API_KEY"} - {"HF_TOKEN"})
+    # The model hears what happened, the person what to do about it.
+    hint = "WEATHER_API_KEY is withheld from functions: --tools_env WEATHER_API_KEY hands it on"
+    assert said == "error: KeyError: 'WEATHER_API_KEY'"
+    assert printed[-1] == hint
+    with pytest.raises(PromptError, match=f"; {hint}$"):
+        PythonFunctions(write(tmp_path, ENVIRONMENT + "needs()"), 60)
+
+
+def test_variable_that_is_asked_for_and_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--tools_env NO_SUCH_NAME: there is no such variable"):
+        PythonFunctions(write(tmp_path, ENVIRONMENT), 60, variables=["NO_SUCH_NAME"])

@@ -364,11 +364,11 @@ def test_keywords_of_somebodys_own_may_hold_anything() -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (None, "does not exist"),
+        (None, "does not exist: expected a file"),
         (b"{", "is not JSON: Expecting property name"),
-        (b"\xff{}", "is not UTF-8 text"),
+        (b"\xff{}", "is not UTF-8 text: byte 0xff"),
         (b'{"const": NaN}', "holds NaN, which is no JSON"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "is nested too deeply"),
         (b"[]", "found list, expected a JSON object"),
         (b'{"type": "text"}', "answers cannot be kept to this schema: not a JSON schema: type:"),
         (b'{"anyOf": [' * 200 + b"{}" + b"]}" * 200, "schema: nested too deeply"),

@@ -160,24 +160,6 @@ def test_conversation_takes_tools_in_any_form(llm: LLM) -> None:
         llm.conversation(tools=[{"nothing": 1}])
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        [{"role": "user"}],
-        [{"content": "Hi"}],
-        [{"role": "wizard", "content": "Hi"}],
-        [{"role": "user", "content": 3}],
-        [{"role": "assistant", "content": "Hi"}],
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
-    ],
-)
-def test_chat_says_what_is_no_conversation(llm: LLM, messages: list[dict[str, Any]]) -> None:
-    with pytest.raises(PromptError) as caught:
-        llm.chat(messages, GREEDY)
-    assert "\n" not in str(caught.value)  # errors are one line
-
-
 def test_chat_names_a_tool_that_is_none(llm: LLM) -> None:
     with pytest.raises(PromptError, match="tool 2: not a function schema"):
         llm.chat([{"role": "user", "content": "Hi"}], GREEDY, [WEATHER, {"name": 3}])
