@@ -10,6 +10,8 @@ import math
 import os
 import stat
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from mistral_chat.errors import MistralChatError, shown
 __all__ = [
     "SMALL_FILE_BYTES",
     "decode_text",
+    "is_there",
+    "open_regular",
     "parse_json",
     "read_json",
     "read_small_file",
@@ -33,6 +37,58 @@ _LFS = b"version https://git-lfs"
 Error = type[MistralChatError]
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something to read, links followed; what may not be looked at is."""
+    try:
+        path.stat()
+    except PermissionError:  # who reads it says so
+        return True
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return False
+    return True
+
+
+@contextmanager
+def open_regular(path: Path, error: Error) -> Iterator[tuple[int, int]]:
+    """A regular file of any size, open for reading.
+
+    Args:
+        path: links are followed.
+        error: what to raise, also for what the system refuses inside the block.
+
+    Yields:
+        the file's descriptor, and its bytes.
+
+    Raises:
+        MistralChatError: of the type `error`: not there, no regular file, not readable, or a Git
+            LFS pointer in the place of the file.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist: expected a file") from None
+    except (OSError, ValueError) as failure:  # ValueError: a NUL byte in the path
+        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
+        raise error(f"{path} cannot be read ({reason})") from failure
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            raise error(f"{path} is a folder: expected a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{path} is no regular file: expected a file on a disk")
+        if os.pread(fd, len(_LFS), 0) == _LFS:
+            raise error(
+                f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`, "
+                f"or with `mistral-chat download`"
+            )
+        yield fd, status.st_size
+    except OSError as failure:
+        raise error(f"{path} cannot be read ({failure.strerror})") from failure
+    finally:
+        os.close(fd)
+
+
 def read_small_file(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES) -> bytes:
     """All bytes of a regular file.
 
@@ -42,37 +98,16 @@ def read_small_file(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES
         most_bytes: a longer file is refused.
 
     Raises:
-        MistralChatError: of the type `error`: not there, no regular file, too long, not readable,
-            or a Git LFS pointer in the place of the file.
+        MistralChatError: of the type `error`: as `open_regular`, or too long.
     """
-    try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode):
-                raise error(f"{path} is a folder: expected a file")
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"{path} is no regular file: expected a file on a disk")
-            data = b""
-            if status.st_size <= most_bytes:
-                with open(fd, "rb", closefd=False) as file:
-                    data = file.read(most_bytes + 1)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        raise error(f"{path} does not exist: expected a file") from None
-    except (OSError, ValueError) as failure:  # ValueError: a NUL byte in the path
-        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
-        raise error(f"{path} cannot be read ({reason})") from failure
-    size = max(status.st_size, len(data))
+    data = b""
+    with open_regular(path, error) as (fd, size):
+        if size <= most_bytes:
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(most_bytes + 1)
+    size = max(size, len(data))
     if size > most_bytes:
         raise error(f"{path} has {size:,} bytes: expected at most {most_bytes:,}")
-    if data.startswith(_LFS):
-        raise error(
-            f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`, or "
-            f"with `mistral-chat download`"
-        )
     return data
 
 
