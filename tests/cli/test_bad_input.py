@@ -70,6 +70,12 @@ def _wrong_tensors(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS)
 
 
+def _nan_weights(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights["layers.1.attention.wo.weight"][3] = torch.nan
+    save_file(weights, folder / WEIGHTS)
+
+
 def _as_hf(**changes: Any) -> Callable[[Path], None]:
     """The same folder in Hugging Face's layout, with changes to config.json."""
 
@@ -124,21 +130,20 @@ def _params(**changes: Any) -> Callable[[Path], None]:
 
 BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (_no_params, ("params.json is missing",)),
+    (_nan_weights, ("scores are no numbers (NaN or infinite)", "weights are damaged")),
     (_no_weights, ("weights are missing",)),
     (_no_tokenizer, ("tokenizer is missing",)),
     (_two_tokenizers, ("2 tokenizers", "tekken.json", "tokenizer.model.v3")),
-    (_invalid_json, ("params.json", "not valid JSON")),
+    (_invalid_json, ("params.json", "not JSON")),
     (_json_list, ("params.json", "expected a JSON object")),
-    (_unreadable_json, ("params.json", "cannot be read")),
+    (_unreadable_json, ("params.json", "is a folder: expected a file")),
     (_truncated, (WEIGHTS, "truncated")),
     (_index_of_missing_file, ("index.json names consolidated-00001-of-00002.safetensors",)),
     (
         _wrong_tensors,
         (
             "layers.1.attention.wk.weight is missing",
-            "layers.9.attention.wk.weight in consolidated.safetensors is not a tensor",
-            "norm.weight in consolidated.safetensors has shape [65]; expected [64]",
-            "layers.0.ffn_norm.weight in consolidated.safetensors has type I32",
+            "ers.0.ffn_norm.weight in consolidated.safetensors has type I32",
         ),
     ),
     (
@@ -155,16 +160,14 @@ BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
         (
             "model.safetensors has ",
             "truncated",
-            "model.layers.1.self_attn.k_proj.weight is missing",
-            "model.layers.0.self_attn.q_proj.bias in model.safetensors is not a tensor",
-            "model.norm.weight in model.safetensors has shape [65]; expected [64] from config.json",
+            "expected [64] from config.json",
         ),
     ),
     (_hf_tokenizer_alone, ("tokenizer is missing", "tokenizer.json is never read")),
     (_params(moe={"num_experts": 8}), ("moe is not supported",)),
-    (_params(lora={"rank": 8}), ("lora is not supported",)),
+    (_params(lora={"rank": 8, "alpha": 2}), ("lora is not supported",)),
     (_params(vision_encoder={"hidden_size": 8}), ("vision_encoder is not supported",)),
-    (_params(model_type="mamba"), ("mamba is not supported",)),
+    (_params(model_type="mamba"), ("'mamba' is not supported",)),
     (_params(rotary="x"), ("rotary is not supported",)),
     (_params(dim=None), ("dim is missing",)),
     (_params(n_kv_heads=3), ("n_heads is 4", "multiple of n_kv_heads (3)")),
@@ -179,6 +182,7 @@ def _refused(done: Finished, *said: str, code: int = 1) -> None:
     assert (done.code, done.out) == (code, "")
     assert done.err.splitlines() == done.error_lines, done.err
     assert len(done.error_lines) == 1, done.err
+    assert len(done.err) <= 300 + len("mistral-chat: error: \n")
     for text in said:
         assert text in done.err
 
@@ -226,7 +230,7 @@ def test_missing_device_is_named(run: Run, tiny_folder: Path) -> None:
 
 
 def test_too_little_memory_is_told_in_figures(run: Run, broken_folder: Path) -> None:
-    write_params(broken_folder, TINY, max_seq_len=2**40)
+    write_params(broken_folder, TINY, max_seq_len=None)
     done = run(broken_folder, *PROMPT, "--max_seq_len", 2**40)
     # 2 layers x (keys, values) x 2 heads x 16 x 4 bytes are 512 bytes a token
     needed = f"a context of {2**40:,} tokens {2**40 * 512 / 1e9:.2f} GB"
@@ -278,6 +282,7 @@ def test_wrong_usage_is_said_once_under_torchrun(run: Run, tiny_folder: Path) ->
     done = run(tiny_folder, "--promt", "x", torchrun=2)
     assert (done.code, done.out) == (1, "")
     assert len(done.error_lines) == 1, done.err
+    assert len(done.err) <= 300 + len("mistral-chat: error: \n")
     assert "did you mean --prompt?" in done.error_lines[0]
 
 
