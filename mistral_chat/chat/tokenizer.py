@@ -130,14 +130,12 @@ class Tokenizer:
             vocab_size: of the model.
             tools: whether tools are offered.
         """
-        allowed = self.end_ids | {
-            id_ for id_, text in self._written.items() if tools or "THINK" in text
-        }
+        allowed = {id_ for id_, text in self._written.items() if tools or "THINK" in text}
         banned = {id_ for id_ in self.raw.special_ids if id_ not in allowed}
         if isinstance(self.raw, SentencePieceTokenizer):
             banned.add(self.raw._model.unk_id())
-        banned |= set(range(self.n_words, vocab_size)) - self.end_ids
-        return tuple(sorted(i for i in banned if i < vocab_size))
+        banned.update(range(self.n_words, vocab_size))
+        return tuple(sorted(i for i in banned - self.end_ids if i < vocab_size))
 
     def encode(self, text: str) -> list[int]:
         """A plain prompt, with the beginning-of-sequence token.

@@ -105,6 +105,21 @@ def _check_tekken(path: Path, data: bytes) -> None:
             raise TokenizerError(
                 f"{path}: {name} is {shown(count)}: expected a whole number up to {MOST_TOKENS:,}"
             )
+    size, n_special = (config.get(name, 0) for name in _COUNTS[1:])
+    if size - n_special < 256:
+        raise TokenizerError(
+            f"{path}: default_vocab_size is {size}, default_num_special_tokens {n_special}: "
+            f"expected room for 256 bytes beside these"
+        )
+    special = value.get("special_tokens") or []  # v1 to v7 may leave it out
+    try:
+        ranks = [entry["rank"] for entry in special]
+        is_sound = all(type(rank) is int for rank in ranks)
+        is_sound = is_sound and sorted(ranks) == list(range(len(ranks)))
+    except (KeyError, TypeError):
+        is_sound = False
+    if not is_sound:
+        raise TokenizerError(f"{path}: the ranks of special_tokens are not 0, 1, 2 and so on")
     pattern = config.get("pattern")
     if not isinstance(pattern, str):
         raise TokenizerError(f"{path}: pattern is {shown(pattern)}: expected a text")

@@ -3,6 +3,7 @@
 Knows which keys exist and what they mean; knows nothing of files of weights or of ranks.
 """
 
+import errno
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -239,21 +240,20 @@ def _check_folder(folder: Path) -> None:
     try:
         with os.scandir(folder) as entries:
             next(entries, None)
-        (folder / "params.json").stat()  # needs a right that listing does not
+        if not os.access(folder, os.X_OK):  # a right that listing does not need
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except NotADirectoryError:
-        raise CheckpointError(
-            f"{folder} is a file; expected the folder that holds {expected}"
-        ) from (None)
+        wrong = f"is a file; expected the folder that holds {expected}"
     except FileNotFoundError:
-        if not folder.exists():
-            raise CheckpointError(
-                f"{folder}: no such folder; expected a model folder with {expected}"
-            ) from None
+        raise CheckpointError(
+            f"{folder}: no such folder; expected a model folder with {expected}"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
-            f"{folder} cannot be read ({reason}); expected a model folder with {expected}"
-        ) from error
+        wrong = f"cannot be read ({reason}); expected a model folder with {expected}"
+    else:
+        return
+    raise CheckpointError(f"{folder} {wrong}")
 
 
 def _from_params(path: Path, found: dict[str, dict[str, Any]]) -> TransformerArgs:

@@ -245,6 +245,8 @@ def change_pickle(draw: random.Random, path: Path, into: Path) -> None:
 
 def change_kind(draw: random.Random, path: Path) -> None:
     """Something else in a file's place."""
+    if path.is_dir():  # an earlier fault
+        return
     path.unlink()
     kind = draw.choice(("fifo", "zero", "tty", "folder", "gone", "nowhere", "itself", "sparse"))
     if kind == "fifo":
