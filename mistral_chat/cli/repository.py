@@ -13,12 +13,13 @@ from mistral_chat.files import is_there
 __all__ = ["cached_folder", "choose_files", "home_of", "is_name", "is_repository"]
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+MOST_LETTERS = 96  # huggingface_hub's own limit
 _TOKENIZER = re.compile(r"tekken\.json|tokenizer\.model(\.v\w+)?")
 
 
 def is_name(word: str) -> bool:
     """Whether a word can be a repository's name: owner/name."""
-    return _REPOSITORY.fullmatch(word) is not None
+    return len(word) <= MOST_LETTERS and _REPOSITORY.fullmatch(word) is not None
 
 
 def is_repository(word: str) -> bool:
