@@ -174,6 +174,8 @@ class Reading:
         # A thread that still frees torch's memory while the interpreter ends would abort it.
         deadline = time.monotonic() + timeout_s
         for thread in self.threads:
+            if thread.ident is None:  # an interrupt came before it was started
+                continue
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self, n: int) -> None:
