@@ -3,12 +3,12 @@
 Knows nothing of how flags are written, of torch, or of what a machine offers.
 """
 
-import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from mistral_chat.errors import UsageError
+from mistral_chat.files import read_toml
 
 __all__ = ["EngineConfig", "Preset", "SamplingParams", "read_preset"]
 
@@ -162,12 +162,7 @@ def read_preset(path: Path) -> Preset:
     Raises:
         UsageError: no such file, not TOML, or a table it does not know.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not valid TOML ({error})") from error
+    tables = read_toml(path, UsageError, pipes=True)
     names = {"model": "shape", "run": "run", "generation": "generation"}
     assert set(names.values()) == {f.name for f in fields(Preset)}
     for name, table in tables.items():

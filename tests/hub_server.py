@@ -194,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.broken = hub.broken or cuts
             if pauses:
                 hub.paused.set()
-                hub.go_on.wait(60)
+                hub.go_on.wait(600)
             if cuts or pauses:
                 self.close_connection = True
                 self.connection.close()

@@ -184,6 +184,11 @@ class Tokenizer:
         """Whether the template takes text and calls in one answer: from v7 on."""
         return self.mistral.version >= TokenizerVersion.v7
 
+    @property
+    def takes_thinking(self) -> bool:
+        """Whether the template has a place for thinking of earlier answers: from v13 on."""
+        return self.mistral.version >= TokenizerVersion.v13
+
     def begins_with_mark(self, token: int) -> bool:
         """Whether a SentencePiece token writes its first space as a mark, and not as a byte."""
         return (

@@ -17,7 +17,8 @@ from mistral_chat.cli import flags, start
 from mistral_chat.cli.batch_lines import Line, asks_json, is_torn, read_lines, read_source
 from mistral_chat.cli.batch_output import Output, error_record
 from mistral_chat.cli.batch_progress import Progress
-from mistral_chat.cli.words import read_own, whole_from
+from mistral_chat.cli.texts import read_text_file
+from mistral_chat.cli.words import OwnFlag, read_own, whole_from
 from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import PromptError, UsageError
 
@@ -38,7 +39,8 @@ HELP = """usage: mistral-chat batch MODEL IN.jsonl OUT.jsonl [flags]
 
 Answer every line of IN, several at once, and write each answer to OUT as it ends: the object of
 --json, with its id before it. The same command again goes on where it was: nothing is lost or
-answered twice. - is stdin or stdout (which holds nothing to go on from).
+answered twice. - is stdin or stdout (which holds nothing to go on from). A line that has an error
+in OUT is done, too; with --retry_errors such errors leave OUT and their lines are run again.
 
 A line of IN is an object with
   prompt               a text: one message with --instruct, else to be completed
@@ -53,13 +55,14 @@ A line that cannot be answered becomes {"id": ..., "error": "line N: ..."}; the 
 that was cut, with finish_reason length, is there with such an error beside it.
 
   --max_batch_size N   sequences that decode together (8 on GPUs, 4 on CPU)
+  --retry_errors       run lines again that had an error, such as after IN was mended
   and of the main job: --instruct --system --system_file --tools --json_schema --json_object
   --max_tokens --temperature --top_p --top_k --min_p --seed --stop --logprobs --quiet
   --nproc_per_node --device --dtype --max_seq_len --config --load_format
 
 Codes: 0 all answered, 1 failed or a line has an error, 2 wrong usage, 130 interrupted.
 """
-_OWN = {"max_batch_size": whole_from(1)}
+_OWN = {"max_batch_size": whole_from(1), "retry_errors": OwnFlag()}
 _SHARED = ("instruct", "quiet", "system", "system_file", "tools", "json_schema", "json_object",
            "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logprobs",
            "nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")  # fmt: skip
@@ -74,12 +77,14 @@ class Asked:
         source: IN.
         target: OUT.
         at_once: sequences that decode together; None leaves it to the machine.
+        retry_errors: run lines again whose record in OUT has an error.
     """
 
     options: flags.Options
     source: str
     target: str
     at_once: int | None = None
+    retry_errors: bool = False
 
 
 def run(words: Sequence[str], started: float) -> int:
@@ -90,14 +95,14 @@ def run(words: Sequence[str], started: float) -> int:
         if not rank:
             print(HELP, end="")
         return 0
-    asked = _read(rest, own.get("max_batch_size"))
+    asked = _read(rest, own.get("max_batch_size"), retry_errors="retry_errors" in own)
     code = start.launch(asked.options, ["batch", *words])
     if code is not None:
         return code
     return _follow(asked.options) if rank else _lead(asked, started)
 
 
-def _read(words: Sequence[str], at_once: int | None) -> Asked:
+def _read(words: Sequence[str], at_once: int | None, *, retry_errors: bool) -> Asked:
     cut = words.index("--") if "--" in words else len(words)
     places = [*(w for w in words[:cut] if not w.startswith("--")), *words[cut + 1 :]]
     given = [word for word in words[:cut] if word.startswith("--")]
@@ -107,13 +112,17 @@ def _read(words: Sequence[str], at_once: int | None) -> Asked:
         found = " ".join(map(repr, places)) or "nothing"
         raise UsageError(f"found {found}: expected MODEL IN.jsonl OUT.jsonl")
     *model, source, target = places
+    if retry_errors and target == "-":
+        raise UsageError("--retry_errors and OUT is -: expected a file that an earlier run wrote")
     options = flags.parse(["--json", *given, "--", *model])
     if options.tools is not None and options.tools.suffix == ".py":
         raise UsageError(
             f"--tools {options.tools}: batch runs no functions, it reports calls: expected a .json "
             f"file of function schemas"
         )
-    return Asked(options=options, source=source, target=target, at_once=at_once)
+    return Asked(
+        options=options, source=source, target=target, at_once=at_once, retry_errors=retry_errors
+    )
 
 
 def _follow(options: flags.Options) -> int:
@@ -131,12 +140,10 @@ def _follow(options: flags.Options) -> int:
 
 def _lead(asked: Asked, started: float) -> int:
     """Rank 0: read IN and OUT, load if anything is left to do, answer."""
-    from mistral_chat.cli import one_shot
-
     options = asked.options
     system = options.system
     if options.system_file is not None:
-        system = one_shot.read_text_file(options.system_file)
+        system = read_text_file(options.system_file)
     for name, text in (("system", system), *(("stop", stop) for stop in options.sampling.stop)):
         if text and is_torn(text):
             raise PromptError(f"--{name} is not UTF-8 text: expected UTF-8 on the command line")
@@ -148,8 +155,10 @@ def _lead(asked: Asked, started: float) -> int:
         )
     tools, grammar = _read_defaults(options)
     with Output(asked.target, source_stat) as output:
-        done, n_errors = output.resume(lines, _model_name(options))
-        progress = Progress(len(lines), len(done), n_errors, quiet=options.quiet)
+        done, n_errors = output.resume(lines, _model_name(options), retry_errors=asked.retry_errors)
+        progress = Progress(
+            len(lines), len(done), n_errors, quiet=options.quiet, can_retry=output.is_file
+        )
         _end_on_signals(progress)
         todo = []
         for line in lines:

@@ -167,7 +167,7 @@ def _main_job(options: flags.Options, words: list[str], started: float) -> int:
 
 def _lead(options: flags.Options, started: float) -> int:
     """Rank 0: read the prompt, load, answer."""
-    from mistral_chat.cli import one_shot
+    from mistral_chat.cli import one_shot, texts
 
     if sys.stdout is None:
         raise OutputError("stdout is closed: expected somewhere to write the answer to")
@@ -183,7 +183,7 @@ def _lead(options: flags.Options, started: float) -> int:
             session.release()
     system = options.system
     if options.system_file is not None:
-        system = one_shot.read_text_file(options.system_file)
+        system = texts.read_text_file(options.system_file)
 
     from mistral_chat.chat.chat import Chat
     from mistral_chat.chat.functions import PythonFunctions
@@ -201,7 +201,9 @@ def _lead(options: flags.Options, started: float) -> int:
     tools: list[Tool] = []
     if options.tools is not None and options.tools.suffix == ".py":
         on_printed = (lambda line: None) if options.quiet else print_line
-        functions = PythonFunctions(options.tools, options.tool_timeout, on_printed)
+        functions = PythonFunctions(
+            options.tools, options.tool_timeout, on_printed, options.tools_env
+        )
         atexit.register(functions.close)  # should this process be killed, it ends them, too
         tools = functions.tools
     elif options.tools is not None:

@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from mistral_chat.chat.answer import Answer, Delta
@@ -14,12 +13,12 @@ from mistral_chat.cli import render
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.one_shot_calls import answer_with_functions
 from mistral_chat.cli.terminal import QuietTerminal, is_fancy, is_terminal
+from mistral_chat.cli.texts import read_text_file, text_of
 from mistral_chat.errors import OutputError, PromptError, ToolError
 
-__all__ = ["answer_once", "read_prompt", "read_text_file", "report", "report_figures"]
+__all__ = ["answer_once", "read_prompt", "report", "report_figures"]
 
 INTERRUPTED = 130
-MOST_FILE_BYTES = 64 << 20
 
 
 def read_prompt(options: Options) -> str | None:
@@ -46,7 +45,7 @@ def read_prompt(options: Options) -> str | None:
         return None
     parts = [read_text_file(path) for path in options.files]
     if sys.stdin is not None and not at_terminal:
-        parts.append(_decode(sys.stdin.buffer.read(), "stdin"))
+        parts.append(text_of(sys.stdin.buffer.read(), "stdin"))
     if options.prompt is not None:
         parts.append(options.prompt)
     parts = [part for part in parts if part]
@@ -54,38 +53,6 @@ def read_prompt(options: Options) -> str | None:
         where = "is closed" if sys.stdin is None else "is empty"
         raise PromptError(f"nothing to answer: stdin {where} and there is no --prompt")
     return "\n\n".join(parts)
-
-
-def read_text_file(path: Path) -> str:
-    """A file's text, without the line end at its end.
-
-    Raises:
-        PromptError: it cannot be read, is no UTF-8, or longer than any context.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MOST_FILE_BYTES + 1)
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > MOST_FILE_BYTES:
-        raise PromptError(
-            f"{path}: more than {MOST_FILE_BYTES >> 20} MiB, which no context holds: expected a "
-            f"text for the model to read"
-        )
-    return _decode(data, str(path))
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{where} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            f"expected UTF-8 (iconv -f latin1 -t utf-8 may help)"
-        ) from error
-    if "\0" in text:
-        raise PromptError(f"{where} holds a NUL byte at offset {text.index(chr(0))}; expected text")
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def answer_once(

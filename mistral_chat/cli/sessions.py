@@ -17,6 +17,7 @@ from typing import Any
 from mistral_chat.chat.conversation import Conversation
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli import session_files
+from mistral_chat.cli.durable import make_folder, sync_folder
 from mistral_chat.cli.locks import lock
 from mistral_chat.errors import SessionError
 
@@ -54,7 +55,7 @@ class Session:
         """
         folder = session_files.sessions_folder()
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(folder)
         except OSError as error:
             raise SessionError(
                 f"{folder} cannot be made ({error.strerror}): expected a place to keep chats; "
@@ -89,6 +90,13 @@ class Session:
         session_files.read(path)
         session_files.cut_torn_line(path)
         return cls(path, model, tokenizer)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the chat cannot be kept, such as a disk that is read-only; None where it can."""
+        if self._begin is not None:
+            return None
+        return session_files.obstacle_to_writing(self.path)
 
     def hold(self) -> None:
         """Keep other processes from going on with it, until `release`; does nothing without a file.
@@ -258,6 +266,8 @@ class Session:
                 os.fsync(handle)
             finally:
                 os.close(handle)
+            if self._begin is not None:  # a name that is new must outlive a power cut, too
+                sync_folder(self.path.parent)
         except OSError as error:
             raise SessionError(
                 f"{self.path} cannot be written ({error.strerror}): this chat is no longer kept"

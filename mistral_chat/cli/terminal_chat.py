@@ -128,6 +128,9 @@ class TerminalChat:
         """
         session = Session.open(name, self._model, self.chat.tokenizer.fingerprint)
         save = self._options.save
+        if save and (obstacle := session.obstacle):
+            render.error(f"{session.path} cannot be written ({obstacle}): this chat is not kept")
+            save = False
         if self.session is not None and session.path.resolve() == self.session.path.resolve():
             session = self.session
         if save:

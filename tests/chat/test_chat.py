@@ -507,9 +507,19 @@ def test_tool_call_cut_short_is_no_call() -> None:
 
 def test_tool_call_that_cannot_be_read_is_text() -> None:
     talk = Talk(tools=[TOOL])
-    _, answer = talk.answer([*tool_call(talk), *talk.ids(" and so on")])
+    _, answer = talk.answer([*tool_call(talk), *talk.ids(' [{"name": and so on')])
     assert (answer.finish_reason, answer.tool_calls) == ("stop", ())
     assert answer.text.endswith("and so on")
+
+
+def test_text_after_tool_calls_is_no_part_of_them() -> None:
+    talk = Talk(tools=[TOOL])
+    _, plain = talk.answer(tool_call(talk), replace(GREEDY, seed=1))
+    talk = Talk(tools=[TOOL])
+    _, answer = talk.answer([*tool_call(talk), *talk.ids(" and so on")], replace(GREEDY, seed=1))
+    assert plain.tool_calls
+    assert (answer.finish_reason, answer.tool_calls) == ("tool_calls", plain.tool_calls)
+    talk.next_prompt()  # and the chat can go on
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])

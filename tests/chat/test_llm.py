@@ -160,24 +160,6 @@ def test_conversation_takes_tools_in_any_form(llm: LLM) -> None:
         llm.conversation(tools=[{"nothing": 1}])
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        [{"role": "user"}],
-        [{"content": "Hi"}],
-        [{"role": "wizard", "content": "Hi"}],
-        [{"role": "user", "content": 3}],
-        [{"role": "assistant", "content": "Hi"}],
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
-    ],
-)
-def test_chat_says_what_is_no_conversation(llm: LLM, messages: list[dict[str, Any]]) -> None:
-    with pytest.raises(PromptError) as caught:
-        llm.chat(messages, GREEDY)
-    assert "\n" not in str(caught.value)  # errors are one line
-
-
 def test_chat_names_a_tool_that_is_none(llm: LLM) -> None:
     with pytest.raises(PromptError, match="tool 2: not a function schema"):
         llm.chat([{"role": "user", "content": "Hi"}], GREEDY, [WEATHER, {"name": 3}])
@@ -257,7 +239,7 @@ def run_script(body: str) -> "subprocess.CompletedProcess[str]":
         [sys.executable, "-W", "ignore", "-c", f"from mistral_chat import LLM\n{body}"],
         capture_output=True,  # returns once every process that holds the pipes has ended
         text=True,
-        timeout=150,  # two ranks of a busy machine take their time to start
+        timeout=400,  # two ranks of a busy machine take their time to start
         env=command_env(PYTHONWARNINGS="ignore"),
         cwd=ROOT,
         check=False,

@@ -237,7 +237,7 @@ def test_inspect_gives_a_terminal_a_table(tiny_folder: Path) -> None:
     words = ["-m", "mistral_chat", "inspect", str(tiny_folder), "--device", "cpu"]
     env = command_env(TERM="xterm-256color", COLUMNS="140")
     child = pexpect.spawn(sys.executable, words, env=env, cwd=str(ROOT), encoding="utf-8",
-                          dimensions=(40, 140), timeout=60)  # type: ignore[arg-type]  # fmt: skip
+                          dimensions=(40, 140), timeout=300)  # type: ignore[arg-type]  # fmt: skip
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0

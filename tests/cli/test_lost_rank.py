@@ -72,7 +72,7 @@ def test_killed_rank_at_the_prompt_restores_the_terminal(tiny_folder: Path, tmp_
         ["-c", script, sys.executable, str(tiny_folder), "--instruct", "--nproc_per_node", "2"],
         encoding="utf-8",
         codec_errors="replace",
-        timeout=60,
+        timeout=300,
         cwd=str(ROOT),
         env=command_env(TERM="xterm", XDG_DATA_HOME=str(tmp_path)),  # type: ignore[arg-type]
     )

@@ -83,7 +83,7 @@ def test_terminal_is_left_as_it_was(roomy_folder: Path, tmp_path: Path) -> None:
         ["-c", script, sys.executable, str(roomy_folder), "--instruct"],
         encoding="utf-8",
         codec_errors="replace",
-        timeout=60,
+        timeout=300,
         cwd=str(ROOT),
         env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(tmp_path)),  # type: ignore[arg-type]
     )
@@ -148,7 +148,7 @@ def test_stdout_of_a_chat_holds_answers_alone(tiny_folder: Path, tmp_path: Path)
         ["-c", script, sys.executable, str(tiny_folder), "--temperature", "0", "--max_tokens", "3"],
         encoding="utf-8",
         codec_errors="replace",
-        timeout=60,
+        timeout=300,
         cwd=str(ROOT),
         env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(tmp_path)),  # type: ignore[arg-type]
     )

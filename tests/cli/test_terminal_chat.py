@@ -4,12 +4,13 @@ The model's answers are scripted; engine, templates, commands and files are the 
 """
 
 import errno
+import io
 import json
 import os
 import random
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from prompt_toolkit.history import FileHistory
 
 from mistral_chat.chat.conversation import Conversation
-from mistral_chat.cli import one_shot, prompt
+from mistral_chat.cli import prompt
 from mistral_chat.cli.commands import Commands
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.prompt import unwrap_block
@@ -434,12 +435,94 @@ def test_message_that_stands_at_the_prompt_again_is_no_command(text: str) -> Non
 
 
 def test_file_that_no_context_holds_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(one_shot, "MOST_FILE_BYTES", 1 << 20)
     desk = Desk()
-    for size, n_files in ((1 << 20, 1), ((1 << 20) + 1, 1)):
-        (tmp_path / "long").write_text("x" * size)
+    for size, n_files in ((1 << 20, 1), ((64 << 20) + 1, 1)):
+        with (tmp_path / "long").open("wb") as file:
+            file.write(b"x" * min(size, 1 << 20))
+            file.truncate(size)
         desk.commands.run(f"/file {tmp_path / 'long'}")
         assert len(desk.talk.files) == n_files
-    assert "more than 1 MiB, which no context holds" in capsys.readouterr().err
+    assert "long has 67,108,865 bytes: expected at most 67,108,864" in capsys.readouterr().err
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes the data directory one of a disk that takes nothing, from then on."""
+    opened, opened_file, mkdir = os.open, io.open, os.mkdir
+
+    def check(path: Any) -> None:
+        if Path(os.fsdecode(path)).is_relative_to(tmp_path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def open_to_read(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            check(path)
+        return opened(path, flags, *more, **named)
+
+    def open_file_to_read(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if set(mode) & set("wax+"):
+            check(path)
+        return opened_file(path, mode, *more, **named)
+
+    def make_none(path: Any, *more: Any, **named: Any) -> None:
+        if not os.path.isdir(path):  # noqa: PTH112
+            check(path)
+        mkdir(path, *more, **named)
+
+    def begin() -> None:
+        monkeypatch.setattr(os, "open", open_to_read)
+        monkeypatch.setattr(io, "open", open_file_to_read)  # which pathlib opens with
+        monkeypatch.setattr(os, "mkdir", make_none)
+
+    return begin
+
+
+@pytest.mark.parametrize("ends", [b"", b'{"role": "user", "conte', b"unanswered"])
+def test_chat_on_a_read_only_disk_is_opened_and_said_once_not_to_be_kept(
+    read_only: Callable[[], None], capsys: pytest.CaptureFixture[str], ends: bytes
+) -> None:
+    first = Desk()
+    first.answer(say(first.model, "one"))
+    first.talk.say("hello")
+    assert first.talk.session is not None
+    path = first.talk.session.path
+    first.talk.move_to(None)
+    if ends == b"unanswered":
+        Session.open(str(path), "m").add_user("and?")
+    else:
+        path.write_bytes(path.read_bytes() + ends)
+    before = path.read_bytes()
+    read_only()
+    desk = Desk(resume="latest")
+    for text in ("two", "three"):
+        desk.answer(say(desk.model, text))
+        desk.talk.say("more")
+    assert [str(m.content) for m in desk.history[0]] == [
+        "hello", "one", "more", "two", "more", "three"
+    ]  # fmt: skip
+    if ends == b"unanswered":
+        assert "its last message had no answer" in capsys.readouterr().err
+    else:
+        errors = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+        assert len(errors) == 1
+        assert "Read-only file system): this chat is not kept" in errors[0]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_new_chat_on_a_read_only_disk_goes_on_and_says_so_once(
+    read_only: Callable[[], None], capsys: pytest.CaptureFixture[str], is_first: bool
+) -> None:
+    if not is_first:
+        Session.create("m", None)  # the folder is there
+    read_only()
+    desk = Desk()
+    for text in ("two", "three"):
+        desk.answer(say(desk.model, text))
+        desk.talk.say("more")
+    assert len(desk.history[0]) == 4
+    errors = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert len(errors) == 1
+    assert "Read-only file system" in errors[0]

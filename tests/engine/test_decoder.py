@@ -578,7 +578,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         [sys.executable, *launcher, *free, "-m", "tests.scripts.decoding", str(out)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         env=command_env(),
         cwd=ROOT,
         check=False,

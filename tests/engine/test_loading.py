@@ -27,8 +27,8 @@ from mistral_chat.model import loading
 from tests.conftest import ROOT, command_env
 
 STALL_S = 1.5
-LONG_S = 40.0  # that a rank would take which is left to itself
-SOON_S = 15.0  # for all to end after one
+LONG_S = 300.0  # that a rank would take which is left to itself
+SOON_S = 60.0  # for all to end after one
 
 
 class Ranks:

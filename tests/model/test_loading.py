@@ -294,7 +294,7 @@ def test_load_weights_takes_little_more_memory_than_the_share(
         text=True,
         check=True,
         cwd=ROOT,
-        timeout=100,
+        timeout=300,
     )
     grown, share = map(int, done.stdout.split())
     # Buffers have 2 x 2 MiB; the rest is what allocator, page tables and headers take. Reading an
