@@ -11,6 +11,8 @@ import math
 import os
 import stat
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from mistral_chat.errors import MistralChatError, shown
 __all__ = [
     "SMALL_FILE_BYTES",
     "decode_text",
+    "is_there",
+    "open_regular",
     "parse_json",
     "read_json",
     "read_small_file",
@@ -34,6 +38,62 @@ _LFS = b"version https://git-lfs"
 Error = type[MistralChatError]
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something to read, links followed; what may not be looked at is."""
+    try:
+        path.stat()
+    except PermissionError:  # who reads it says so
+        return True
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return False
+    return True
+
+
+@contextmanager
+def open_regular(path: Path, error: Error, *, pipes: bool = False) -> Iterator[tuple[int, int]]:
+    """A regular file of any size, open for reading.
+
+    Args:
+        path: links are followed.
+        error: what to raise, also for what the system refuses inside the block.
+        pipes: a pipe will do, too, which has no bytes yet; a writer may be waited for.
+
+    Yields:
+        the file's descriptor, and its bytes.
+
+    Raises:
+        MistralChatError: of the type `error`: not there, no regular file, not readable, or a Git
+            LFS pointer in the place of the file.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for a writer.
+        waits = 0 if pipes else os.O_NONBLOCK
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | waits)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist: expected a file") from None
+    except (OSError, ValueError) as failure:  # ValueError: a NUL byte in the path
+        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
+        raise error(f"{path} cannot be read ({reason})") from failure
+    try:
+        status = os.fstat(fd)
+        is_regular = stat.S_ISREG(status.st_mode)
+        if stat.S_ISDIR(status.st_mode):
+            raise error(f"{path} is a folder: expected a file")
+        if not is_regular and not (pipes and stat.S_ISFIFO(status.st_mode)):
+            also = " or a pipe" if pipes else ""
+            raise error(f"{path} is no regular file: expected a file on a disk{also}")
+        if is_regular and os.pread(fd, len(_LFS), 0) == _LFS:
+            raise error(
+                f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`, "
+                f"or with `mistral-chat download`"
+            )
+        yield fd, status.st_size
+    except OSError as failure:
+        raise error(f"{path} cannot be read ({failure.strerror})") from failure
+    finally:
+        os.close(fd)
+
+
 def read_small_file(
     path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES, *, pipes: bool = False
 ) -> bytes:
@@ -46,41 +106,15 @@ def read_small_file(
         pipes: a pipe will do, too; it is read to its end, which may be waited for.
 
     Raises:
-        MistralChatError: of the type `error`: not there, no regular file, too long, not readable,
-            or a Git LFS pointer in the place of the file.
+        MistralChatError: of the type `error`: as `open_regular`, or too long.
     """
-    try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for a writer.
-        waits = 0 if pipes else os.O_NONBLOCK
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | waits)
-        try:
-            status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode):
-                raise error(f"{path} is a folder: expected a file")
-            is_pipe = pipes and stat.S_ISFIFO(status.st_mode)
-            if not (is_pipe or stat.S_ISREG(status.st_mode)):
-                also = " or a pipe" if pipes else ""
-                raise error(f"{path} is no regular file: expected a file on a disk{also}")
-            data = b""
-            if status.st_size <= most_bytes:
-                with open(fd, "rb", closefd=False) as file:
-                    data = file.read(most_bytes + 1)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        raise error(f"{path} does not exist: expected a file") from None
-    except (OSError, ValueError) as failure:  # ValueError: a NUL byte in the path
-        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
-        raise error(f"{path} cannot be read ({reason})") from failure
-    if status.st_size > most_bytes:
-        raise error(f"{path} has {status.st_size:,} bytes: expected at most {most_bytes:,}")
+    with open_regular(path, error, pipes=pipes) as (fd, size):
+        if size > most_bytes:
+            raise error(f"{path} has {size:,} bytes: expected at most {most_bytes:,}")
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(most_bytes + 1)
     if len(data) > most_bytes:  # a pipe, or a file that grew
         raise error(f"{path} has more than {most_bytes:,} bytes: expected no more")
-    if data.startswith(_LFS):
-        raise error(
-            f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`, or "
-            f"with `mistral-chat download`"
-        )
     return data
 
 

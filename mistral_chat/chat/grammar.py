@@ -32,7 +32,7 @@ class _Vocabulary(TokenizerWrapper):
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        banned = set(tokenizer.banned_ids(vocab_size, tools=False))
+        banned = {*tokenizer.banned_ids(vocab_size, tools=False), *tokenizer.end_ids}
         special = {i for i in range(vocab_size) if i in banned or tokenizer.is_special(i)}
         self.is_tokenizer_wrapper = True  # what LLTokenizer looks for
         self.bos_token_id = None

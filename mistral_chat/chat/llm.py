@@ -69,8 +69,8 @@ class LLM:
             serve(config, group)
             sys.exit(0)
         try:
-            read_args(Path(model))  # a folder without params.json needs no tokenizer
-            self.tokenizer = Tokenizer.from_folder(Path(model))
+            args = read_args(Path(model), load_format)
+            self.tokenizer = Tokenizer.from_folder(Path(model), args.vocab_size)
             self.engine = Engine(load_runner(config, group))
         except BaseException:
             self._session.abandon()

