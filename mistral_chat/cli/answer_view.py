@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol
 from rich.text import Text
 
 from mistral_chat.cli import render
-from mistral_chat.cli.chat_text import harmless
 from mistral_chat.cli.markdown import START, Seam, code_rows, finished, to_ansi
 from mistral_chat.cli.markdown import render as render_markdown
+from mistral_chat.cli.printing import clean
 from mistral_chat.cli.terminal import is_fancy
 
 __all__ = ["AnswerView", "MarkdownView", "RawView", "make_view"]
@@ -62,7 +62,7 @@ def make_view(*, plain: bool) -> AnswerView:
     """A view of one answer on stdout; Markdown only at a terminal that takes colours."""
     if plain or not is_fancy(sys.stdout):
         return RawView()
-    return MarkdownView(render.say, window_size)
+    return MarkdownView(render.draw, window_size)
 
 
 def window_size() -> tuple[int, int]:
@@ -104,7 +104,7 @@ class MarkdownView:
 
     def add(self, text: str) -> None:
         """Take the next piece of the answer; draw, unless that was just done."""
-        self._source += harmless(text)
+        self._source += clean(text)
         started = time.monotonic()
         if started < self._due or not self._has_rested(started):
             return

@@ -17,12 +17,12 @@ from mistral_common.protocol.instruct.messages import (
 
 from mistral_chat.chat.conversation import Conversation, Message, calls_of
 from mistral_chat.chat.tools import UNREADABLE, ToolCall
+from mistral_chat.cli.printing import clean
 from mistral_chat.errors import OutputError
 
 __all__ = [
     "call_line",
     "clipboard_sequence",
-    "harmless",
     "last_exchange",
     "shorten",
     "visible",
@@ -30,25 +30,9 @@ __all__ = [
 ]
 
 
-# Letters for what a terminal would obey; line ends and tabs stay.
-_OBEYED: dict[int, str | None] = {
-    **{code: chr(0x2400 + code) for code in range(0x20)},
-    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
-    0x7F: "\u2421",
-    ord("\t"): "\t",
-    ord("\n"): "\n",
-    ord("\r"): None,
-}
-
-
-def harmless(text: str) -> str:
-    """A text as it is, but for what a terminal would obey."""
-    return text.translate(_OBEYED)
-
-
 def shorten(text: str, width: int = 70) -> str:
     """A text on one line, cut where it is long, and nothing in it that a terminal would obey."""
-    line = harmless(" ".join(text.split()))
+    line = clean(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mistral_chat.cli import chat_text, render
 from mistral_chat.cli.one_shot import read_text_file
+from mistral_chat.cli.printing import clean
 from mistral_chat.cli.prompt import ask_for_paste, unwrap_block
 from mistral_chat.cli.session_files import summaries
 from mistral_chat.cli.sessions import Session
@@ -118,7 +119,7 @@ class Commands:
             system = None if rest == "-" else unwrap_block(rest)
             conversation.set_system(system)
             self._talk.write(lambda session: session.set_system(system))
-        render.note(f"system prompt: {chat_text.harmless(conversation.system or 'none')}")
+        render.note(f"system prompt: {clean(conversation.system or 'none')}")
 
     def _set(self, rest: str) -> None:
         self._talk.sampling = set_sampling(self._talk.sampling, rest)
@@ -127,7 +128,7 @@ class Commands:
     def _show(self, _: str) -> None:
         session, system = self._talk.session, self._talk.chat.conversation.system
         render.note(sampling_line(self._talk.sampling))
-        render.note(f"system prompt: {chat_text.harmless(system or 'none')}")
+        render.note(f"system prompt: {clean(system or 'none')}")
         render.note(f"this chat is {f'kept in {session.path}' if session else 'not kept'}")
 
     def _require_template(self, name: str) -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
-from mistral_chat.cli import flags, start
+from mistral_chat.cli import flags, printing, start
 from mistral_chat.engine.launch import is_launched, launched_rank, set_up_environment
 from mistral_chat.errors import MistralChatError, OutputError, UsageError
 
@@ -82,8 +82,7 @@ def _say_once(error: MistralChatError) -> None:
     except UsageError:  # the launcher's variables are what is wrong
         speaks = True
     if speaks:
-        one_line = " ".join(str(error).split())
-        print(f"mistral-chat: error: {one_line}", file=sys.stderr, flush=True)
+        printing.error(error)
 
 
 def _command(words: list[str], started: float) -> int:
@@ -152,7 +151,7 @@ def _demo(words: list[str], started: float) -> int:
 def _demo_progress(quiet: bool) -> Callable[[str], None]:
     def show(line: str) -> None:
         if not quiet and launched_rank() in (None, 0):
-            print(f"mistral-chat: {line}", file=sys.stderr, flush=True)
+            printing.note(f"mistral-chat: {line}")
 
     return show
 

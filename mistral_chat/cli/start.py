@@ -6,13 +6,13 @@ nothing of prompts and answers.
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from mistral_chat.cli import printing
 from mistral_chat.cli.flags import Options
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
@@ -98,7 +98,7 @@ def follow(config: "EngineConfig") -> int:
     except PeerFailedError:
         return FAILED
     except MistralChatError as error:  # this rank is the one to say it
-        print(f"mistral-chat: error: {error}", file=sys.stderr, flush=True)
+        printing.error(error)
         return WRONG_USAGE if isinstance(error, UsageError) else FAILED
     return 0
 
@@ -113,12 +113,12 @@ def end_with(group: "Group", clean_up: Callable[[], None]) -> Callable[[str, int
     Returns:
         ends the process in the same way, with a message (or none) and a code.
     """
-    from mistral_chat.cli import render
 
     def end_process(message: str, code: int = FAILED) -> NoReturn:
+        printing.take_down_drawn()
         clean_up()
         if message:
-            render.error(message)
+            printing.error(message)
         os._exit(code)
 
     group.set_on_lost(end_process)
