@@ -6,7 +6,7 @@ Knows nothing of terminals but the sequence that fills a clipboard.
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mistral_common.protocol.instruct.messages import (
@@ -17,7 +17,7 @@ from mistral_common.protocol.instruct.messages import (
 
 from mistral_chat.chat.conversation import Conversation, Message, calls_of
 from mistral_chat.chat.tools import UNREADABLE, ToolCall
-from mistral_chat.cli.printing import clean
+from mistral_chat.cli.printing import clean, wrap
 from mistral_chat.errors import OutputError
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "clipboard_sequence",
     "last_exchange",
     "shorten",
+    "two_columns",
     "visible",
     "write_markdown",
 ]
@@ -34,6 +35,24 @@ def shorten(text: str, width: int = 70) -> str:
     """A text on one line, cut where it is long, and nothing in it that a terminal would obey."""
     line = clean(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def two_columns(rows: Mapping[str, str], columns: int, least: int) -> str:
+    """Names and their meanings, broken between words; one below the other in a narrow window.
+
+    Args:
+        rows: meaning by name.
+        columns: of the window.
+        least: columns that two columns take.
+    """
+    width = max(map(len, rows))
+    lines: list[str] = []
+    for name, meaning in rows.items():
+        if columns >= least:
+            lines += wrap(f"{name:{width}}  {meaning}", columns, width + 2)
+        else:
+            lines += [*wrap(name, columns), *wrap(f"  {meaning}", columns)]
+    return "\n".join(lines)
 
 
 def call_line(call: ToolCall) -> str:

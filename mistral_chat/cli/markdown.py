@@ -27,7 +27,7 @@ from rich.text import Text
 
 from mistral_chat.cli.formulas import FORMULA, keep_formulas
 
-__all__ = ["START", "Seam", "code_rows", "finished", "render", "to_ansi"]
+__all__ = ["START", "Seam", "code_blocks", "code_rows", "finished", "render", "to_ansi"]
 
 # Only weight, slant and the terminal's own 16 colours, and of these the ones that people can read
 # on a light window and on a dark one: no yellow, no blue, nothing bright, no background.
@@ -159,6 +159,12 @@ def code_rows(source: str, width: int, seam: Seam) -> list[list[Text]]:
     if seam.code_lines == 0 and lines:
         lines[0] = [*([Text()] if seam.separate else []), _code_head(node), *lines[0]]
     return lines[seam.code_lines :]
+
+
+def code_blocks(source: str) -> list[str]:
+    """The code of each block of code, as it stands in a source."""
+    tokens = _PARSER.parse(source)
+    return [t.content.removesuffix("\n") for t in tokens if t.type in ("fence", "code_block")]
 
 
 def to_ansi(line: Text) -> str:

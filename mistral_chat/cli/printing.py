@@ -23,6 +23,8 @@ __all__ = [
     "note",
     "say",
     "take_down_drawn",
+    "tell_terminal",
+    "width_of",
     "wrap",
 ]
 
@@ -116,13 +118,22 @@ def note(text: str, *, dim: bool = False, whole: bool = False) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def tell_terminal(sequence: str) -> None:
+    """Have stderr's terminal do something, such as fill its clipboard; nothing where it is none."""
+    if is_terminal(sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            print(sequence, end="", file=sys.stderr, flush=True)
+
+
 def error(message: object) -> None:
     """The one line that says what went wrong."""
     note(f"mistral-chat: error: {one_line(message)}")
 
 
-def columns_of(stream: IO[Any]) -> int:
+def columns_of(stream: IO[Any] | None) -> int:
     """Columns of a stream's terminal."""
+    if stream is None:
+        return FALLBACK_COLUMNS
     try:
         return os.get_terminal_size(stream.fileno()).columns or FALLBACK_COLUMNS
     except (OSError, ValueError):
@@ -138,14 +149,14 @@ def wrap(text: str, columns: int, indent: int | None = None) -> Iterator[str]:
         indent: blanks before what goes on; None are those that the line begins with.
     """
     for line in text.split("\n"):
-        if _width(line) <= columns:
+        if width_of(line) <= columns:
             yield line
             continue
         words = line.lstrip(" ").split(" ")
         n_blanks = len(line) - len(line.lstrip(" "))
         row = _begun(words[0], n_blanks, columns)
         for word in words[1:]:  # two blanks in a row have an empty word between them
-            if row.strip() and _width(row) + 1 + _width(word) > columns:
+            if row.strip() and width_of(row) + 1 + width_of(word) > columns:
                 yield row.rstrip()
                 row = _begun(word, n_blanks if indent is None else indent, columns)
             else:
@@ -155,10 +166,11 @@ def wrap(text: str, columns: int, indent: int | None = None) -> Iterator[str]:
 
 def _begun(word: str, n_blanks: int, columns: int) -> str:
     """A row with its first word, and as many blanks before it as leave room for that."""
-    return " " * max(0, min(n_blanks, columns - _width(word))) + word
+    return " " * max(0, min(n_blanks, columns - width_of(word))) + word
 
 
-def _width(text: str) -> int:
+def width_of(text: str) -> int:
+    """Columns that a text takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len

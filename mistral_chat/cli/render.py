@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mistral_chat.chat.chat import Answer
-from mistral_chat.cli.printing import clean, draw, drawn, error, note, say
+from mistral_chat.cli.printing import clean, draw, drawn, error, note, say, tell_terminal
 from mistral_chat.cli.progress import byte_columns
 from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
@@ -27,6 +27,7 @@ __all__ = [
     "say",
     "start_line",
     "stats_line",
+    "tell_terminal",
 ]
 
 

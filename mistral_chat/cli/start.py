@@ -103,12 +103,15 @@ def follow(config: "EngineConfig") -> int:
     return 0
 
 
-def end_with(group: "Group", clean_up: Callable[[], None]) -> Callable[[str, int], NoReturn]:
+def end_with(
+    group: "Group", clean_up: Callable[[], None], last_words: Callable[[], None] = lambda: None
+) -> Callable[[str, int], NoReturn]:
     """Have rank 0 end when another rank does.
 
     Args:
         group: all ranks.
         clean_up: what to put back first; called from any thread.
+        last_words: says what a person can do after that; called from any thread.
 
     Returns:
         ends the process in the same way, with a message (or none) and a code.
@@ -119,6 +122,7 @@ def end_with(group: "Group", clean_up: Callable[[], None]) -> Callable[[str, int
         clean_up()
         if message:
             printing.error(message)
+        last_words()
         os._exit(code)
 
     group.set_on_lost(end_process)

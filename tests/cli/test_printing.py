@@ -113,10 +113,10 @@ def test_notes_break_between_words_at_any_width(seed: int, monkeypatch: pytest.M
         printing.note(text)
     lines = screen.getvalue().removesuffix("\n").split("\n")
     assert " ".join(lines).split() == words
-    assert all(printing._width(line) <= columns for line in lines)
+    assert all(printing.width_of(line) <= columns for line in lines)
     # No line could have taken the first word of the next.
     for line, following in pairwise(lines):
-        assert printing._width(f"{line} {following.split()[0]}") > columns
+        assert printing.width_of(f"{line} {following.split()[0]}") > columns
     with streams(monkeypatch, columns) as screen:
         printing.note(text, whole=True)  # a command to be copied
     assert screen.getvalue() == f"{text}\n"
