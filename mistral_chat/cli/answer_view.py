@@ -115,10 +115,13 @@ class MarkdownView:
         self._draw_when_due()
 
     def show_below(self, lines: Sequence[str]) -> None:
-        """Have lines stand below the answer, each cut to the window, until `finish`."""
+        """Have lines stand below the answer, each cut to the window; none are gone at once."""
         if tuple(lines) != self._below:
             self._below = tuple(lines)
-            self._draw_when_due()
+            if lines:
+                self._draw_when_due()
+            else:
+                self._draw(final=False)
 
     def _draw_when_due(self) -> None:
         started = time.monotonic()

@@ -136,7 +136,8 @@ def _demo(words: list[str], started: float) -> int:
     from mistral_chat.cli.embedded import embedded_model
     from mistral_chat.engine.launch import visible_gpus
 
-    folder = embedded_model(on_progress=_demo_progress(options.quiet))
+    show_bar = not options.quiet and launched_rank() in (None, 0)
+    folder = embedded_model(on_progress=_demo_progress(options.quiet), show_bar=show_bar)
     if only_path:
         print(folder)
         return 0

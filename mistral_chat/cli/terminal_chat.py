@@ -275,11 +275,12 @@ class TerminalChat:
                 if self._poll():
                     stream.cancel()
                 view.show_below(self._typed_lines())
-        answer = stream.answer
-        assert answer is not None
-        self.answer = answer
-        if answer.said or answer.call_at is None:
-            view.finish()
+            answer = stream.answer
+            assert answer is not None
+            self.answer = answer
+            view.show_below(())
+            if answer.said or answer.call_at is None:
+                view.finish()
         if stream.is_kept:
             ids, reason = chat.conversation.last_ids, answer.finish_reason
             if calls := chat.conversation.open_calls:
@@ -314,8 +315,7 @@ class TerminalChat:
         waiting = [f"queued: {shorten(message)}" for message in self.typed.messages]
         if len(waiting) > 2:
             waiting = [f"queued: {len(waiting)} messages"]
-        rest = self.typed.rest.rpartition("\n")[2]
-        return [*waiting, f"> {rest}"] if self.typed.rest else waiting
+        return [*waiting, f"> {shorten(self.typed.rest[-50:])}"] if self.typed.rest else waiting
 
     def _is_interrupted(self) -> bool:
         """Whether calls must not run: Ctrl-C counts, too, when the answer had just ended."""
