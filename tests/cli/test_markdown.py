@@ -130,6 +130,25 @@ def test_any_text_streamed_is_the_rendering_of_the_whole(seed: int) -> None:
     assert window.rows == rendered(text, columns), text
 
 
+# What stands below an answer while it grows, such as what is typed meanwhile, leaves no trace.
+@pytest.mark.parametrize("seed", range(30))
+def test_lines_below_an_answer_go_with_its_end(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "\n".join(rng.choice(PIECES) for _ in range(rng.randint(0, 25)))
+    columns, rows = rng.choice([(80, 24), (30, 6), (20, 10), (12, 3), (9, 2)])
+    window = Window(columns, rows)
+    for piece in pieces(text, rng):
+        window.view.add(piece)
+        below = [f"below {n} " * rng.choice([1, 9]) for n in range(rng.randrange(4))]
+        window.view.show_below(below)
+        if below and rows > 8:
+            shown = without_end([row.rstrip() for row in window.screen.display])
+            assert shown[-1].startswith("below")
+    window.view.finish()
+    assert window.rows == rendered(text, columns), text
+    assert window.screen.cursor.x == 0
+
+
 # Colours of code that has scrolled away before a string in it was closed may differ; here all fits.
 def test_styles_streamed_are_those_of_the_whole() -> None:
     streamed, at_once = Window(100, 80), Window(100, 80)
