@@ -4,11 +4,9 @@
 (`repository`): nothing but this command touches the network.
 """
 
-import contextlib
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_chat import __version__
+from mistral_chat.cli import printing
 from mistral_chat.cli.fetch import Fetch, File
 from mistral_chat.cli.hub_errors import WaitNotes, explain
 from mistral_chat.cli.repository import choose_files, is_name
@@ -109,10 +108,7 @@ def _read(values: dict[str, Any], places: Sequence[str]) -> Asked:
 
 
 def _note(line: str) -> None:
-    # render's would bring torch with it, for a command that needs none.
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):
-            print(f"mistral-chat: {line}", file=sys.stderr, flush=True)
+    printing.note(f"mistral-chat: {line}")
 
 
 def _listed(file: Any) -> File:

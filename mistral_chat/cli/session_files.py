@@ -241,7 +241,7 @@ def read(path: Path) -> State:
             state.unsay()
         elif kind == "drop" and isinstance(entry.get("exchanges"), int):
             state.drop(max(0, entry["exchanges"]))
-        elif kind == "clear":
+        elif kind == "clear":  # written until /clear began a new chat
             state.messages.clear()
         elif kind == "system":
             state.system = _checked_system(entry.get("content"), path)

@@ -46,6 +46,11 @@ class Session:
         """What `--resume` and `/load` take."""
         return self.path.stem
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a file: something was said."""
+        return self._begin is None
+
     @classmethod
     def create(cls, model: str, system: str | None, tokenizer: str | None = None) -> "Session":
         """Begin a new one; its file comes with the first message.
@@ -184,10 +189,6 @@ class Session:
     def drop(self, n: int) -> None:
         """Keep that the oldest exchanges were taken out."""
         self._write({"type": "drop", "exchanges": n})
-
-    def clear(self) -> None:
-        """Keep that the chat began anew."""
-        self._write({"type": "clear"})
 
     def set_system(self, system: str | None) -> None:
         """Keep another system prompt."""

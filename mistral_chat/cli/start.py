@@ -6,16 +6,16 @@ nothing of prompts and answers.
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from mistral_chat.cli import printing
 from mistral_chat.cli.flags import Options
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
-from mistral_chat.errors import MistralChatError, RankLostError, UsageError, one_line
+from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
@@ -98,27 +98,31 @@ def follow(config: "EngineConfig") -> int:
     except PeerFailedError:
         return FAILED
     except MistralChatError as error:  # this rank is the one to say it
-        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr, flush=True)
+        printing.error(error)
         return WRONG_USAGE if isinstance(error, UsageError) else FAILED
     return 0
 
 
-def end_with(group: "Group", clean_up: Callable[[], None]) -> Callable[[str, int], NoReturn]:
+def end_with(
+    group: "Group", clean_up: Callable[[], None], last_words: Callable[[], None] = lambda: None
+) -> Callable[[str, int], NoReturn]:
     """Have rank 0 end when another rank does.
 
     Args:
         group: all ranks.
         clean_up: what to put back first; called from any thread.
+        last_words: says what a person can do after that; called from any thread.
 
     Returns:
         ends the process in the same way, with a message (or none) and a code.
     """
-    from mistral_chat.cli import render
 
     def end_process(message: str, code: int = FAILED) -> NoReturn:
+        printing.take_down_drawn()
         clean_up()
         if message:
-            render.error(message)
+            printing.error(message)
+        last_words()
         os._exit(code)
 
     group.set_on_lost(end_process)

@@ -146,7 +146,7 @@ def test_session_goes_on_after_a_torn_line() -> None:
 
 CHANGES: list[tuple[str, Callable[[Session], None], list[str]]] = [
     ("undo", Session.undo, ["question 0", "answer 0"]),
-    ("clear", Session.clear, []),
+    ("clear", lambda s: s._write({"type": "clear"}), []),
     ("system", lambda s: s.set_system("new"), ["new", "question 0", "answer 0", "question 1",
                                                "answer 1"]),
 ]  # fmt: skip
