@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from mistral_chat.engine.node_memory import NodeMemory
 from mistral_chat.engine.place import Place
 from mistral_chat.engine.reception import IsFree, StrangerError, Talk, gather
-from mistral_chat.errors import RankLostError, shown
+from mistral_chat.errors import RankLostError, one_line, shown
 
 __all__ = ["Meeting", "meet"]
 
@@ -63,13 +63,16 @@ def meet(place: Place, look: Callable[[], None] = lambda: None) -> Meeting:
 
     Raises:
         RankLostError: not all came, or what answers is not this run's rank 0.
-        OSError: of the network.
     """
     if place.world_size == 1:
         return Meeting(connections={})
-    if place.rank != 0:
-        return (_follow_here if place.is_on_one_node else _follow_afar)(place, look)
-    return (_lead_here if place.is_on_one_node else _lead_afar)(place, look)
+    try:
+        if place.rank != 0:
+            return (_follow_here if place.is_on_one_node else _follow_afar)(place, look)
+        return (_lead_here if place.is_on_one_node else _lead_afar)(place, look)
+    except (OSError, RuntimeError) as error:  # a RuntimeError is of the launcher's store
+        why = str(error).splitlines()[0]
+        raise RankLostError(one_line(f"rank {place.rank} met no other ({why})")) from error
 
 
 def _check_hello(hello: bytes, place: Place) -> int:
@@ -84,7 +87,7 @@ def _check_hello(hello: bytes, place: Place) -> int:
 
 def _name_here(place: Place) -> bytes:
     """In the abstract namespace: it is gone with the socket, and no path leads to it."""
-    return f"\0mistral-chat/{os.getuid()}/{place.run}".encode()
+    return f"\0mistral-chat/{os.geteuid()}/{place.run}".encode()
 
 
 def _uid_of(connection: socket.socket) -> int:
@@ -128,7 +131,7 @@ def _receive_here(
     connection: socket.socket, place: Place, is_free: IsFree, memory: int | None
 ) -> Talk:
     """Rank 0: hear who it is, and hand over the shared memory."""
-    if _uid_of(connection) != os.getuid():
+    if _uid_of(connection) != os.geteuid():
         raise StrangerError
     rank = _check_hello((yield _HELLO.size), place)
     if not is_free(rank):
@@ -140,7 +143,7 @@ def _receive_here(
 def _follow_here(place: Place, look: Callable[[], None]) -> Meeting:
     connection = _connect(lambda: _connect_here(place), look)
     try:
-        if (uid := _uid_of(connection)) != os.getuid():
+        if (uid := _uid_of(connection)) != os.geteuid():
             raise RankLostError(
                 f"a process of another user (uid {uid}) listens where this run's rank 0 should: "
                 f"start again"
