@@ -5,6 +5,8 @@ import os
 import queue
 import secrets
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from mistral_chat.engine import launch, meeting, reception
 from mistral_chat.engine.meeting import Meeting, meet
 from mistral_chat.engine.node_memory import NodeMemory
 from mistral_chat.engine.place import Place
 from mistral_chat.errors import MistralChatError, RankLostError
+from tests.conftest import ROOT, command_env
 
 NOBODY = 65534
 LONG_S = 60.0
@@ -307,8 +310,10 @@ def test_another_user_in_rank_0s_place_is_told_from_it(start_run: Start) -> None
     assert os.read(reading, 1) == b"!"
     os.close(reading)
     os.close(writing)
-    run.start(0, 1)
-    got = run.results(2)
+    run.start(0)
+    got = run.results(1)
+    run.start(1)  # after which the other one goes
+    got |= run.results(1)
     assert "another process has the place where this run's ranks meet" in str(got[0])
     assert f"another user (uid {NOBODY})" in str(got[1])
     assert all("\n" not in str(one) and len(str(one)) < 300 for one in got.values())
@@ -358,6 +363,33 @@ def test_port_that_is_none_is_an_error(start_run: Start, port: str) -> None:
     error = run.results(1)[1]
     assert isinstance(error, RankLostError)
     assert len(str(error)) < 300
+
+
+SCRIPT = """
+from mistral_chat.engine.launch import current_group
+group = current_group()
+assert group._node_memory is None
+print(group.share({"a": [1, None]} if group.is_leader else None), group.minimum(5 - group.rank))
+group.close()
+"""
+
+
+def test_ranks_of_several_nodes_meet_through_the_launchers_store() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun does
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            stdout=subprocess.PIPE,
+            env=command_env(**common, RANK=str(rank)),
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=150)[0].decode() for process in started]
+    assert said == ["{'a': [1, None]} 4\n"] * 2
 
 
 # What the launcher says.
