@@ -138,8 +138,8 @@ def generate(
         results = (tokens, logprobs)
     else:
         runner.follow()
-    shared: tuple[list[list[int]], list[list[float]]] = group.share(results)
-    return shared
+    all_tokens, all_logprobs = group.share(results)
+    return all_tokens, all_logprobs
 
 
 def _prefill(

@@ -113,7 +113,9 @@ def _begin(
             assert config.model is not None
             headers = read_headers(config.model, config.load_format)
             check_tensors(config.model, headers, placements(shard, headers.layout))
-    headers = group.share(headers)
+    told = group.share(headers.to_json() if headers else None)
+    if headers is None and told is not None:
+        headers = Headers.from_json(told)
     with group.together():
         if config.max_seq_len and args.max_seq_len and config.max_seq_len > args.max_seq_len:
             raise UsageError(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +61,37 @@ class Headers:
         """Whether a tensor is in no file, as far as the headers tell."""
         may_be_unread = self.index.get(name) in self.unread if self.index else bool(self.unread)
         return name not in self.tensors and not may_be_unread
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as lists, texts and numbers, for another process."""
+        files = sorted({str(stored.path) for stored in self.tensors.values()})
+        number = {path: n for n, path in enumerate(files)}
+        return {
+            "layout": self.layout,
+            "files": files,
+            "tensors": {
+                name: [number[str(stored.path)], stored.dtype, list(stored.shape), stored.offset]
+                for name, stored in self.tensors.items()
+            },
+            "faults": list(self.faults),
+            "index": self.index,
+            "unread": sorted(self.unread),
+        }
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> "Headers":
+        """What `to_json` gave."""
+        files = [Path(path) for path in told["files"]]
+        return cls(
+            layout=told["layout"],
+            tensors={
+                name: StoredTensor(files[n], dtype, tuple(shape), offset)
+                for name, (n, dtype, shape, offset) in told["tensors"].items()
+            },
+            faults=tuple(told["faults"]),
+            index=told["index"],
+            unread=frozenset(told["unread"]),
+        )
 
 
 def find_weights(folder: Path, load_format: LoadFormat = "auto") -> list[Path]:

@@ -258,21 +258,6 @@ def test_llm_that_is_never_closed_ends_with_its_program(tiny_folder: Path) -> No
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
-def test_second_llm_with_ranks_is_refused_and_the_first_goes_on(tiny_folder: Path) -> None:
-    done = run_script(
-        f"first = LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\n"
-        "try:\n"
-        f"    LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__)\n"
-        "import time; time.sleep(2)  # a rank of the second that ends takes its time\n"
-        "print(len(first.generate('Hello')[0].token_ids) > 0)\n"
-        "first.close()\n"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "UsageError\nTrue\n"
-
-
 def half_split(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of a head from neighbouring pairs (0 1 2 3) to two halves (0 2 1 3)."""
     heads = weight.unflatten(0, (-1, head_dim))
