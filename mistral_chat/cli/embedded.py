@@ -183,7 +183,7 @@ def _make(work: Path, cache_dir: Path, on_progress: OnProgress) -> Path:
 
 
 def _download(work: Path, cache_dir: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     done = subprocess.run(
         [*command, str(work), "--only-binary=:all:", "--disable-pip-version-check", PACKAGE],
         capture_output=True,

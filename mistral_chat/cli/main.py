@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
@@ -211,18 +210,8 @@ def _lead(options: flags.Options, started: float) -> int:
     if options.json_schema is not None:
         grammar = read_grammar(options.json_schema)
     group = current_group()
-    terminal: QuietTerminal | None = None
-
-    def restore_terminal() -> None:
-        if terminal is not None:
-            terminal.restore()
-
-    end_process = start.end_with(group, restore_terminal)
-
-    def on_terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        end_process("", 128 + signum)
-
-    signal.signal(signal.SIGTERM, on_terminate)
+    end_process = start.end_with(group)
+    start.end_on_signals(lambda code: end_process("", code), signal.SIGTERM, signal.SIGHUP)
     try:
         loaded = start.load(
             options.engine, group, started, quiet=options.quiet, stats=options.stats

@@ -14,9 +14,10 @@ import termios
 from types import TracebackType
 from typing import IO, Any, Self
 
-__all__ = ["CTRL_C", "QuietTerminal", "is_fancy", "is_terminal"]
+__all__ = ["CHANGED", "CTRL_C", "QuietTerminal", "in_foreground", "is_fancy", "is_terminal"]
 
 CTRL_C = 0x03
+CHANGED = termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN
 # What keys without a letter send, such as arrows: ESC [ ... letter, ESC O letter, ESC letter.
 _KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[ -~]|[ -~])?")
 
@@ -35,6 +36,14 @@ def is_fancy(stream: IO[Any] | None) -> bool:
     return is_terminal(stream) and not plain
 
 
+def in_foreground() -> bool:
+    """Whether this process may change its terminal; one in a session of its own always may."""
+    try:
+        return sys.stdin is None or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):  # not our controlling terminal: a worker of torchrun's
+        return True
+
+
 class QuietTerminal:
     """Stdin's terminal without signals, echo or lines, from entering to leaving.
 
@@ -50,7 +59,7 @@ class QuietTerminal:
     def __enter__(self) -> Self:
         self._before = termios.tcgetattr(self._fd)
         quiet = termios.tcgetattr(self._fd)
-        quiet[3] &= ~(termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN)
+        quiet[3] &= ~CHANGED
         quiet[6][termios.VMIN], quiet[6][termios.VTIME] = 0, 0
         termios.tcsetattr(self._fd, termios.TCSADRAIN, quiet)
         return self
