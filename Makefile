@@ -7,7 +7,7 @@ PROMPT ?= What is the capital of France?
 # GPUs take torch's normal build. Where there are none, this release has a small CPU build.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo torch==2.13.0)
 
-.PHONY: install demo check test test-gpu bench recording clean
+.PHONY: install demo check test test-faults test-gpu bench recording clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ check: install
 # One process of tests more than there are cores: many tests wait for others' processes.
 test: install
 	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses $(WORKERS) --dist worksteal
+
+# Signals to ranks and launchers in every phase: a table, in about an hour. `test` has a sample.
+test-faults: install
+	$(BIN)/python -m tests.scripts.faults
 
 # On a machine with GPUs, with the torch that is installed there.
 test-gpu:

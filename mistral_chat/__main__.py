@@ -3,14 +3,14 @@
 import os
 import sys
 
-from mistral_chat.engine import parent
-
 __all__ = ["main"]
 
 
 def main() -> int:
     """Run the command line; the code to end with."""
     _leave_out_the_current_folder()
+    from mistral_chat.engine import parent
+
     parent.end_with_launcher()
     try:
         from mistral_chat.cli.main import main as run
