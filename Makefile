@@ -11,7 +11,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/n
 CONSTRAINTS ?= constraints.txt
 PIP = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: install update demo check test test-gpu bench recording clean
+.PHONY: install update demo check test test-faults test-gpu bench recording clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,10 @@ check: install
 # One process of tests more than there are cores: many tests wait for others' processes.
 test: install
 	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses $(WORKERS) --dist worksteal
+
+# Signals to ranks and launchers in every phase: a table, in about an hour. `test` has a sample.
+test-faults: install
+	$(BIN)/python -m tests.scripts.faults
 
 # On a machine with GPUs, with the torch that is installed there.
 test-gpu:

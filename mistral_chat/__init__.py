@@ -1,11 +1,13 @@
 """Talk to Mistral's dense models, sharded over the GPUs of one machine or several.
 
-The public names are imported when first used, so that `import mistral_chat` costs nothing.
+The public names are imported when first used, so that `import mistral_chat` costs nothing. Nor
+does it import anything that Python has not: `python -m mistral_chat` begins here, with the current
+folder before the standard library.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mistral_chat.chat.answer import Answer, Delta
     from mistral_chat.chat.llm import LLM
@@ -22,7 +24,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

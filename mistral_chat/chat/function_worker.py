@@ -36,6 +36,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 MODULE_NAME = "mistral_chat_functions"
+_STANDARD_LIBRARY = str(Path(os.__file__).parent)
 _LEFT_OUT = object()  # stands for an argument that the model did not give
 _BY_POSITION = {
     inspect.Parameter.VAR_POSITIONAL: "takes *{}",
@@ -86,7 +87,10 @@ def load_functions(path: Path) -> dict[str, Function]:
 
 
 def _import_file(path: Path) -> ModuleType:
-    sys.path.insert(0, str(path.parent))  # as if the file were run
+    # Modules beside the file are its own, but none of them stands in for the standard library's.
+    standard = [n for n, each in enumerate(sys.path) if each.startswith(_STANDARD_LIBRARY)]
+    ours = [n for n in standard if not sys.path[n].endswith(("site-packages", "dist-packages"))]
+    sys.path.insert(max(ours, default=-1) + 1, str(path.parent))
     spec = importlib.util.spec_from_file_location(MODULE_NAME, path)
     assert spec is not None
     assert spec.loader is not None

@@ -31,6 +31,9 @@ class LLM:
     them with itself. In a script under torchrun every rank makes one: rank 0 goes on, the others
     serve it and end the process when rank 0 closes its own.
 
+    Ctrl-C reaches the program between two steps, after which the object still answers. Several
+    threads take turns, an answer each. A forked process cannot use its parent's.
+
     Args:
         model: folder in Mistral's format.
         nproc_per_node: ranks; None is one, or torchrun's number.
@@ -71,7 +74,9 @@ class LLM:
         try:
             args = read_args(Path(model), load_format)
             self.tokenizer = Tokenizer.from_folder(Path(model), args.vocab_size)
-            self.engine = Engine(load_runner(config, group))
+            runner = load_runner(config, group)
+            self._session.guard = runner.guard
+            self.engine = Engine(runner)
         except BaseException:
             self._session.abandon()
             raise
@@ -88,7 +93,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End the other ranks; the object is of no more use."""
+        """End the other ranks; the object is of no more use. Signal handlers may call it, too."""
         self._session.close()
 
     def generate(

@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli import flags, start
@@ -127,7 +126,8 @@ def _read(words: Sequence[str], at_once: int | None, *, retry_errors: bool) -> A
 
 def _follow(options: flags.Options) -> int:
     """Any rank but 0: hear whether there is anything to do, then serve."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
     from mistral_chat.engine.launch import current_group
 
     group = current_group()
@@ -288,11 +288,10 @@ def _close_idle(group: "Group") -> None:
 
 
 def _end_on_signals(progress: "Progress") -> None:
-    """Have Ctrl-C and SIGTERM end the process between two writes; what is in OUT stays."""
+    """Have a signal end the process between two writes; what is in OUT stays."""
 
-    def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def end(code: int) -> None:
         progress.interrupted()
-        os._exit(128 + signum)
+        os._exit(code)
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    start.end_on_signals(end, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

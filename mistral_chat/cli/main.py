@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
@@ -172,11 +171,13 @@ def _lead(options: flags.Options, started: float, held: contextlib.ExitStack) ->
     from mistral_chat.cli import one_shot, texts
     from mistral_chat.cli.going_on import typed_command
     from mistral_chat.cli.terminal import QuietTerminal
+    from mistral_chat.cli.terminal_state import TerminalState
 
     if sys.stdout is None:
         raise OutputError("stdout is closed: expected somewhere to write the answer to")
     prompt = one_shot.read_prompt(options)
     typed = typed_command(launched=launched_rank() is not None)
+    before = TerminalState()
     # What is typed from now on waits for the prompt, unseen.
     terminal = held.enter_context(QuietTerminal(signals=True)) if prompt is None else None
     if options.resume is not None:
@@ -220,20 +221,12 @@ def _lead(options: flags.Options, started: float, held: contextlib.ExitStack) ->
     group = current_group()
     talk: TerminalChat | None = None
 
-    def restore_terminal() -> None:
-        if terminal is not None:
-            terminal.restore()
-
     def say_how_to_go_on() -> None:
         if talk is not None:
             talk.say_how_to_go_on(typed)
 
-    end_process = start.end_with(group, restore_terminal, say_how_to_go_on)
-
-    def on_terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        end_process("", 128 + signum)
-
-    signal.signal(signal.SIGTERM, on_terminate)
+    end_process = start.end_with(group, last_words=say_how_to_go_on, terminal=before)
+    start.end_on_signals(lambda code: end_process("", code), signal.SIGTERM, signal.SIGHUP)
     try:
         loaded = start.load(
             options.engine, group, started, quiet=options.quiet, stats=options.stats

@@ -12,7 +12,7 @@ from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.cli import render
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.one_shot_calls import answer_with_functions
-from mistral_chat.cli.terminal import QuietTerminal, is_terminal
+from mistral_chat.cli.terminal import QuietTerminal, in_foreground, is_terminal
 from mistral_chat.cli.texts import read_text_file, text_of
 from mistral_chat.errors import OutputError, PromptError, ToolError
 
@@ -142,7 +142,7 @@ def interruptible(cancel: Callable[[], None]) -> Iterator[Callable[[], None]]:
     before = signal.signal(signal.SIGINT, on_signal)
     try:
         # A background job may not touch its terminal, and has no Ctrl-C to read.
-        if is_terminal(sys.stdin) and _in_foreground():
+        if is_terminal(sys.stdin) and in_foreground():
             with QuietTerminal() as terminal:
 
                 def poll() -> None:
@@ -154,13 +154,3 @@ def interruptible(cancel: Callable[[], None]) -> Iterator[Callable[[], None]]:
             yield lambda: None
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _in_foreground() -> bool:
-    """Whether this process may change its terminal; one in a session of its own always may."""
-    import os
-
-    try:
-        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except OSError:  # not our controlling terminal: a worker of torchrun's
-        return True

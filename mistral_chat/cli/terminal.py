@@ -13,9 +13,10 @@ import termios
 from types import TracebackType
 from typing import IO, Any, Self
 
-__all__ = ["CTRL_C", "QuietTerminal", "is_fancy", "is_terminal"]
+__all__ = ["CHANGED", "CTRL_C", "QuietTerminal", "in_foreground", "is_fancy", "is_terminal"]
 
 CTRL_C = 0x03
+CHANGED = termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN
 
 
 def is_terminal(stream: IO[Any] | None) -> bool:
@@ -30,6 +31,14 @@ def is_fancy(stream: IO[Any] | None) -> bool:
     """Whether colour, progress and the like may go to a stream."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     return is_terminal(stream) and not plain
+
+
+def in_foreground() -> bool:
+    """Whether this process may change its terminal; one in a session of its own always may."""
+    try:
+        return sys.stdin is None or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):  # not our controlling terminal: a worker of torchrun's
+        return True
 
 
 class QuietTerminal:
@@ -51,9 +60,7 @@ class QuietTerminal:
     def __enter__(self) -> Self:
         self._before = termios.tcgetattr(self._fd)
         quiet = termios.tcgetattr(self._fd)
-        quiet[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
-        if not self._signals:
-            quiet[3] &= ~termios.ISIG
+        quiet[3] &= ~(CHANGED & ~termios.ISIG if self._signals else CHANGED)
         quiet[6][termios.VMIN], quiet[6][termios.VTIME] = 0, 0
         termios.tcsetattr(self._fd, termios.TCSADRAIN, quiet)
         return self

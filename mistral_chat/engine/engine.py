@@ -4,6 +4,7 @@ Keeps what each cache slot holds, so that a prompt that shares a prefix with it 
 where they part. Knows nothing of text, templates or files.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ from mistral_chat.engine.sampling import (
     no_numbers,
 )
 from mistral_chat.engine.step import Chunk, Step
-from mistral_chat.errors import ContextLengthError, PromptError
+from mistral_chat.errors import ContextLengthError, PromptError, UsageError
 from mistral_chat.model.few_rows import MOST_ROWS
 
 # Decode steps are asked for this much time ahead: enough for rank 0 to tell the others, little
@@ -159,6 +160,8 @@ class Engine:
         self._held: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]
         self._allowed_words: dict[tuple[int, ...], Tensor] = {}
         self._step_s = AHEAD_S  # of late
+        self._turn = threading.Lock()  # slots are one generation's at a time
+        self._turn_of: int | None = None  # thread
 
     @property
     def max_seq_len(self) -> int:
@@ -197,7 +200,22 @@ class Engine:
             CheckpointError: the model's scores are no numbers.
             ContextLengthError: a prompt leaves no room for an answer.
             PromptError: a prompt is empty or has ids outside the vocabulary.
+            UsageError: this thread has begun another generation and not ended it. That of another
+                thread is waited for.
         """
+        if self._turn_of == threading.get_ident():
+            raise UsageError(
+                "another answer of this model is on its way in this thread: take it to its end, "
+                "or close it, before the next is asked for"
+            )
+        with self._turn:
+            self._turn_of = threading.get_ident()
+            try:
+                yield from self._generate_many(requests)
+            finally:
+                self._turn_of = None
+
+    def _generate_many(self, requests: Iterable[Request]) -> Iterator[tuple[int, Event]]:
         waiting = enumerate(requests)
         running: list[_Sequence] = []
         free = deque(range(len(self._held)))
@@ -226,7 +244,9 @@ class Engine:
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
             PromptError: the prompt is empty or has ids outside the vocabulary.
+            MistralChatError: the model runs nothing any more, and why.
         """
+        self.runner.guard.check()
         vocab_size = self.runner.model.args.vocab_size
         if not request.ids:
             raise PromptError("the prompt is empty: expected at least one token")

@@ -1,21 +1,21 @@
-"""How ranks come to be: adopt what torchrun set up, or start torchrun's launcher.
+"""How ranks come to be: adopt what a launcher set up, or become rank 0 of others.
 
 The only place that reads environment variables of a launch. Imports nothing heavy until asked.
 """
 
 import hashlib
-import logging
 import os
 import secrets
-import signal
 import subprocess
-import sys
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mistral_chat.errors import DeviceError, UsageError
+from mistral_chat.engine import parent
+from mistral_chat.engine import rank as rank_entry
+from mistral_chat.engine.gpus import visible_gpus
+from mistral_chat.engine.launcher import how_it_ended, threads_each
+from mistral_chat.errors import DeviceError, RankLostError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.engine.group import Group
@@ -29,7 +29,6 @@ __all__ = [
     "place",
     "set_up_environment",
     "spawn_ranks",
-    "start_torchrun",
     "visible_gpus",
 ]
 
@@ -95,6 +94,7 @@ def current_group() -> "Group":
     from mistral_chat.engine.group import Group
 
     set_up_environment()
+    parent.end_with_launcher()  # in a program of a person's, which has not asked for it before
     return Group(place())
 
 
@@ -107,6 +107,10 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
 
     Returns:
         the group and the other ranks' processes.
+
+    Raises:
+        RankLostError: one of them ended before all had met.
+        DeviceError: one of them could not be started.
     """
     from mistral_chat.engine.group import Group
 
@@ -114,26 +118,37 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
     # No store listens for them: they meet on this node, under the name of the run.
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", _RUN: secrets.token_hex(16)}
     common |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
-    common |= {"OMP_NUM_THREADS": _threads_each(n_ranks)}
-    environments = [
-        os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for rank in range(n_ranks)
-    ]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "mistral_chat.engine.worker", arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-        for environment in environments[1:]
-    ]
-    return Group(place(environments[0])), workers
+    common |= {"OMP_NUM_THREADS": threads_each(n_ranks)}
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def look() -> None:
+        for rank, worker in enumerate(workers, 1):
+            if worker.poll() is not None:
+                raise RankLostError(f"rank {rank} {how_it_ended(worker)} before all ranks had met")
+
+    try:
+        for rank in range(1, n_ranks):
+            workers.append(_spawn(rank, common, arguments))
+        own = os.environ | common | {"RANK": "0", "LOCAL_RANK": "0"}
+        return Group(place(own), look=look), workers
+    except BaseException as error:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        if isinstance(error, OSError):
+            raise DeviceError(
+                f"rank {len(workers) + 1} could not be started ({error.strerror})"
+            ) from error
+        raise
 
 
-def _threads_each(n_ranks: int) -> str:
-    """OMP_NUM_THREADS of each rank: an equal part of the cores, unless it is already set."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return os.environ.get("OMP_NUM_THREADS", str(max(1, (cores or 1) // n_ranks)))
+def _spawn(rank: int, common: dict[str, str], arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        rank_entry.command("program", "mistral_chat.engine.worker", arguments),
+        env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdin=subprocess.DEVNULL,
+        process_group=0,  # Ctrl-C at a terminal is the program's to handle
+    )
 
 
 def set_up_environment() -> None:
@@ -149,58 +164,3 @@ def set_up_environment() -> None:
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def visible_gpus() -> int:
-    """GPUs that torch sees."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def start_torchrun(nproc_per_node: int, argv: Sequence[str]) -> int:
-    """Run `python -m mistral_chat ARGV` on this node's ranks under torchrun's launcher.
-
-    Returns:
-        the exit code to end with: rank 0's where it failed, else that of the first that did.
-
-    Raises:
-        DeviceError: a worker could not be started.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # The launcher's own report of a failed rank: 37 lines that repeat what rank 0 said in one.
-    logging.disable(logging.CRITICAL)  # its loggers have levels of their own
-    os.environ["OMP_NUM_THREADS"] = _threads_each(nproc_per_node)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc_per_node,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "mistral_chat", *argv)
-    except ChildFailedError as error:
-        # The launcher ends the others with SIGTERM, which says nothing of why.
-        own = {rank: f for rank, f in error.failures.items() if f.exitcode != -signal.SIGTERM}
-        failure = own.get(0) or min(
-            (own or error.failures).values(), key=lambda failure: failure.timestamp
-        )
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            said = f"rank {failure.local_rank} was ended by {name}; all ranks end"
-            print(f"mistral-chat: error: {said}", file=sys.stderr)
-            return 1
-        return failure.exitcode
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise DeviceError(f"the ranks could not be started ({error})") from error
-    return 0

@@ -15,6 +15,7 @@ from mistral_chat.engine.exchange import Exchange, PeerExchange, open_exchange
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.memory import Plan
 from mistral_chat.engine.step import Step
+from mistral_chat.engine.step_guard import StepGuard
 from mistral_chat.errors import UsageError
 from mistral_chat.kernels import ops
 from mistral_chat.model.cache import KVCache
@@ -71,6 +72,7 @@ class Runner:
     ) -> None:
         self._model: Transformer | None = model
         self.group = group
+        self.guard = StepGuard(group.world_size)
         self.max_seq_len = max_seq_len
         self.chunk_size = chunk_size
         self.plan = plan
@@ -149,8 +151,9 @@ class Runner:
         Returns:
             float32 logits (scored positions, vocabulary), or None for a step that scores none.
         """
-        self.group.send(step)
-        return self.forward(step)
+        with self.guard.whole():
+            self.group.send(step)
+            return self.forward(step)
 
     def decode(
         self, step: Step, choosing: Sequence[Choosing], uniforms: Sequence[Sequence[float]]
@@ -166,10 +169,11 @@ class Runner:
             for each of the tokens where it will arrive.
         """
         assert self.decoder is not None
-        self.group.send(step)
-        if step.chunks:
-            self.decoder.begin(step.chunks, choosing)
-        return self.decoder.advance(step.n_tokens, uniforms)
+        with self.guard.whole():
+            self.group.send(step)
+            if step.chunks:
+                self.decoder.begin(step.chunks, choosing)
+            return self.decoder.advance(step.n_tokens, uniforms)
 
     def forward(self, step: Step) -> Tensor | None:
         """Run a step on this rank; logits arrive on rank 0 alone.

@@ -1,16 +1,18 @@
 """The other ranks' life, and a session that holds all ranks of a Python program together.
 
-`python -m mistral_chat.engine.worker CONFIG` is a rank that an `LLM` started.
+`main` is the rest of the life of a rank that an `LLM` started, by `engine/rank.py`.
 """
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import traceback
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +27,8 @@ from mistral_chat.engine.launch import (
     spawn_ranks,
 )
 from mistral_chat.engine.start_up import load_runner
-from mistral_chat.errors import MistralChatError, UsageError
+from mistral_chat.engine.step_guard import StepGuard, interrupts_held_back
+from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 __all__ = ["Session", "serve"]
 
@@ -84,37 +87,85 @@ class Session:
         else:
             assert nproc_per_node is not None
             self.group, self._workers = spawn_ranks(nproc_per_node, _to_json(config))
+        self.guard = StepGuard(self.group.world_size)  # the runner's, once there is one
+        _sessions.add(self)
         # A program that ends without closing: gloo's threads must not outlive the interpreter.
         atexit.register(self.close)
 
     def close(self) -> None:
-        """End the other ranks' loop, and wait for the processes that this one started."""
+        """End the other ranks' loop, and wait for the processes that this one started.
+
+        In a signal handler in the midst of a step: once that is over.
+        """
+        if self._closed or self.guard.postpone(self.close):
+            return
+        with interrupts_held_back(), self.guard.between_steps(END_TIMEOUT_S) as is_between:
+            if self._closed:
+                return
+            if self.guard.is_broken or not is_between:
+                self.abandon()
+                return
+            try:
+                self._part()
+            except RankLostError:
+                self.abandon()
+
+    def _part(self) -> None:
+        self._forget()
+        self.group.send(None)
+        self.group.close()
+        for worker in self._workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(END_TIMEOUT_S)
+        self._kill()
+
+    def abandon(self) -> None:
+        """End the other ranks after a failure, whatever they are doing."""
+        with interrupts_held_back():
+            self._forget()
+            self.group.expect_end()
+            self._kill()
+            self.group.close()  # so that another may be opened
+
+    def _forget(self) -> None:
+        self._closed = True
+        atexit.unregister(self.close)
+        self.guard.refuse(UsageError("this LLM is closed: make another"))
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+            worker.wait()
+        self._workers = []
+
+    def forsake(self) -> None:
+        """In a forked process: the ranks, and the threads that hear of them, are its parent's."""
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self.close)
-        self.group.send(None)
-        self.group.close()
-        self._wait()
-
-    def abandon(self) -> None:
-        """End the other ranks after a failure, whatever they are doing."""
-        self._closed = True
-        atexit.unregister(self.close)
-        self.group.expect_end()
         for worker in self._workers:
-            worker.terminate()
-        self._wait()
-        self.group.close()  # so that another may be opened
+            worker.returncode = 0  # not this process's child
+        for kept in (self.group, self.group.__dict__):
+            # Never destroyed here: that would wait for threads that this process does not have.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+        self.guard.forsake(
+            UsageError(
+                f"this LLM belongs to process {os.getppid()}, which forked this one: make another "
+                f"here, or start processes by spawning them"
+            )
+        )
 
-    def _wait(self) -> None:
-        for worker in self._workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.wait(END_TIMEOUT_S)
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-        self._workers = []
+
+_sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
+
+
+def _forsake_sessions() -> None:
+    for session in list(_sessions):
+        session.forsake()
+
+
+os.register_at_fork(after_in_child=_forsake_sessions)
 
 
 def _to_json(config: EngineConfig) -> str:
@@ -140,7 +191,3 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # gloo's threads now and then outlive the interpreter and abort it (torch 2.13)
-
-
-if __name__ == "__main__":
-    main()

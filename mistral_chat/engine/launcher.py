@@ -1,0 +1,253 @@
+"""A launcher of ranks on this node: starts them, waits for all, and ends all when one fails.
+
+In the place of torchrun's, which takes two seconds to import, leaves folders behind and cannot put
+a terminal back. Its ranks are of its process group, so that a shell stops and continues all of
+them. Knows nothing of torch, models or terminals.
+"""
+
+import contextlib
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from mistral_chat.engine import rank as rank_entry
+from mistral_chat.errors import DeviceError
+
+__all__ = ["Ended", "how_it_ended", "run_ranks", "threads_each"]
+
+# What a rank may take to say why it ends, before it is told to end; and after that, to do so.
+SPEAK_S = 3.0
+END_S = 3.0
+PART_S = 30.0  # for ranks to end by themselves once rank 0 is done
+CANCEL_S = 5.0  # for rank 0 to end by Ctrl-C as it wants
+TOLD = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a run of ranks ended.
+
+    Args:
+        code: to end with.
+        message: what nobody has said yet; empty where all is said.
+        orderly: rank 0 ended by itself, and so has put back what it changed.
+    """
+
+    code: int
+    message: str = ""
+    orderly: bool = True
+
+
+def run_ranks(n_ranks: int, argv: Sequence[str]) -> Ended:
+    """Run the command line on this node's ranks and wait for all of them.
+
+    Rank 0 has this process's stdin, the others have none.
+
+    Raises:
+        DeviceError: a rank could not be started.
+    """
+    with _noticing_signals() as wakeups:
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            common = _environment(n_ranks)
+            for rank in range(n_ranks):
+                ranks.append(_start(rank, common, argv))
+        except OSError as error:
+            _kill(ranks)
+            raise DeviceError(
+                f"rank {len(ranks)} of {n_ranks} could not be started ({error.strerror})"
+            ) from error
+        return _Run(ranks).until_all_have_ended(wakeups)
+
+
+def threads_each(n_ranks: int) -> str:
+    """OMP_NUM_THREADS of each rank: an equal part of the cores, unless it is already set."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return os.environ.get("OMP_NUM_THREADS", str(max(1, (cores or 1) // n_ranks)))
+
+
+def how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    """How a process that is no more ended, to come after its name."""
+    return _in_words(process.returncode)
+
+
+def _in_words(code: int) -> str:
+    number = -code if code < 0 else code - 128 if code - 128 in TOLD else 0
+    if not number:
+        return f"ended with code {code}"
+    named = [known.name for known in signal.Signals if known == number]
+    return f"was ended by {named[0] if named else f'signal {number}'}"
+
+
+def _environment(n_ranks: int) -> dict[str, str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return os.environ | {
+        "WORLD_SIZE": str(n_ranks),
+        "LOCAL_WORLD_SIZE": str(n_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": secrets.token_hex(16),
+        "OMP_NUM_THREADS": threads_each(n_ranks),
+    }
+
+
+def _start(rank: int, common: dict[str, str], argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    interrupted = signal.getsignal(signal.SIGINT)
+    if rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is rank 0's to handle
+    try:
+        return subprocess.Popen(
+            rank_entry.command("launcher", "mistral_chat.cli.main", *argv),
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL if rank else None,
+        )
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
+
+
+def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+
+
+class _Wakeups:
+    """Signals that this process got, to be waited for with a timeout."""
+
+    def __init__(self, reader: int) -> None:
+        self._reader = reader
+
+    def wait(self, timeout_s: float | None) -> set[int]:
+        """The signals since the last call, at the latest after `timeout_s`; None is for ever."""
+        if not select.select([self._reader], [], [], timeout_s)[0]:
+            return set()
+        return set(os.read(self._reader, 4096))
+
+
+@contextlib.contextmanager
+def _noticing_signals() -> Iterator[_Wakeups]:
+    """Have signals, those of ended children too, wake this process up and do nothing else."""
+
+    def do_nothing(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        return
+
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    # What was ignored stays so, such as under nohup.
+    numbers = [n for n in TOLD if signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, do_nothing) for n in (*numbers, signal.SIGCHLD)}
+    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield _Wakeups(reader)
+    finally:
+        signal.set_wakeup_fd(wakeup_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+class _Run:
+    """Started ranks until the last has ended.
+
+    A follower is never told to end: it hears that rank 0 has, or is killed, having nothing to put
+    back.
+
+    Args:
+        ranks: in their order.
+    """
+
+    def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+        self._ranks = ranks
+        self._ended: list[int] = []  # ranks, in the order in which they ended
+        self._told: int | None = None  # the signal that this process got
+        self._forced: set[int] = set()  # ranks that were made to end here
+        self._end_at: float | None = None  # when rank 0 is told to end, the others are killed
+        self._kill_at: float | None = None
+
+    def until_all_have_ended(self, wakeups: _Wakeups) -> Ended:
+        """Wait, pass signals on, and end what should have ended."""
+        while len(self._ended) < len(self._ranks):
+            due = [at for at in (self._end_at, self._kill_at) if at is not None]
+            patience_s = max(0.0, min(due) - time.monotonic()) if due else None
+            received = wakeups.wait(patience_s)
+            now = time.monotonic()
+            for number in TOLD:
+                if number in received and self._told is None:
+                    self._hear(number, now)
+            self._notice_ends(now)
+            self._end_what_is_left(now)
+        return self._result()
+
+    def _hear(self, number: int, now: float) -> None:
+        """Take a signal: rank 0 is to end, and the others with it."""
+        self._told = number
+        if number == signal.SIGINT:
+            # A terminal sends it to rank 0 as well, and so may others. Twice would be once too
+            # many: a second one does not wait for the answer to end well.
+            self._end_by(now + CANCEL_S)
+        else:
+            self._ranks[0].send_signal(number)
+            self._end_by(now + SPEAK_S)
+
+    def _notice_ends(self, now: float) -> None:
+        for number, rank in enumerate(self._ranks):
+            if number in self._ended or rank.poll() is None:
+                continue
+            self._ended.append(number)
+            if rank.returncode != 0:
+                self._end_by(now + SPEAK_S)
+            elif number == 0:
+                self._end_by(now + PART_S)
+
+    def _end_by(self, at: float) -> None:
+        if self._kill_at is None:
+            self._end_at = min(at, self._end_at or at)
+
+    def _end_what_is_left(self, now: float) -> None:
+        if self._end_at is not None and now >= self._end_at:
+            self._end_at = None
+            if 0 in self._ended:
+                self._kill_at = now
+            else:
+                self._forced.add(0)
+                self._ranks[0].terminate()
+                self._kill_at = now + END_S
+        if self._kill_at is not None and now >= self._kill_at:
+            self._kill_at = None
+            for number, rank in enumerate(self._ranks):
+                if number not in self._ended:
+                    self._forced.add(number)
+                    rank.kill()
+
+    def _result(self) -> Ended:
+        lead = self._ranks[0].returncode
+        orderly = lead >= 0
+        if self._told is not None:
+            by_itself = orderly and 0 not in self._forced
+            return Ended(code=lead if by_itself else 128 + self._told, orderly=orderly)
+        if lead > 0 and 0 not in self._forced and lead - 128 not in TOLD[:2]:
+            return Ended(code=lead)  # it has said why
+        failed = [n for n in self._ended if self._ranks[n].returncode != 0]
+        if not failed:
+            return Ended(code=0)
+        by_themselves = [n for n in failed if n not in self._forced]
+        if not by_themselves:
+            named = ", ".join(map(str, sorted(failed)))
+            said = f"rank {named} did not end within {PART_S:.0f} s of rank 0 and was killed"
+            return Ended(code=1, message=said)
+        first = 0 if 0 in by_themselves else by_themselves[0]
+        code = self._ranks[first].returncode
+        if code < 0 or code - 128 in TOLD[:2]:
+            said = f"rank {first} {_in_words(code)}; all ranks end"
+            return Ended(code=max(code, 1), message=said, orderly=orderly)
+        return Ended(code=code, orderly=orderly)
