@@ -135,8 +135,6 @@ def _work_folder(cache_dir: Path) -> Iterator[Path]:
 
 def _remove_left(cache_dir: Path) -> None:
     """Remove what killed processes worked in: nobody holds the lock of such a folder."""
-    if not any(cache_dir.glob(f".{NAME}-*")):
-        return
     with suppress(OSError), _alone_in(cache_dir):
         for work in cache_dir.glob(f".{NAME}-*"):
             handle = os.open(work, os.O_RDONLY | os.O_NOFOLLOW)
