@@ -78,13 +78,14 @@ def _rewrite_multiple(found: dict[str, Any]) -> None:
     whole, parts = value.as_integer_ratio()
     if parts == 1:
         found["multipleOf"] = whole
-    elif whole != 1 or parts > 2**9:
-        # 0.3 / 0.1 is no whole number to a machine, so that validators refuse multiples
+    elif value != 0.5:
+        # 0.3 / 0.1 is no whole number to a machine, so that validators refuse multiples; of 0.25
+        # llguidance wants 0.50, which is not how it writes a bound
         raise NotHeldError(
-            f"multipleOf: {shown(value)}, whose multiples are rounded: expected a whole number, "
-            f"or 0.5, 0.25, ..."
+            f"multipleOf: {shown(value)}, whose multiples are rounded: expected a whole number "
+            f"or 0.5"
         )
-    # to llguidance 0.5 is not below 0.501 while 0.500 is, and it writes multiples without zeros
+    # to llguidance 0.500 is below 0.501 and 0.5 is not, and it writes multiples without zeros
     for name, rounded in (("minimum", math.ceil), ("maximum", math.floor)):
         if _is_number(found.get(name)):
             nearest = rounded(Fraction(found[name]) / Fraction(value)) * Fraction(value)
@@ -96,7 +97,7 @@ def check_multiples(values: list[Any]) -> None:
     ratios = {value.as_integer_ratio() for value in values if _is_number(value)}
     if len(ratios) > 1:
         most_parts = max(parts for _, parts in ratios)
-        scale = 10 ** most_parts.bit_length()
+        scale = 10 if most_parts > 1 else 1
         scaled = {whole * scale // parts for whole, parts in ratios}
         if math.lcm(*scaled) * max(scaled) > _MOST_FACTOR:
             raise NotHeldError(f"multipleOf: {len(ratios)} different ones, too large to merge")

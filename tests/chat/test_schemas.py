@@ -217,7 +217,7 @@ def test_digits_that_are_rounded_to_an_exclusive_bound_are_not_allowed(edge: flo
         ({"type": "integer", "maximum": 2**63 - 1}, "4611686018427387904", "9223372036854775808"),
         ({"type": "integer", "minimum": -(2**63)}, "-4611686018427387904", "-9223372036854775809"),
         ({"type": "integer", "exclusiveMaximum": 2**64}, "12", "18446744073709551616"),
-        ({"type": "number", "multipleOf": 0.25, "minimum": 0}, "3.75", "3.8"),
+        ({"type": "number", "multipleOf": 0.5, "minimum": 3.5, "maximum": 3.5}, "3.5", "3.8"),
         ({"type": "number", "multipleOf": 0.5, "exclusiveMinimum": 0, "maximum": 0.6}, "0.5", "0"),
         ({"type": "integer", "multipleOf": 3.0}, "-9", "10"),
         ({"$schema": DRAFT_4, "minimum": 0, "exclusiveMinimum": True}, "1", "0"),
@@ -323,6 +323,7 @@ def test_a_name_is_written_in_one_way_beside_control_characters() -> None:
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
+        ({"multipleOf": 0.25}, "multipleOf: 0.25, whose multiples are rounded"),
         ({"multipleOf": 0.01}, "multipleOf: 0.01, whose multiples are rounded"),
         ({"allOf": [{"multipleOf": 65537}, {"multipleOf": 65539}]}, "too large to merge"),
         ({"type": "integer", "minimum": 2**63}, "minimum: a number of 2^53 or more"),
