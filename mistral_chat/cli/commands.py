@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mistral_chat.cli import chat_text, render
+from mistral_chat.cli.draft import Draft
 from mistral_chat.cli.markdown import code_blocks
 from mistral_chat.cli.printing import clean, columns_of
 from mistral_chat.cli.prompt import ask_for_paste, unwrap_block
 from mistral_chat.cli.session_files import summaries
 from mistral_chat.cli.sessions import Session
 from mistral_chat.cli.settings import SETTABLE, sampling_line, set_sampling
-from mistral_chat.cli.terminal_chat import Draft, TerminalChat
+from mistral_chat.cli.terminal_chat import TerminalChat
 from mistral_chat.cli.texts import read_text_file
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from mistral_chat.cli import render
 from mistral_chat.cli.commands import Commands, LeaveError
+from mistral_chat.cli.draft import Draft
 from mistral_chat.cli.prompt import Prompt, unwrap_block
-from mistral_chat.cli.terminal_chat import Draft, TerminalChat
+from mistral_chat.cli.terminal_chat import TerminalChat
 
 __all__ = ["chat_at_terminal"]
 

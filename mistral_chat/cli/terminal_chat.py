@@ -4,7 +4,7 @@ Ctrl-C stops what runs and nothing else. Knows nothing of the prompt's keys or o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
@@ -16,6 +16,7 @@ from mistral_chat.cli import render
 from mistral_chat.cli.answer_view import make_view
 from mistral_chat.cli.calls import CallDesk
 from mistral_chat.cli.chat_text import last_exchange, shorten
+from mistral_chat.cli.draft import Draft
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.going_on import command_to_go_on
 from mistral_chat.cli.one_shot import report, report_figures
@@ -23,39 +24,14 @@ from mistral_chat.cli.prompt import SEPARATOR
 from mistral_chat.cli.session_files import sessions_folder
 from mistral_chat.cli.sessions import Session
 from mistral_chat.cli.terminal import QuietTerminal
-from mistral_chat.cli.typed_ahead import BLOCK, TypedAhead, pastes_marked
+from mistral_chat.cli.typed_ahead import TypedAhead, pastes_marked
 from mistral_chat.errors import ContextLengthError, PromptError, SessionError, UsageError
 
-__all__ = ["Draft", "TerminalChat"]
+__all__ = ["TerminalChat"]
 
 UNANSWERED = "this message had no answer yet: Enter asks again, Ctrl-C drops it"
 NEARLY_FULL = 0.9
 LEAST_ANSWER = 256  # tokens that an answer should have room for, or an eighth of the context
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """What stands at the next prompt.
-
-    Args:
-        text: as it is to be typed.
-        replace_last: it is to stand in place of the last exchange.
-        in_editor: it is to be opened in the editor.
-        why: it stands there, for the person; such a draft waits while a command is run.
-    """
-
-    text: str = ""
-    replace_last: bool = False
-    in_editor: bool = False
-    why: str = ""
-
-    @classmethod
-    def of(
-        cls, message: str, *, replace_last: bool = False, in_editor: bool = False, why: str = ""
-    ) -> "Draft":
-        """A message that was not sent yet, typed so that it is not taken for a command."""
-        text = f"{BLOCK}{message}{BLOCK}" if message.startswith("/") else message
-        return cls(text, replace_last, in_editor, why)
 
 
 class TerminalChat:

@@ -23,12 +23,13 @@ from prompt_toolkit.history import FileHistory
 from mistral_chat.chat.conversation import Conversation
 from mistral_chat.cli import printing, prompt
 from mistral_chat.cli.commands import ALIASES, Commands, LeaveError
+from mistral_chat.cli.draft import Draft
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.prompt import unwrap_block
 from mistral_chat.cli.session_files import summaries
 from mistral_chat.cli.sessions import Session
 from mistral_chat.cli.terminal import QuietTerminal
-from mistral_chat.cli.terminal_chat import Draft, TerminalChat
+from mistral_chat.cli.terminal_chat import TerminalChat
 from mistral_chat.config import EngineConfig
 from mistral_chat.errors import SessionError
 from tests.chat.test_chat import GREEDY, TOOL, Talk
