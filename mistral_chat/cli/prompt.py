@@ -27,7 +27,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from mistral_chat.cli import render
-from mistral_chat.cli.terminal import is_fancy
+from mistral_chat.cli.terminal import is_fancy, suspend
 
 __all__ = [
     "BLOCK",
@@ -152,7 +152,16 @@ def _keys() -> KeyBindings:
     def _(event: KeyPressEvent) -> None:  # noqa: ARG001
         open_editor()
 
+    _add_suspend(keys)
     return keys
+
+
+def _add_suspend(keys: KeyBindings) -> None:
+    """Ctrl-Z leaves for the shell, where there is one; the prompt is drawn again after that."""
+
+    @keys.add("c-z")
+    def _(event: KeyPressEvent) -> None:  # noqa: ARG001
+        run_in_terminal(suspend)
 
 
 def open_editor() -> None:
@@ -219,6 +228,7 @@ def ask_for_paste() -> str:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
+    _add_suspend(keys)
     session: PromptSession[str] = PromptSession(
         history=_history(),
         key_bindings=keys,

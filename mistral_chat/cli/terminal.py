@@ -9,14 +9,24 @@ import codecs
 import os
 import re
 import select
+import signal
 import sys
 import termios
-from types import TracebackType
-from typing import IO, Any, Self
+import threading
+from types import FrameType, TracebackType
+from typing import IO, Any, ClassVar, Self
 
-__all__ = ["CHANGED", "CTRL_C", "QuietTerminal", "in_foreground", "is_fancy", "is_terminal"]
+__all__ = [
+    "CHANGED",
+    "CTRL_C",
+    "QuietTerminal",
+    "in_foreground",
+    "is_fancy",
+    "is_terminal",
+    "suspend",
+]
 
-CTRL_C = 0x03
+CTRL_C, CTRL_Z = 0x03, 0x1A
 CHANGED = termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN
 # What keys without a letter send, such as arrows: ESC [ ... letter, ESC O letter, ESC letter.
 _KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[ -~]|[ -~])?")
@@ -44,12 +54,48 @@ def in_foreground() -> bool:
         return True
 
 
+def suspend() -> None:
+    """What Ctrl-Z does: stop this process group, all ranks of our launcher with it.
+
+    Nothing happens where no shell could continue it, as under torchrun.
+    """
+    terminal = QuietTerminal.in_use
+    if terminal is None or not _has_a_shell():
+        return
+    terminal.restore()
+    continued = threading.Event()
+
+    def on_continue(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        continued.set()
+
+    before = signal.signal(signal.SIGCONT, on_continue)
+    os.kill(0, signal.SIGTSTP)
+    continued.wait()
+    signal.signal(signal.SIGCONT, before)
+    terminal.__enter__()
+    QuietTerminal.n_suspended += 1
+
+
+def _has_a_shell() -> bool:
+    """Whether the process group's parent is a shell that could continue it: of the same session."""
+    import psutil  # takes time, and few press this key
+
+    try:
+        parent = psutil.Process(os.getpgrp()).ppid()
+        return parent != 0 and os.getsid(parent) == os.getsid(0)
+    except (OSError, psutil.Error):
+        return False
+
+
 class QuietTerminal:
     """Stdin's terminal without signals, echo or lines, from entering to leaving.
 
     prompt_toolkit changes the terminal for its prompt and puts back what it found, so this holds
     for a whole chat, prompts included, and no moment is left in which Ctrl-C is a signal.
     """
+
+    in_use: ClassVar["QuietTerminal | None"] = None
+    n_suspended: ClassVar[int] = 0  # how often a shell had the terminal in between
 
     def __init__(self) -> None:
         self._fd = sys.stdin.fileno()
@@ -62,6 +108,7 @@ class QuietTerminal:
         quiet[3] &= ~CHANGED
         quiet[6][termios.VMIN], quiet[6][termios.VTIME] = 0, 0
         termios.tcsetattr(self._fd, termios.TCSADRAIN, quiet)
+        QuietTerminal.in_use = self
         return self
 
     def __exit__(
@@ -74,12 +121,13 @@ class QuietTerminal:
 
     def restore(self) -> None:
         """Put the terminal back as it was; safe to call from any thread, and twice."""
+        QuietTerminal.in_use = None
         before, self._before = self._before, None
         if before is not None:
             termios.tcsetattr(self._fd, termios.TCSANOW, before)
 
     def poll(self) -> tuple[bool, str]:
-        """What was typed since the last call, without waiting.
+        """What was typed since the last call, without waiting; Ctrl-Z is done here.
 
         Returns:
             whether Ctrl-C was among it, and the text typed after the last one.
@@ -90,6 +138,8 @@ class QuietTerminal:
             if not part:
                 break
             data += part
+        if CTRL_Z in data:
+            suspend()
         pressed = CTRL_C in data
         typed = self._decoder.decode(data.rpartition(bytes([CTRL_C]))[2])
         text = _KEY.sub("", typed.replace("\r", "\n"))
