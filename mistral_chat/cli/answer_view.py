@@ -42,6 +42,9 @@ class AnswerView(Protocol):
     def add(self, text: str) -> None:
         """Take the next piece of the answer."""
 
+    def draw_anew(self) -> None:
+        """What was drawn is not where it was: a shell has written below it."""
+
     def finish(self) -> None:
         """Show all of it, ended or interrupted, and leave the cursor at the start of a line."""
 
@@ -55,6 +58,9 @@ class RawView:
     def add(self, text: str) -> None:
         """Write the next piece."""
         render.say(text)
+
+    def draw_anew(self) -> None:
+        """Nothing: what was written stays."""
 
     def finish(self) -> None:
         """End the line."""
@@ -130,6 +136,10 @@ class MarkdownView:
         self._draw(final=False)
         took_s = time.monotonic() - started
         self._due = started + max(self._refresh_s, took_s / self._share)
+
+    def draw_anew(self) -> None:
+        """Draw what may still change below what a shell has written."""
+        self._drawn, self._due = [], 0.0
 
     def finish(self) -> None:
         """Show all of it, ended or interrupted, and leave the cursor at the start of a line."""

@@ -14,7 +14,7 @@ from typing import cast
 
 import platformdirs
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app, get_app_or_none
+from prompt_toolkit.application import get_app, get_app_or_none, run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition, is_done
@@ -30,7 +30,7 @@ from prompt_toolkit.output import create_output
 from mistral_chat.cli import printing
 from mistral_chat.cli.editor import open_editor
 from mistral_chat.cli.folds import Folds
-from mistral_chat.cli.terminal import is_fancy
+from mistral_chat.cli.terminal import is_fancy, suspend
 from mistral_chat.cli.typed_ahead import BLOCK, in_block
 
 __all__ = ["SEPARATOR", "Line", "Prompt", "Question", "ask_for_paste", "unwrap_block"]
@@ -304,7 +304,16 @@ def _keys(folds: Folds) -> KeyBindings:
     def _(event: KeyPressEvent) -> None:  # noqa: ARG001
         open_editor(folds)
 
+    _add_suspend(keys)
     return keys
+
+
+def _add_suspend(keys: KeyBindings) -> None:
+    """Ctrl-Z leaves for the shell, where there is one; the prompt is drawn again after that."""
+
+    @keys.add("c-z")
+    def _(event: KeyPressEvent) -> None:  # noqa: ARG001
+        run_in_terminal(suspend)
 
 
 def ask_for_paste() -> str:
@@ -324,6 +333,7 @@ def ask_for_paste() -> str:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
+    _add_suspend(keys)
     session: PromptSession[str] = PromptSession(
         history=_history(),
         key_bindings=keys,

@@ -8,14 +8,24 @@ text. Knows nothing of prompts or answers.
 import codecs
 import os
 import select
+import signal
 import sys
 import termios
-from types import TracebackType
-from typing import IO, Any, Self
+import threading
+from types import FrameType, TracebackType
+from typing import IO, Any, ClassVar, Self
 
-__all__ = ["CHANGED", "CTRL_C", "QuietTerminal", "in_foreground", "is_fancy", "is_terminal"]
+__all__ = [
+    "CHANGED",
+    "CTRL_C",
+    "QuietTerminal",
+    "in_foreground",
+    "is_fancy",
+    "is_terminal",
+    "suspend",
+]
 
-CTRL_C = 0x03
+CTRL_C, CTRL_Z = 0x03, 0x1A
 CHANGED = termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN
 
 
@@ -41,6 +51,39 @@ def in_foreground() -> bool:
         return True
 
 
+def suspend() -> None:
+    """What Ctrl-Z does: stop this process group, all ranks of our launcher with it.
+
+    Nothing happens where no shell could continue it, as under torchrun.
+    """
+    terminal = QuietTerminal.in_use
+    if terminal is None or not _has_a_shell():
+        return
+    terminal.restore()
+    continued = threading.Event()
+
+    def on_continue(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        continued.set()
+
+    before = signal.signal(signal.SIGCONT, on_continue)
+    os.kill(0, signal.SIGTSTP)
+    continued.wait()
+    signal.signal(signal.SIGCONT, before)
+    terminal.__enter__()
+    QuietTerminal.n_suspended += 1
+
+
+def _has_a_shell() -> bool:
+    """Whether the process group's parent is a shell that could continue it: of the same session."""
+    import psutil  # takes time, and few press this key
+
+    try:
+        parent = psutil.Process(os.getpgrp()).ppid()
+        return parent != 0 and os.getsid(parent) == os.getsid(0)
+    except (OSError, psutil.Error):
+        return False
+
+
 class QuietTerminal:
     """Stdin's terminal without signals, echo or lines, from entering to leaving.
 
@@ -50,6 +93,9 @@ class QuietTerminal:
     Args:
         signals: leave Ctrl-C a signal until `hold_signals`, such as while a model loads.
     """
+
+    in_use: ClassVar["QuietTerminal | None"] = None
+    n_suspended: ClassVar[int] = 0  # how often a shell had the terminal in between
 
     def __init__(self, *, signals: bool = False) -> None:
         self._signals = signals
@@ -63,6 +109,7 @@ class QuietTerminal:
         quiet[3] &= ~(CHANGED & ~termios.ISIG if self._signals else CHANGED)
         quiet[6][termios.VMIN], quiet[6][termios.VTIME] = 0, 0
         termios.tcsetattr(self._fd, termios.TCSADRAIN, quiet)
+        QuietTerminal.in_use = self
         return self
 
     def __exit__(
@@ -75,18 +122,20 @@ class QuietTerminal:
 
     def hold_signals(self) -> None:
         """Have Ctrl-C be a byte from now on."""
+        self._signals = False
         quiet = termios.tcgetattr(self._fd)
         quiet[3] &= ~termios.ISIG
         termios.tcsetattr(self._fd, termios.TCSADRAIN, quiet)
 
     def restore(self) -> None:
         """Put the terminal back as it was; safe to call from any thread, and twice."""
+        QuietTerminal.in_use = None
         before, self._before = self._before, None
         if before is not None:
             termios.tcsetattr(self._fd, termios.TCSANOW, before)
 
     def poll(self) -> tuple[bool, str]:
-        """What was typed since the last call, without waiting.
+        """What was typed since the last call, without waiting; Ctrl-Z is done here.
 
         Returns:
             whether Ctrl-C was among it, and all the rest, keys such as arrows included.
@@ -97,4 +146,7 @@ class QuietTerminal:
             if not part:
                 break
             data += part
-        return CTRL_C in data, self._decoder.decode(data.replace(bytes([CTRL_C]), b""))
+        if CTRL_Z in data:
+            suspend()
+        typed = data.translate(None, bytes([CTRL_C, CTRL_Z]))
+        return CTRL_C in data, self._decoder.decode(typed)

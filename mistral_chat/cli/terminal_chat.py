@@ -251,8 +251,11 @@ class TerminalChat:
             for event in stream:
                 if isinstance(event, Delta) and not event.is_call:
                     view.add(event.text)
+                n_suspended = QuietTerminal.n_suspended
                 if self._poll():
                     stream.cancel()
+                if QuietTerminal.n_suspended != n_suspended:
+                    view.draw_anew()
                 view.show_below(self._typed_lines())
             answer = stream.answer
             assert answer is not None

@@ -304,7 +304,9 @@ def _wrong_lines(run: Run, *, goes_on: bool) -> list[str]:
     )  # fmt: skip
     # torchrun says much itself, and ends rank 0 before it can speak.
     fewest = 0 if asked_to_end or case.launcher == "torchrun" else 1
-    most = 0 if asked_to_end and case.launcher != "torchrun" else 1
+    # A rank that is still to meet rank 0 says that it cannot.
+    silent = asked_to_end and case.launcher != "torchrun" and case.phase != "rendezvous"
+    most = 0 if silent else 1
     return [] if fewest <= len(lines) <= most else [f"{len(lines)} lines: {lines}"]
 
 
