@@ -1,7 +1,8 @@
 """Answers that are JSON of a schema, by construction: which token may come next.
 
 llguidance follows the schema through an answer's bytes; here it is given the tokenizer and the
-schema. Knows nothing of sampling or of how an answer is run.
+schema. Knows nothing of sampling or of how an answer is run. Imports torch only for an answer, so
+that a schema can be judged before ranks are started.
 """
 
 import json
@@ -10,18 +11,20 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from jsonschema.exceptions import SchemaError
 from jsonschema.validators import Draft3Validator, Draft202012Validator, validator_for
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from torch import Tensor
 
-from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.engine.engine import TokenMask
 from mistral_chat.errors import PromptError, UsageError
+from mistral_chat.files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mistral_chat.chat.tokenizer import Tokenizer
 
 __all__ = ["ANY_OBJECT", "Grammar", "GrammarMask", "choose_grammar", "read_grammar"]
 
@@ -56,7 +59,7 @@ class _Vocabulary(TokenizerWrapper):
         vocab_size: of the model.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: "Tokenizer", vocab_size: int) -> None:
         banned = set(tokenizer.banned_ids(vocab_size, tools=False))
         special = {i for i in range(vocab_size) if i in banned or tokenizer.is_special(i)}
         self.is_tokenizer_wrapper = True  # what LLTokenizer looks for
@@ -84,7 +87,7 @@ class Grammar:
         self._where = where
         self._lark = self._compile(schema)
 
-    def mask(self, tokenizer: Tokenizer, vocab_size: int) -> "GrammarMask":
+    def mask(self, tokenizer: "Tokenizer", vocab_size: int) -> "GrammarMask":
         """The masks of one answer, at its beginning.
 
         Args:
@@ -149,8 +152,10 @@ class Grammar:
         return PromptError(f"{self._where}: answers cannot be kept to this schema: {reason}")
 
 
-class GrammarMask(TokenMask):
+class GrammarMask:
     """What the tokens of one answer may be; the end token exactly where the JSON is complete.
+
+    It is the engine's `TokenMask`.
 
     Args:
         matcher: at the beginning of an answer.
@@ -167,7 +172,7 @@ class GrammarMask(TokenMask):
         self._where = where
         self._check()
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> "Tensor":
         """What the next token may be.
 
         Returns:
@@ -177,6 +182,8 @@ class GrammarMask(TokenMask):
             PromptError: following the schema takes more than llguidance's limits, or no text
                 goes on from here.
         """
+        import torch
+
         data = bytearray(self._matcher.compute_bitmask())
         self._check()
         # where nothing but the end may come, llguidance appends an empty word
@@ -205,16 +212,7 @@ def read_grammar(path: Path) -> Grammar:
     Raises:
         PromptError: unreadable, not a JSON object, or a schema that no answer can be kept to.
     """
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"found {constant}")
-
-    try:
-        schema = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path}: not valid JSON ({error})") from error
+    schema = read_json(path, PromptError)
     if not isinstance(schema, dict):
         raise PromptError(
             f"{path}: found {type(schema).__name__}, expected a JSON object, which is the schema"
@@ -236,10 +234,10 @@ def choose_grammar(json_schema: Mapping[str, Any] | None, json_object: bool) -> 
     return None if json_schema is None else Grammar(json_schema)
 
 
-_made: WeakKeyDictionary[Tokenizer, dict[int, LLTokenizer]] = WeakKeyDictionary()
+_made: WeakKeyDictionary["Tokenizer", dict[int, LLTokenizer]] = WeakKeyDictionary()
 
 
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
+def _vocabulary(tokenizer: "Tokenizer", vocab_size: int) -> LLTokenizer:
     """A tokenizer's vocabulary for llguidance, made once: half a second for 131,072 ids."""
     made = _made.setdefault(tokenizer, {})
     if vocab_size not in made:

@@ -10,15 +10,18 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonschema.exceptions import SchemaError
 from jsonschema.validators import Draft7Validator
 from mistral_common.protocol.instruct.tool_calls import Function, Tool
 from pydantic import ValidationError
 
-from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.errors import PromptError
+from mistral_chat.files import read_json
+
+if TYPE_CHECKING:
+    from mistral_chat.chat.tokenizer import Tokenizer
 
 __all__ = ["ToolCall", "make_id", "make_tool", "nests_at_most", "parse_tool_calls", "read_tools"]
 
@@ -53,14 +56,7 @@ def read_tools(path: Path) -> list[Tool]:
     """
     if path.suffix != ".json":
         raise PromptError(f"{path}: expected a .json file of function schemas")
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise PromptError(f"{path}: not valid JSON ({error})") from error
-    except RecursionError as error:
-        raise PromptError(f"{path}: nested too deeply") from error
+    listed = read_json(path, PromptError)
     if not isinstance(listed, list) or not listed:
         raise PromptError(f"{path}: expected a JSON list of function schemas")
     return [make_tool(entry, f"{path}, tool {n}") for n, entry in enumerate(listed, 1)]
@@ -115,7 +111,7 @@ def _refusal(function: Function) -> str | None:
 
 
 def parse_tool_calls(
-    tokenizer: Tokenizer, ids: Sequence[int], seed: int
+    tokenizer: "Tokenizer", ids: Sequence[int], seed: int
 ) -> tuple[ToolCall, ...] | None:
     """The calls in an answer.
 
@@ -159,7 +155,7 @@ def _split(ids: Sequence[int], at: int | None) -> list[list[int]]:
     return parts
 
 
-def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def _decode(tokenizer: "Tokenizer", ids: Sequence[int]) -> str:
     detokenizer = tokenizer.detokenizer(continues=True)
     return "".join(map(detokenizer.add, ids)) + detokenizer.flush()
 
@@ -183,7 +179,7 @@ def _json_calls(text: str) -> list[tuple[str, dict[str, Any], str | None]] | Non
 
 
 def _named_call(
-    tokenizer: Tokenizer, ids: Sequence[int]
+    tokenizer: "Tokenizer", ids: Sequence[int]
 ) -> list[tuple[str, dict[str, Any], str | None]] | None:
     head_ids, *bodies = _split(ids, tokenizer.args_id)
     named, *id_parts = _split(head_ids, tokenizer.call_id_id)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mistral_chat.cli import chat_text, render
-from mistral_chat.cli.one_shot import read_text_file
+from mistral_chat.cli.inputs import read_text_file
 from mistral_chat.cli.prompt import ask_for_paste, unwrap_block
 from mistral_chat.cli.session_files import summaries
 from mistral_chat.cli.sessions import Session

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mistral_chat.chat.chat import Answer
 from mistral_chat.cli.progress import byte_columns
@@ -16,7 +16,10 @@ from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.loading import Loading, OnLoading
 from mistral_chat.engine.runner import Runner
-from mistral_chat.errors import OutputError
+from mistral_chat.errors import OutputError, one_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 __all__ = [
     "answer_json",
@@ -62,8 +65,7 @@ def note(text: str) -> None:
 
 def error(message: object) -> None:
     """The one line that says what went wrong."""
-    one_line = " ".join(str(message).split())
-    note(f"mistral-chat: error: {one_line}")
+    note(f"mistral-chat: error: {one_line(message)}")
 
 
 def notice_of(answer: Answer, params: SamplingParams, max_seq_len: int) -> str | None:
@@ -103,7 +105,7 @@ def start_line(runner: Runner, load_s: float) -> str:
     start_up = runner.start_up
     assert start_up is not None
     before = load_s - start_up.load_s - runner.group.meet_s
-    parts = [f"Python and torch {before:.2f} s"]
+    parts = [f"processes, Python and torch {before:.2f} s"]
     if runner.group.world_size > 1:
         parts.append(f"meeting of ranks {runner.group.meet_s:.2f} s")
     parts.append(f"checks {start_up.check_s:.2f} s")
@@ -176,19 +178,28 @@ def loading_bar(*, quiet: bool) -> Iterator[OnLoading]:
         yield only_notices
         return
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     columns = byte_columns("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks: dict[int, TaskID] = {}
+    console = Console(stderr=True)
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield _shown_by(progress)
+    finally:
+        console.show_cursor()  # Ctrl-C may come when it is hidden and the bar not yet begun
 
-        def show(loading: Loading) -> None:
-            if loading.node not in tasks:
-                name = "loading" if loading.n_nodes == 1 else f"loading, node {loading.node}"
-                tasks[loading.node] = progress.add_task(name, total=None)
-            task = tasks[loading.node]
-            progress.update(task, completed=loading.read, total=loading.total or None)
-            if loading.notice:
-                progress.console.print(f"mistral-chat: {loading.notice}", highlight=False)
 
-        yield show
+def _shown_by(progress: "Progress") -> OnLoading:
+    """What draws a line for each node."""
+    tasks: dict[int, TaskID] = {}
+
+    def show(loading: Loading) -> None:
+        if loading.node not in tasks:
+            name = "loading" if loading.n_nodes == 1 else f"loading, node {loading.node}"
+            tasks[loading.node] = progress.add_task(name, total=None)
+        task = tasks[loading.node]
+        progress.update(task, completed=loading.read, total=loading.total or None)
+        if loading.notice:
+            progress.console.print(f"mistral-chat: {loading.notice}", highlight=False)
+
+    return show

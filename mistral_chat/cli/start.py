@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mistral_chat.cli.flags import Options
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
-from mistral_chat.errors import MistralChatError, RankLostError, UsageError
+from mistral_chat.errors import MistralChatError, RankLostError, UsageError, one_line
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def follow(config: "EngineConfig") -> int:
     except PeerFailedError:
         return FAILED
     except MistralChatError as error:  # this rank is the one to say it
-        print(f"mistral-chat: error: {error}", file=sys.stderr, flush=True)
+        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr, flush=True)
         return WRONG_USAGE if isinstance(error, UsageError) else FAILED
     return 0
 
@@ -132,7 +132,7 @@ class Loaded:
     Args:
         runner: its share of the weights, and the way to the other ranks.
         tokenizer: the model's.
-        load_s: seconds from the process's start.
+        load_s: seconds from the command's start.
     """
 
     runner: "Runner"
@@ -148,7 +148,7 @@ def load(
     Args:
         config: what to load; the same on every rank.
         group: all ranks.
-        started: when the process did, in `time.monotonic()`.
+        started: when the command was, in `time.monotonic()`.
         quiet: no bar and no notice.
         stats: say what the start took.
 

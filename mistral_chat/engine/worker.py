@@ -25,7 +25,7 @@ from mistral_chat.engine.launch import (
     spawn_ranks,
 )
 from mistral_chat.engine.start_up import load_runner
-from mistral_chat.errors import MistralChatError, UsageError
+from mistral_chat.errors import MistralChatError, UsageError, one_line
 
 __all__ = ["Session", "serve"]
 
@@ -139,7 +139,7 @@ def main() -> None:
     except PeerFailedError:
         sys.exit(1)
     except MistralChatError as error:
-        print(f"mistral-chat: error: {error}", file=sys.stderr)
+        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mistral_chat.config import LoadFormat
+from mistral_chat.config import EngineConfig, LoadFormat
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model import hf
 
-__all__ = ["TransformerArgs", "read_args"]
+__all__ = ["TransformerArgs", "args_of", "read_args"]
 
 DEFAULT_ROPE_THETA = 1e6
 # A folder that says nothing about its context: what Mistral's dense models have at least had
@@ -165,6 +165,21 @@ class TransformerArgs:
         if missing:
             raise CheckpointError(f"{', '.join(missing)} is missing")
         return cls(**params)
+
+
+def args_of(config: EngineConfig) -> TransformerArgs:
+    """The shape of what is to be loaded: its folder's or, for dummy weights, a preset's.
+
+    Raises:
+        CheckpointError: as `read_args`, or a preset's table that is no shape.
+    """
+    if config.model is not None:
+        return read_args(config.model, config.load_format)
+    assert config.shape is not None
+    try:
+        return TransformerArgs.from_dict(config.shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"--config, table [model]: {error}") from error
 
 
 def read_args(folder: Path, load_format: LoadFormat = "auto") -> TransformerArgs:

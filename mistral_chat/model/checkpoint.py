@@ -1,7 +1,7 @@
 """Weights on disk: which files, which tensors where in them, and all faults at once.
 
 Knows Mistral's layout and Hugging Face's, and reads headers alone; what a model needs comes from
-its placements.
+its placements. Imports torch only for its files, so that the others are checked before ranks are.
 """
 
 import json
@@ -10,15 +10,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mistral_chat.config import LoadFormat
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model import hf
 from mistral_chat.model.args import read_json_object
 from mistral_chat.model.sharding import Placement
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Headers",
@@ -36,12 +37,9 @@ MOST_FAULTS = 8  # named in one error
 _STEMS: dict[hf.Layout, str] = {"consolidated": "consolidated", "hf": "model"}
 _OF: dict[hf.Layout, str] = {"consolidated": "Mistral's layout", "hf": "Hugging Face's layout"}
 
-_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+# Types of stored weights: torch's names, and bytes.
+_FLOATS = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2),
+           "BF16": ("bfloat16", 2)}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +59,13 @@ class StoredTensor:
     offset: int
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """Type as torch has it; a KeyError where it is not a float."""
-        return _FLOATS[self.dtype]
+        import torch
+
+        dtype = getattr(torch, _FLOATS[self.dtype][0])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,8 +293,8 @@ def _safetensors_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]
             if not 8 + length <= first <= last:
                 raise ValueError(f"{name} lies at bytes {entry['data_offsets']}")
             tensors[name] = StoredTensor(path, str(entry["dtype"]), shape, first)
-            dtype = _FLOATS.get(entry["dtype"])
-            if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
+            known = _FLOATS.get(entry["dtype"])
+            if known is not None and last - first != math.prod(shape) * known[1]:
                 faults.append(
                     f"{path.name}: {name} has {last - first:,} bytes, which is not its shape "
                     f"{list(shape)} in {entry['dtype']}"
@@ -314,6 +316,7 @@ def _pickle_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     Raises:
         CheckpointError: what it holds cannot be known.
     """
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode  # the documented way to load headers
 
     try:
@@ -326,11 +329,11 @@ def _pickle_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path.name}: found a {type(state).__name__}, expected a dict")
-    names = {dtype: name for name, dtype in _FLOATS.items()}
+    names = {getattr(torch, dtype): name for name, (dtype, _) in _FLOATS.items()}
     tensors = {}
     faults = []
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path.name}: {name} is no tensor")
         start = tensor.untyped_storage()._checkpoint_offset
         if start is None or not tensor.is_contiguous():
@@ -344,6 +347,6 @@ def _pickle_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     return tensors, faults
 
 
-def local_bytes(table: Iterable[Placement], dtype: torch.dtype) -> int:
+def local_bytes(table: Iterable[Placement], dtype: "torch.dtype") -> int:
     """Bytes of one rank's weights in a type."""
     return sum(math.prod(p.local_shape) for p in table) * dtype.itemsize

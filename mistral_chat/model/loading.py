@@ -169,7 +169,8 @@ class Reading:
         # A thread that still frees torch's memory while the interpreter ends would abort it.
         deadline = time.monotonic() + timeout_s
         for thread in self.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():  # Ctrl-C may come before all of them are started
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self, n: int) -> None:
         try:
