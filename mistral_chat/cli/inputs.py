@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral_chat.cli.flags import Options
-from mistral_chat.cli.stdin import leave_for_ranks, read_stdin
+from mistral_chat.cli.pipes import leave_for_ranks, read_stdin
 from mistral_chat.cli.terminal import is_terminal
 from mistral_chat.errors import PromptError, UsageError
 from mistral_chat.files import decode_text, read_json, read_small_file, read_text

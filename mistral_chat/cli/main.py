@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mistral_chat import __version__
 from mistral_chat.cli import flags, start
 from mistral_chat.cli.begun import Begun, say_what_starts
+from mistral_chat.cli.pipes import keep_pipes
 from mistral_chat.engine.launch import (
     is_launched,
     launched_rank,
@@ -118,6 +119,8 @@ def _say_once(error: MistralChatError) -> None:
 
 
 def _command(words: list[str], begun: Begun) -> int:
+    if launched_rank() is None:
+        words = keep_pipes(words)
     command = words[0] if words and words[0] in flags.COMMANDS else None
     if command == "bench":
         from mistral_chat.cli import bench

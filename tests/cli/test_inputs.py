@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mistral_chat.cli import flags, stdin
+from mistral_chat.cli import flags, pipes
 from mistral_chat.cli.inputs import Inputs, read_inputs
 from mistral_chat.errors import PromptError, UsageError
 
@@ -119,10 +119,10 @@ def test_stdin_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch, path: s
 
 def test_endless_stdin_is_refused_at_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        _stdin(monkeypatch, b"y\n" * (3 << 20), closes=False),  # a pipe that is never closed
-        pytest.raises(PromptError, match="stdin has more than 4 MiB"),
+        _stdin(monkeypatch, b"y\n" * (33 << 20), closes=False),  # a pipe that is never closed
+        pytest.raises(PromptError, match="stdin has more than 64 MiB"),
     ):
-        stdin.read_stdin(lambda: None, 4 << 20)
+        read_inputs(_options())
 
 
 def test_closed_stdin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_silent_stdin_is_waited_for_and_said(
     """Said once, and only where there is a prompt that could be answered without it."""
     said = io.StringIO()
     monkeypatch.setattr("sys.stderr", said)
-    monkeypatch.setattr(stdin, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(pipes, "PATIENCE_S", 0.01)
     got: list[Inputs] = []
     with _stdin(monkeypatch, b"", closes=False) as other_end:
         reader = threading.Thread(target=lambda: got.append(read_inputs(_options(*words))))
@@ -171,6 +171,32 @@ def test_stdin_is_left_for_ranks_as_it_was(monkeypatch: pytest.MonkeyPatch, data
         assert copied.stdout == data
         os.lseek(sys.stdin.fileno(), 0, os.SEEK_SET)
         assert read_inputs(_options("x")) == first
+
+
+def test_pipe_of_a_shell_is_read_once_for_all() -> None:
+    """As with `--file <(command)`: ranks do not inherit it, and it could be read only once."""
+    read, write = os.pipe()
+    os.write(write, b"piped")
+    os.close(write)
+    try:
+        for word in (f"--file=/dev/fd/{read}", f"/proc/self/fd/{read}"):
+            kept = pipes.keep_pipes(["MODEL", "--file", word])[-1]
+            path = Path(kept.removeprefix("--file="))
+            assert kept.startswith("--file=") is word.startswith("--file=")
+            expected = "piped" if word.startswith("--file=") else ""  # it was read already
+            assert path.read_text() == path.read_text() == expected
+            cat = subprocess.run(["cat", path], capture_output=True, check=True)
+            assert cat.stdout.decode() == expected
+    finally:
+        os.close(read)
+
+
+def test_other_words_are_left_as_they_are(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    with (tmp_path / "a").open("w") as file, open(read), open(write, "w"):  # noqa: PTH123
+        words = ["/dev/fd/0", f"/dev/fd/{file.fileno()}", f"/dev/fd/{write}", "/dev/fd/987654", "--prompt=/dev/fd/",
+                 "/dev/fd/99999999999999999999", "see /dev/fd/3", str(tmp_path)]  # fmt: skip
+        assert pipes.keep_pipes(words) == words
 
 
 def test_terminal_without_a_prompt_is_a_chat(
