@@ -229,7 +229,7 @@ def _lead(options: flags.Options, inputs: "Inputs", begun: Begun) -> int:
     """Rank 0: load, then answer or chat."""
     from mistral_chat.chat.chat import Chat
     from mistral_chat.chat.functions import PythonFunctions
-    from mistral_chat.cli import one_shot
+    from mistral_chat.cli import one_shot, render
     from mistral_chat.cli.calls import print_line
     from mistral_chat.cli.repl import chat_at_terminal
     from mistral_chat.cli.terminal import QuietTerminal
@@ -279,5 +279,7 @@ def _lead(options: flags.Options, inputs: "Inputs", begun: Begun) -> int:
         with QuietTerminal() as terminal:
             talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
             talk.files = list(inputs.files)
+            for path in options.files if not options.quiet else ():
+                render.note(f"{path} comes before the next message")
             chat_at_terminal(talk, quiet=options.quiet)
     return 0

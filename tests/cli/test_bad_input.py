@@ -136,9 +136,7 @@ BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
         _wrong_tensors,
         (
             "layers.1.attention.wk.weight is missing",
-            "layers.9.attention.wk.weight in consolidated.safetensors is not a tensor",
-            "norm.weight in consolidated.safetensors has shape [65]; expected [64]",
-            "layers.0.ffn_norm.weight in consolidated.safetensors has type I32",
+            "ers.0.ffn_norm.weight in consolidated.safetensors has type I32",
         ),
     ),
     (
@@ -155,9 +153,7 @@ BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
         (
             "model.safetensors has ",
             "truncated",
-            "model.layers.1.self_attn.k_proj.weight is missing",
-            "model.layers.0.self_attn.q_proj.bias in model.safetensors is not a tensor",
-            "model.norm.weight in model.safetensors has shape [65]; expected [64] from config.json",
+            "expected [64] from config.json",
         ),
     ),
     (_hf_tokenizer_alone, ("tokenizer is missing", "tokenizer.json is never read")),
@@ -179,6 +175,7 @@ def _refused(done: Finished, *said: str, code: int = 1) -> None:
     assert (done.code, done.out) == (code, "")
     assert done.err.splitlines() == done.error_lines, done.err
     assert len(done.error_lines) == 1, done.err
+    assert len(done.err) <= 300 + len("mistral-chat: error: \n")
     for text in said:
         assert text in done.err
 
@@ -341,7 +338,7 @@ def test_stdout_that_takes_nothing_is_named(tiny_folder: Path, redirection: str)
 
 def test_missing_prompt_file_is_named(run: Run, tiny_folder: Path) -> None:
     done = run(tiny_folder, "--file", "nowhere.txt", *PROMPT)
-    _refused(done, "nowhere.txt does not exist")
+    _refused(done, "nowhere.txt does not exist: expected a file")
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])

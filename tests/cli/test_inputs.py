@@ -194,8 +194,9 @@ def test_pipe_of_a_shell_is_read_once_for_all() -> None:
 def test_other_words_are_left_as_they_are(tmp_path: Path) -> None:
     read, write = os.pipe()
     with (tmp_path / "a").open("w") as file, open(read), open(write, "w"):  # noqa: PTH123
-        words = ["/dev/fd/0", f"/dev/fd/{file.fileno()}", f"/dev/fd/{write}", "/dev/fd/987654", "--prompt=/dev/fd/",
-                 "/dev/fd/99999999999999999999", "see /dev/fd/3", str(tmp_path)]  # fmt: skip
+        written = [f"/dev/fd/{file.fileno()}", f"/dev/fd/{write}"]
+        others = ["/dev/fd/0", "/dev/fd/987654", "/dev/fd/99999999999999999999"]
+        words = [*written, *others, "--prompt=/dev/fd/", "see /dev/fd/3", str(tmp_path)]
         assert pipes.keep_pipes(words) == words
 
 

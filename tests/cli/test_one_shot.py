@@ -171,7 +171,7 @@ def test_help_is_printed_once(run: Run, words: list[str]) -> None:
 def test_no_words_at_all_shows_usage(run: Run) -> None:
     done = run()
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("usage: mistral-chat MODEL [flags]")
+    assert done.err.startswith("usage: mistral-chat MODEL [PROMPT] [flags]")
 
 
 def test_word_that_is_a_command_needs_a_dot_to_be_a_folder(run: Run) -> None:
