@@ -4,19 +4,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))
 PROMPT ?= What is the capital of France?
-# GPUs take torch's normal build. Where there are none, this release has a small CPU build.
-TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo torch==2.13.0)
+# GPUs take torch's normal build, with the Triton that belongs to it. Where there are none, this
+# release has a small CPU build.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU || echo torch==2.13.0 triton==3.9.0)
+# The versions that the tests ran with; empty takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+PIP = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: install demo check test test-gpu bench recording clean
+.PHONY: install update demo check test test-gpu bench recording clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(if $(strip $(TORCH)),$(BIN)/python -m pip install --quiet "$(strip $(TORCH))")
-	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	$(PIP) --upgrade pip setuptools
+	$(if $(strip $(TORCH)),$(PIP) $(TORCH))
+	$(PIP) --no-build-isolation --editable ".[demo,dev]"
 	touch $@
+
+# The newest versions, kept once the checks and tests have passed with them.
+update:
+	rm -rf $(VENV)
+	$(MAKE) CONSTRAINTS= check test
+	{ echo "# What the tests ran with; make update writes this file. torch and Triton: see Makefile."; \
+	$(BIN)/python -m pip freeze --all --exclude-editable \
+	| grep -viE "^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=="; } > constraints.new
+	mv constraints.new constraints.txt
 
 demo: install
 	$(BIN)/mistral-chat demo --stats --temperature 0 --prompt "$(PROMPT)"

@@ -172,7 +172,7 @@ def read_preset(path: Path) -> Preset:
         UsageError: no such file, not TOML, or a table it does not know.
     """
     try:
-        tables = read_toml(path, UsageError)
+        tables = read_toml(path, UsageError, pipes=True)
     except UsageError as error:
         raise UsageError(f"--config {error}") from error
     names = {"model": "shape", "run": "run", "generation": "generation"}

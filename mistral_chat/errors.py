@@ -35,11 +35,13 @@ __all__ = [
     "TokenizerError",
     "ToolError",
     "UsageError",
+    "named",
     "one_line",
     "shown",
 ]
 
 MOST_CHARACTERS = 300
+_PLAIN = re.compile(r"[\w.+-]{1,80}", re.ASCII)
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
@@ -53,6 +55,11 @@ def shown(value: object, most: int = 60) -> str:
     if isinstance(value, int) and abs(value) >= 10**MOST_CHARACTERS:
         return "a number of more than 300 digits"  # Python refuses to write some of these
     return _cut(repr(value), most)
+
+
+def named(name: str) -> str:
+    """A name that a file gave, as a message may have it: bare, or quoted where it is not plain."""
+    return name if _PLAIN.fullmatch(name) else shown(name)
 
 
 def one_line(text: object, most: int = MOST_CHARACTERS) -> str:

@@ -1,8 +1,9 @@
 """The one way to read a small file that somebody else wrote: regular, of bounded size, UTF-8.
 
 A FIFO, a device, a link to /dev/zero or a sparse terabyte must neither hang the program nor fill
-its memory; nested brackets and numbers of a thousand digits must not end it with a traceback.
-Knows nothing of what the files mean.
+its memory; only where a person names the file itself may a pipe stand in its place, as a shell's
+`<(command)` does. Nested brackets and numbers of a thousand digits must not end it with a
+traceback. Knows nothing of what the files mean.
 """
 
 import json
@@ -10,6 +11,8 @@ import math
 import os
 import stat
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from mistral_chat.errors import MistralChatError, shown
 __all__ = [
     "SMALL_FILE_BYTES",
     "decode_text",
+    "is_there",
+    "open_regular",
     "parse_json",
     "read_json",
     "read_small_file",
@@ -33,46 +38,83 @@ _LFS = b"version https://git-lfs"
 Error = type[MistralChatError]
 
 
-def read_small_file(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES) -> bytes:
+def is_there(path: Path) -> bool:
+    """Whether there is something to read, links followed; what may not be looked at is."""
+    try:
+        path.stat()
+    except PermissionError:  # who reads it says so
+        return True
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return False
+    return True
+
+
+@contextmanager
+def open_regular(path: Path, error: Error, *, pipes: bool = False) -> Iterator[tuple[int, int]]:
+    """A regular file of any size, open for reading.
+
+    Args:
+        path: links are followed.
+        error: what to raise, also for what the system refuses inside the block.
+        pipes: a pipe will do, too, which has no bytes yet; a writer may be waited for.
+
+    Yields:
+        the file's descriptor, and its bytes.
+
+    Raises:
+        MistralChatError: of the type `error`: not there, no regular file, not readable, or a Git
+            LFS pointer in the place of the file.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for a writer.
+        waits = 0 if pipes else os.O_NONBLOCK
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | waits)
+    except FileNotFoundError:
+        raise error(f"{path} does not exist: expected a file") from None
+    except (OSError, ValueError) as failure:  # ValueError: a NUL byte in the path
+        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
+        raise error(f"{path} cannot be read ({reason})") from failure
+    try:
+        status = os.fstat(fd)
+        is_regular = stat.S_ISREG(status.st_mode)
+        if stat.S_ISDIR(status.st_mode):
+            raise error(f"{path} is a folder: expected a file")
+        if not is_regular and not (pipes and stat.S_ISFIFO(status.st_mode)):
+            also = " or a pipe" if pipes else ""
+            raise error(f"{path} is no regular file: expected a file on a disk{also}")
+        if is_regular and os.pread(fd, len(_LFS), 0) == _LFS:
+            raise error(
+                f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`, "
+                f"or with `mistral-chat download`"
+            )
+        yield fd, status.st_size
+    except OSError as failure:
+        raise error(f"{path} cannot be read ({failure.strerror})") from failure
+    finally:
+        os.close(fd)
+
+
+def read_small_file(
+    path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES, *, pipes: bool = False
+) -> bytes:
     """All bytes of a regular file.
 
     Args:
         path: links are followed.
         error: what to raise.
         most_bytes: a longer file is refused.
+        pipes: a pipe will do, too; it is read to its end, which may be waited for.
 
     Raises:
-        MistralChatError: of the type `error`: not there, no regular file, too long, not readable,
-            or a Git LFS pointer in the place of the file.
+        MistralChatError: of the type `error`: as `open_regular`, or too long.
     """
-    try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode):
-                raise error(f"{path} is a folder: expected a file")
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"{path} is no regular file: expected a file on a disk")
-            data = b""
-            if status.st_size <= most_bytes:
-                with open(fd, "rb", closefd=False) as file:
-                    data = file.read(most_bytes + 1)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        raise error(f"{path} does not exist: expected a file") from None
-    except (OSError, ValueError) as failure:  # ValueError: a NUL byte in the path
-        reason = failure.strerror if isinstance(failure, OSError) else str(failure)
-        raise error(f"{path} cannot be read ({reason})") from failure
-    size = max(status.st_size, len(data))
-    if size > most_bytes:
-        raise error(f"{path} has {size:,} bytes: expected at most {most_bytes:,}")
-    if data.startswith(_LFS):
-        raise error(
-            f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`, or "
-            f"with `mistral-chat download`"
-        )
+    with open_regular(path, error, pipes=pipes) as (fd, size):
+        if size > most_bytes:
+            raise error(f"{path} has {size:,} bytes: expected at most {most_bytes:,}")
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:  # a pipe, or a file that grew
+        raise error(f"{path} has more than {most_bytes:,} bytes: expected no more")
     return data
 
 
@@ -96,14 +138,18 @@ def decode_text(data: bytes, where: str, error: Error) -> str:
     return text
 
 
-def read_text(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES) -> str:
-    """A file's text; errors as `read_small_file` and `decode_text`."""
-    return decode_text(read_small_file(path, error, most_bytes), str(path), error)
+def read_text(
+    path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES, *, pipes: bool = False
+) -> str:
+    """A file's text; arguments and errors as those of `read_small_file` and `decode_text`."""
+    return decode_text(read_small_file(path, error, most_bytes, pipes=pipes), str(path), error)
 
 
-def read_json(path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES) -> Any:
-    """A file's JSON value; errors as `read_text` and `parse_json`."""
-    return parse_json(read_text(path, error, most_bytes), str(path), error)
+def read_json(
+    path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES, *, pipes: bool = False
+) -> Any:
+    """A file's JSON value; arguments and errors as those of `read_text` and `parse_json`."""
+    return parse_json(read_text(path, error, most_bytes, pipes=pipes), str(path), error)
 
 
 def parse_json(text: str, where: str, error: Error) -> Any:
@@ -152,13 +198,15 @@ def parse_json(text: str, where: str, error: Error) -> Any:
         raise error(f"{where} is nested too deeply: expected a few hundred levels") from None
 
 
-def read_toml(path: Path, error: Error, most_bytes: int = 1 << 20) -> dict[str, Any]:
-    """A file's TOML tables.
+def read_toml(
+    path: Path, error: Error, most_bytes: int = 1 << 20, *, pipes: bool = False
+) -> dict[str, Any]:
+    """A file's TOML tables; arguments as those of `read_text`.
 
     Raises:
         MistralChatError: of the type `error`: as `read_text`, or no TOML.
     """
-    text = read_text(path, error, most_bytes)
+    text = read_text(path, error, most_bytes, pipes=pipes)
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as failure:

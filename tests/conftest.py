@@ -149,7 +149,7 @@ def is_alive(pid: int) -> bool:
 
 def wait_for_end(pid: int) -> None:
     """Until a process runs no more."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while is_alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -163,7 +163,7 @@ def run() -> Run:
         *words: str | Path,
         stdin: str | bytes | None = "",
         torchrun: int = 0,
-        timeout_s: float = 90,
+        timeout_s: float = 300,
         env: dict[str, str] | None = None,
         **options: Any,
     ) -> Finished:

@@ -36,6 +36,7 @@ class Repository:
         gone: names that are listed and not there.
         token: what a file's request must carry.
         branches: other revisions.
+        lfs: what is said of a file in large-file storage, beside its size and SHA-256.
     """
 
     files: dict[str, bytes]
@@ -48,6 +49,7 @@ class Repository:
     gone: set[str] = field(default_factory=set)
     token: str | None = None
     branches: dict[str, "Repository"] = field(default_factory=dict)
+    lfs: dict[str, Any] = field(default_factory=lambda: {"pointerSize": 130})
 
 
 class Hub(ThreadingHTTPServer):
@@ -157,8 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
             entry["oid" if tree else "blobId"] = hashlib.sha1(data).hexdigest()
             if path in repository.large:
                 sha256 = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"size": size, "pointerSize": 130}
-                entry["lfs"]["oid" if tree else "sha256"] = sha256
+                entry["lfs"] = {"size": size} | repository.lfs
+                entry["lfs"].setdefault("oid" if tree else "sha256", sha256)
             files.append(entry)
         answer = files if tree else {"id": name, "sha": commit, "siblings": files}
         data = json.dumps(answer).encode()
@@ -192,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.broken = hub.broken or cuts
             if pauses:
                 hub.paused.set()
-                hub.go_on.wait(60)
+                hub.go_on.wait(600)
             if cuts or pauses:
                 self.close_connection = True
                 self.connection.close()

@@ -52,7 +52,7 @@ class Terminal:
             dimensions=(rows, columns),
             cwd=str(ROOT),
             env=env,  # type: ignore[arg-type]
-            timeout=60,
+            timeout=120,
         )
         self.child.delaybeforesend = None
 
@@ -81,7 +81,7 @@ class Terminal:
         self.stream.feed(data)
         return True
 
-    def wait_for(self, seen: str | Callable[[str], bool], timeout_s: float = 60) -> None:
+    def wait_for(self, seen: str | Callable[[str], bool], timeout_s: float = 120) -> None:
         """Until a text is on the screen or above it."""
         holds = seen if callable(seen) else lambda text: seen in text
         end = time.monotonic() + timeout_s
@@ -93,7 +93,7 @@ class Terminal:
 
     def wait_for_prompt(self) -> None:
         """Until the chat can be typed at: it has asked for pastes to be marked since last time."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while self.raw.rfind(TAKES_HOLD) <= self.raw.rfind(LET_GO):
             assert time.monotonic() < end, f"no prompt:\n{self.text}"
             assert self.read(), f"ended before a prompt:\n{self.text}"
@@ -105,7 +105,7 @@ class Terminal:
 
     def wait_for_answer(self) -> None:
         """Until the prompt at which something was sent has let go of the terminal."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while self.raw.count(LET_GO) == self._n_let_go:  # the next prompt may be there, too
             assert time.monotonic() < end, f"still at the prompt:\n{self.text}"
             assert self.read(), f"ended at the prompt:\n{self.text}"
@@ -185,7 +185,7 @@ def typed_at(
         [*(launcher if torchrun else []), "-m", *map(str, module_and_words)],
         encoding="utf-8",
         codec_errors="replace",
-        timeout=60,
+        timeout=120,
         dimensions=(40, 100),
         cwd=str(ROOT),
         env=command_env(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_DATA_HOME=str(data_home)),  # type: ignore[arg-type]

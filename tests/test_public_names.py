@@ -162,12 +162,13 @@ def test_sampling_params_take_one_stop_text_for_a_list_of_one() -> None:
 
 def test_all_errors_have_one_root_and_stand_in_the_drawing() -> None:
     assert errors.__doc__ is not None
-    for name in errors.__all__:
+    names = set(errors.__all__) - {"named", "one_line", "shown"}  # what messages are written with
+    for name in names:
         found = getattr(errors, name)
         assert issubclass(found, errors.MistralChatError)
         assert re.search(rf"\b{name}\b", errors.__doc__)
     drawn = set(re.findall(r"\b\w+Error\b", errors.__doc__))
-    assert drawn == set(errors.__all__)
+    assert drawn == names
 
 
 def module_names() -> list[str]:

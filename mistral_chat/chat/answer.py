@@ -211,7 +211,8 @@ class AnswerBuilder:
             self._text.append(rest)
         params = self._request.params
         ids = tuple(token.id for token in self._tokens)
-        calls = parse_tool_calls(self._tokenizer, ids, self._seed) if reason == "stop" else None
+        written = ids[:-1] if last == "stop" else ids
+        calls = parse_tool_calls(self._tokenizer, written, self._seed) if reason == "stop" else None
         n_decoded, decode_s = len(ids) - 1, self._last - self._first
         prefill = self._prefill or Prefill(0, len(self._request.ids), 0)
         answer = Answer(

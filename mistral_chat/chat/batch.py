@@ -1,7 +1,7 @@
-"""Many prompts at once: each is encoded when its turn comes and answered when it ends.
+"""Questions, and many of them at once: each is encoded when its turn comes, answered when it ends.
 
-Over `Engine.generate_many`, beside `Chat`. Knows nothing of files. Imports nothing heavy until
-asked, so that questions can be read before there is a model.
+Over `Engine.generate_many`, beside `Chat`. `LLM.chat` asks one of them. Knows nothing of files.
+Imports nothing heavy until asked, so that questions can be read before there is a model.
 """
 
 import itertools
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.engine.engine import Engine, Request, Token, TokenMask
 
-__all__ = ["Question", "answer_many"]
+__all__ = ["Question", "answer_many", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class Question:
     Args:
         prompt: text of a plain completion.
         messages: or a conversation in OpenAI's form, for the chat template.
-        tools: function schemas of its own; None takes those offered to all.
+        system: system prompt of a conversation that has no system or developer message.
+        tools: functions of its own; None takes those offered to all.
         json_schema: an answer that ends by itself is JSON, valid against this schema.
         json_object: the same for any JSON object; False is free text, None what is asked of all.
         params: how to sample.
@@ -40,7 +41,8 @@ class Question:
 
     prompt: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
+    system: str | None = None
+    tools: "Sequence[Mapping[str, Any] | Tool] | None" = None
     json_schema: Mapping[str, Any] | None = None
     json_object: bool | None = None
     params: SamplingParams
@@ -123,10 +125,12 @@ def answer_many(
         asked = itertools.count()
         for number, question in enumerate(questions):
             try:
-                request, builder = _prepare(engine, tokenizer, question, tools, grammar)
+                request, builder = prepare(engine, tokenizer, question, tools, grammar)
             except (PromptError, UsageError) as error:
                 refused.append((number, error))
                 continue
+            if request.mask is not None:
+                request.mask = _Guard(request.mask, request, engine.runner.model.args.vocab_size)
             running[next(asked)] = number, request, builder
             yield request
 
@@ -147,36 +151,48 @@ def answer_many(
     yield from refused
 
 
-def _prepare(
+def prepare(
     engine: "Engine",
     tokenizer: "Tokenizer",
     question: Question,
-    tools: Sequence["Tool"],
-    grammar: "Grammar | None",
+    tools: Sequence["Tool"] = (),
+    grammar: "Grammar | None" = None,
 ) -> tuple["Request", "AnswerBuilder"]:
     """What the engine runs for a question, and what reads its tokens.
+
+    Args:
+        engine: of the loaded model.
+        tokenizer: of the same model.
+        question: what is asked.
+        tools: offered to a conversation that brings none of its own.
+        grammar: what the answer must be where the question does not say.
 
     Raises:
         PromptError: it cannot be encoded, leaves no room for an answer, or has a schema that no
             answer can be kept to.
-        UsageError: a schema with tools or stop texts.
+        UsageError: a schema with tools, stop texts or the beginning of an answer.
     """
     from mistral_chat.chat.answer import AnswerBuilder
     from mistral_chat.chat.chat import check_no_tools, make_request
     from mistral_chat.chat.grammar import choose_grammar
-    from mistral_chat.chat.tools import make_tool
+    from mistral_chat.chat.messages import encode_messages, ends_with_prefix
+    from mistral_chat.chat.tools import make_tools
 
-    instruct = question.messages is not None
     if question.tools is not None:
-        tools = [make_tool(tool, f"tool {n}") for n, tool in enumerate(question.tools, 1)]
+        tools = make_tools(question.tools)
     if question.json_schema is not None or question.json_object is not None:
         grammar = choose_grammar(question.json_schema, bool(question.json_object))
+    instruct = question.messages is not None
     check_no_tools(tools if instruct else (), grammar)
     if question.messages is None:
         assert question.prompt is not None
         ids = tokenizer.encode(question.prompt)
+        continues = True
     else:
-        ids = _encode_messages(tokenizer, question.messages, tools)
+        ids = encode_messages(tokenizer, question.messages, tools, question.system)
+        continues = ends_with_prefix(question.messages)
+        if continues and grammar is not None:
+            raise UsageError("prefix and a JSON schema: expected one of them")
     request, seed = make_request(
         engine,
         tokenizer,
@@ -187,34 +203,4 @@ def _prepare(
         grammar=grammar,
     )
     engine.check(request)
-    if request.mask is not None:
-        request.mask = _Guard(request.mask, request, engine.runner.model.args.vocab_size)
-    return request, AnswerBuilder(tokenizer, request, seed, continues=not instruct)
-
-
-def _encode_messages(
-    tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]], tools: Sequence["Tool"]
-) -> list[int]:
-    from mistral_common.exceptions import MistralCommonException
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-
-    for message in messages:
-        parts = message.get("content")
-        for part in parts if isinstance(parts, list) else ():
-            # mistral-common would fetch a picture and leave its tokens in the prompt.
-            kind = part.get("type") if isinstance(part, Mapping) else part
-            if kind not in ("text", "thinking"):
-                raise PromptError(f"messages hold a part of type {kind!r}: expected text")
-    try:
-        request: ChatCompletionRequest[Any] = ChatCompletionRequest.from_openai(
-            [dict(message) for message in messages]
-        )
-    except (MistralCommonException, ValueError, KeyError, TypeError, AttributeError,
-            AssertionError) as error:  # fmt: skip
-        # It reads messages with bare look-ups and asserts; pydantic's error is a ValueError.
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise PromptError(
-            f"messages are not a conversation in OpenAI's form ({first_line})"
-        ) from error
-    request.tools = list(tools) or None
-    return tokenizer.encode_chat(request)
+    return request, AnswerBuilder(tokenizer, request, seed, continues=continues)

@@ -186,7 +186,7 @@ class Chat:
         if not self.instruct:
             return False
         own: tuple[int, ...] | None = answer.token_ids
-        if own and own[-1] == self.tokenizer.eos_id:
+        if own and own[-1] in self.tokenizer.end_ids:
             own = own[:-1]
         calls = self._calls_to_keep(answer)
         if not calls and not answer.said:
@@ -293,7 +293,7 @@ def make_request(
     request = Request(
         ids=ids,
         params=replace(params, seed=used, max_tokens=max_tokens),
-        stop_ids=frozenset((tokenizer.eos_id,)),
+        stop_ids=tokenizer.end_ids,
         banned_ids=tokenizer.banned_ids(vocab_size, tools=tools),
         mask=None if grammar is None else grammar.mask(tokenizer, vocab_size),
     )

@@ -8,18 +8,20 @@ import codecs
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from mistral_common.protocol.instruct.tool_calls import Tool
 
+from mistral_chat.chat.function_environment import split_environment
 from mistral_chat.chat.tools import ToolCall, make_tool
 from mistral_chat.errors import PromptError
 
@@ -46,9 +48,11 @@ class PythonFunctions:
         path: the Python file.
         timeout_s: most seconds of one call, and of importing the file.
         on_printed: takes each line that the file prints.
+        variables: of the environment to hand on although their names call them secret.
 
     Raises:
         PromptError: a file that cannot be imported, or a function that cannot be offered.
+        UsageError: a variable that is not there.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class PythonFunctions:
         path: Path,
         timeout_s: float = 60.0,
         on_printed: Callable[[str], None] = lambda line: None,
+        variables: Sequence[str] = (),
     ) -> None:
         self._path = path
+        self._environment, self._withheld = split_environment(variables)
         self._timeout_s = timeout_s
         self._on_printed = on_printed
         if not path.is_file():
@@ -66,7 +72,7 @@ class PythonFunctions:
         try:
             entries = self._start(lambda: False)
         except _EndedError as error:
-            raise PromptError(f"{path}: {error}") from error
+            raise PromptError(f"{path}: {error}{self._hint(str(error))}") from error
         self.tools: list[Tool] = [make_tool(entry, str(path)) for entry in entries]
 
     def __enter__(self) -> Self:
@@ -118,11 +124,20 @@ class PythonFunctions:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         if n_chars > len(text):
             text += f"\n[cut: the first {len(text):,} of {n_chars:,} characters]"
+        if not reply["ok"] and (hint := self._hint(text)):
+            self._on_printed(hint.removeprefix("; "))
         return text if reply["ok"] else f"error: {text}"
+
+    def _hint(self, fault: str) -> str:
+        """What a person is told of a fault that names a variable which was withheld."""
+        for name in self._withheld:
+            if re.search(rf"\b{re.escape(name)}\b", fault):
+                return f"; {name} is withheld from functions: --tools_env {name} hands it on"
+        return ""
 
     def _start(self, is_cancelled: Callable[[], bool]) -> list[Any]:
         try:
-            self._worker = _Worker(self._path, self._on_printed)
+            self._worker = _Worker(self._path, self._on_printed, self._environment)
         except OSError as error:
             raise _EndedError(f"no Python process can be started ({error.strerror})") from error
         try:
@@ -141,9 +156,12 @@ class _Worker:
     Args:
         path: the Python file.
         on_printed: takes each line that it prints.
+        environment: that it sees.
     """
 
-    def __init__(self, path: Path, on_printed: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, on_printed: Callable[[str], None], environment: dict[str, str]
+    ) -> None:
         self._printed = _Lines(on_printed)
         self._n_asked = -1
         self._held = b""
@@ -157,6 +175,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                env=environment,
                 pass_fds=(asked, said, held),
                 start_new_session=True,  # no terminal, no Ctrl-C, and one group to kill
             )  # fmt: skip

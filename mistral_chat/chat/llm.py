@@ -6,21 +6,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mistral_common.exceptions import MistralCommonException
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
-from pydantic import ValidationError
 
 from mistral_chat.chat.answer import Answer, AnswerBuilder
-from mistral_chat.chat.chat import Chat, check_no_tools, make_request
+from mistral_chat.chat.batch import Question, prepare
+from mistral_chat.chat.chat import Chat, make_request
 from mistral_chat.chat.grammar import Grammar, choose_grammar
 from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.chat.tools import make_tool
+from mistral_chat.chat.tools import make_tools
 from mistral_chat.config import Device, Dtype, EngineConfig, LoadFormat, SamplingParams
-from mistral_chat.engine.engine import Engine
+from mistral_chat.engine.engine import Engine, Request
 from mistral_chat.engine.start_up import load_runner
 from mistral_chat.engine.worker import Session, serve
-from mistral_chat.errors import PromptError, UsageError
+from mistral_chat.errors import UsageError
 from mistral_chat.model.args import read_args
 
 __all__ = ["LLM"]
@@ -71,8 +69,8 @@ class LLM:
             serve(config, group)
             sys.exit(0)
         try:
-            read_args(Path(model))  # a folder without params.json needs no tokenizer
-            self.tokenizer = Tokenizer.from_folder(Path(model))
+            args = read_args(Path(model), load_format)
+            self.tokenizer = Tokenizer.from_folder(Path(model), args.vocab_size)
             self.engine = Engine(load_runner(config, group))
         except BaseException:
             self._session.abandon()
@@ -124,7 +122,7 @@ class LLM:
             grammars = [choose_grammar(json_schema, json_object)] * len(encoded)
         else:
             grammars = [choose_grammar(schema, json_object) for schema in json_schema]
-        return self._answer_all(encoded, params, grammars, instruct=False, tools=False)
+        return self._complete(encoded, params, grammars)
 
     def chat(
         self,
@@ -138,32 +136,28 @@ class LLM:
         """Answer a conversation; nothing is remembered from one call to the next but the cache.
 
         Args:
-            messages: OpenAI's form, `{"role": ..., "content": ...}`.
+            messages: OpenAI's form, `{"role": ..., "content": ...}`. `"prefix": True` on a last
+                message of the assistant's has the answer go on from its text, which the answer's
+                own text does not repeat.
             params: how to sample.
             tools: function schemas.
             json_schema: an answer that ends by itself is JSON, valid against this schema.
             json_object: the same for any JSON object.
 
         Raises:
-            PromptError: a conversation that the model's template does not know, or a schema that
-                answers cannot be kept to.
+            PromptError: a conversation that the model's template does not know, and which message
+                is at fault; or a schema that answers cannot be kept to.
             ContextLengthError: it leaves no room for an answer.
-            UsageError: a schema with tools or stop texts.
+            UsageError: a schema with tools, stop texts or a prefix.
         """
-        offered = _make_tools(tools)
-        grammar = choose_grammar(json_schema, json_object)
-        check_no_tools(offered, grammar)
-        try:
-            request: ChatCompletionRequest[Any] = ChatCompletionRequest.from_openai(
-                [dict(message) for message in messages]
-            )
-        except (MistralCommonException, ValidationError, ValueError, KeyError) as error:
-            raise PromptError(
-                f"messages are not a conversation in OpenAI's form ({str(error).splitlines()[0]})"
-            ) from error
-        request.tools = offered or None
-        ids = self.tokenizer.encode_chat(request)
-        return self._answer_all([ids], params, [grammar], instruct=True, tools=bool(offered))[0]
+        question = Question(
+            messages=messages,
+            tools=tools,
+            json_schema=json_schema,
+            json_object=json_object or None,
+            params=params or SamplingParams(),
+        )
+        return self._run([prepare(self.engine, self.tokenizer, question)])[0]
 
     def conversation(
         self, system: str | None = None, tools: Sequence[Mapping[str, Any] | Tool] = ()
@@ -177,16 +171,13 @@ class LLM:
         Raises:
             PromptError: not a function schema.
         """
-        return Chat(self.engine, self.tokenizer, system=system, tools=_make_tools(tools))
+        return Chat(self.engine, self.tokenizer, system=system, tools=make_tools(tools))
 
-    def _answer_all(
+    def _complete(
         self,
         encoded: list[list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         grammars: Sequence[Grammar | None],
-        *,
-        instruct: bool,
-        tools: bool,
     ) -> list[Answer]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(encoded)
@@ -194,28 +185,23 @@ class LLM:
             raise UsageError(f"{len(params)} SamplingParams for {len(encoded)} prompts")
         if len(grammars) != len(encoded):
             raise UsageError(f"{len(grammars)} JSON schemas for {len(encoded)} prompts")
-        builders, requests = [], []
+        prepared = []
         for ids, each, grammar in zip(encoded, params, grammars, strict=True):
             request, seed = make_request(
                 self.engine,
                 self.tokenizer,
                 ids,
                 each,
-                instruct=instruct,
-                tools=tools,
+                instruct=False,
+                tools=False,
                 grammar=grammar,
             )
-            requests.append(request)
-            builders.append(AnswerBuilder(self.tokenizer, request, seed, continues=not instruct))
-        for request in requests:
+            prepared.append((request, AnswerBuilder(self.tokenizer, request, seed, continues=True)))
+        for request, _ in prepared:
             self.engine.check(request)
-        for index, event in self.engine.generate_many(requests):
-            builders[index].add(event)
-        return [builder.finish()[1] for builder in builders]
+        return self._run(prepared)
 
-
-def _make_tools(tools: Sequence[Mapping[str, Any] | Tool]) -> list[Tool]:
-    return [
-        tool if isinstance(tool, Tool) else make_tool(dict(tool), f"tool {n}")
-        for n, tool in enumerate(tools, 1)
-    ]
+    def _run(self, prepared: Sequence[tuple[Request, AnswerBuilder]]) -> list[Answer]:
+        for index, event in self.engine.generate_many([request for request, _ in prepared]):
+            prepared[index][1].add(event)
+        return [builder.finish()[1] for _, builder in prepared]

@@ -1,12 +1,12 @@
 """Text to ids and back, through mistral-common, for every template version it knows.
 
-Finds the one tokenizer of a folder, encodes prompts and conversations, and turns ids into text as
+Encodes prompts and conversations, and turns ids into text as
 they come. Knows nothing of models, sampling or terminals.
 """
 
 import codecs
-import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +15,12 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import Tokenizer as RawTokenizer
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer, is_sentencepiece
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer, is_tekken
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from mistral_chat.errors import PromptError, TokenizerError
+from mistral_chat.chat.tokenizer_file import find_tokenizer, read_tokenizer
+from mistral_chat.errors import PromptError, TokenizerError, one_line
+from mistral_chat.model.end_ids import read_end_ids
 
 __all__ = ["Detokenizer", "Tokenizer", "find_tokenizer"]
 
@@ -30,65 +32,36 @@ _SPACE = "\u2581"  # SentencePiece writes a space so
 _NO_TEXT = "found half of a surrogate pair, which is no text: expected UTF-8"
 
 
-def find_tokenizer(folder: Path) -> Path:
-    """The tokenizer file of a model folder.
-
-    `tokenizer.model` beside a versioned `tokenizer.model.vN` is Hugging Face's copy of it and does
-    not count.
-
-    Raises:
-        TokenizerError: none, or more than one.
-    """
-    names = sorted(p.name for p in folder.iterdir() if is_tekken(p) or is_sentencepiece(p))
-    versioned = [name for name in names if name != "tokenizer.model"]
-    names = versioned or names
-    if not names:
-        raise TokenizerError(
-            f"{folder}: the tokenizer is missing; expected tekken.json or tokenizer.model.vN "
-            f"(Hugging Face's tokenizer.json is never read)"
-        )
-    if len(names) > 1:
-        raise TokenizerError(
-            f"{folder}: found {len(names)} tokenizers ({', '.join(names)}); expected one: remove "
-            f"or move the others"
-        )
-    return folder / names[0]
-
-
 class Tokenizer:
     """One model's tokenizer and chat template.
 
     Args:
         path: a tekken.json or a SentencePiece model of Mistral's.
+        end_ids: ids that end an answer, beside the tokenizer's own.
 
     `fingerprint` is the same for two files that hold the same.
 
     Raises:
-        TokenizerError: the file cannot be read as one.
+        TokenizerError: the file cannot be read as one, or an end id that begins a part of an
+            answer.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self.mistral: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.from_file(
-                path
-            )
-            data = path.read_bytes()
-        except (MistralCommonException, OSError, ValueError, KeyError, TypeError, AssertionError,
-                RuntimeError, AttributeError) as error:  # fmt: skip
-            # mistral-common and SentencePiece check a file with asserts and bare look-ups
-            first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise TokenizerError(
-                f"{path}: not a tokenizer that mistral-common can read ({first_line})"
-            ) from error
+    def __init__(self, path: Path, end_ids: Iterable[int] = ()) -> None:
+        self.mistral, self.fingerprint = read_tokenizer(path)
         raw = self.mistral.instruct_tokenizer.tokenizer
         assert isinstance(raw, (Tekkenizer, SentencePieceTokenizer))
         self.raw: Tekkenizer | SentencePieceTokenizer = raw
-        self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
         self.eos_id = int(raw.eos_id)
         written = {text: _special_id(raw, text) for text in _WRITTEN}
         self._written = {id_: text for text, id_ in written.items() if id_ is not None}
         self.tool_calls_id = written[TOOL_CALLS]
         self.args_id, self.call_id_id = written[ARGS], written[CALL_ID]
+        self.end_ids = frozenset((self.eos_id, *end_ids))
+        for id_ in self.end_ids & self._written.keys():
+            raise TokenizerError(
+                f"{path}: the end token {id_} of config.json or generation_config.json is "
+                f"{self._written[id_]}, which begins a part of an answer: expected another id"
+            )
 
     @classmethod
     def shipped(cls, vocab_size: int) -> "Tokenizer":
@@ -108,15 +81,25 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
+    def from_folder(cls, folder: Path, vocab_size: int | None = None) -> "Tokenizer":
         """The tokenizer of a model folder.
 
+        Args:
+            folder: of the model.
+            vocab_size: of the model; with it the folder's own end tokens are ends as well.
+
         Raises:
-            TokenizerError: none, more than one, one that cannot be read, or whose template its
-                name does not tell.
+            TokenizerError: none, more than one, one that cannot be read, whose template its name
+                does not tell, or that is not this model's.
+            CheckpointError: an end token that is none.
         """
         path = find_tokenizer(folder)
-        tokenizer = cls(path)
+        tokenizer = cls(path, read_end_ids(folder, vocab_size) if vocab_size else ())
+        if vocab_size and tokenizer.n_words > vocab_size:
+            raise TokenizerError(
+                f"{path} has {tokenizer.n_words:,} tokens, the model {vocab_size:,}: expected the "
+                f"tokenizer of this model"
+            )
         if path.name == "tokenizer.model" and tokenizer.tool_calls_id is not None:
             # mistral-common would take it for v1, whose vocabulary has no [TOOL_CALLS].
             raise TokenizerError(
@@ -147,15 +130,12 @@ class Tokenizer:
             vocab_size: of the model.
             tools: whether tools are offered.
         """
-        allowed = {self.eos_id} | {
-            id_ for id_, text in self._written.items() if tools or "THINK" in text
-        }
+        allowed = {id_ for id_, text in self._written.items() if tools or "THINK" in text}
         banned = {id_ for id_ in self.raw.special_ids if id_ not in allowed}
         if isinstance(self.raw, SentencePieceTokenizer):
             banned.add(self.raw._model.unk_id())
-        return tuple(sorted(i for i in banned if i < vocab_size)) + tuple(
-            range(self.n_words, vocab_size)
-        )
+        banned.update(range(self.n_words, vocab_size))
+        return tuple(sorted(i for i in banned - self.end_ids if i < vocab_size))
 
     def encode(self, text: str) -> list[int]:
         """A plain prompt, with the beginning-of-sequence token.
@@ -176,8 +156,9 @@ class Tokenizer:
         """
         try:
             return list(self.mistral.encode_chat_completion(request).tokens)
-        except (MistralCommonException, ValueError, AssertionError, RecursionError) as error:
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
+        except (MistralCommonException, ValueError, AssertionError, RecursionError,
+                LookupError, TypeError) as error:  # fmt: skip
+            first_line = one_line((str(error) or type(error).__name__).splitlines()[0], 160)
             raise PromptError(
                 f"the {self.version} template refuses this conversation: {first_line}"
             ) from error
@@ -202,6 +183,11 @@ class Tokenizer:
     def calls_have_text(self) -> bool:
         """Whether the template takes text and calls in one answer: from v7 on."""
         return self.mistral.version >= TokenizerVersion.v7
+
+    @property
+    def takes_thinking(self) -> bool:
+        """Whether the template has a place for thinking of earlier answers: from v13 on."""
+        return self.mistral.version >= TokenizerVersion.v13
 
     def begins_with_mark(self, token: int) -> bool:
         """Whether a SentencePiece token writes its first space as a mark, and not as a byte."""

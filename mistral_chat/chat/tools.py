@@ -5,9 +5,8 @@ Calls are found by the control token that starts them, never by searching text. 
 
 import hashlib
 import json
-import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,32 @@ from jsonschema.validators import Draft7Validator
 from mistral_common.protocol.instruct.tool_calls import Function, Tool
 from pydantic import ValidationError
 
-from mistral_chat.errors import PromptError
+from mistral_chat.chat.call_text import (
+    MAX_DEPTH,
+    WrittenCall,
+    is_name,
+    nests_at_most,
+    read_listed_calls,
+    read_named_call,
+)
+from mistral_chat.errors import PromptError, shown
 from mistral_chat.files import read_json
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
 
-__all__ = ["ToolCall", "make_id", "make_tool", "nests_at_most", "parse_tool_calls", "read_tools"]
+__all__ = [
+    "MAX_DEPTH",
+    "UNREADABLE",
+    "ToolCall",
+    "make_id",
+    "make_tool",
+    "make_tools",
+    "nests_at_most",
+    "parse_tool_calls",
+    "read_tools",
+]
 
-MAX_DEPTH = 64
 UNREADABLE = "unreadable_call"  # stands in the history for calls that cannot be read
 _ID_ALPHABET = string.ascii_letters + string.digits
 
@@ -62,6 +78,21 @@ def read_tools(path: Path) -> list[Tool]:
     return [make_tool(entry, f"{path}, tool {n}") for n, entry in enumerate(listed, 1)]
 
 
+def make_tools(tools: Sequence[Mapping[str, Any] | Tool]) -> list[Tool]:
+    """Tools from their JSON form, those that are none yet.
+
+    Raises:
+        PromptError: no list, or not a function schema; which of them is named.
+    """
+    if not isinstance(tools, (list, tuple)):
+        raise PromptError(f"tools are {shown(tools)}: expected a list of function schemas")
+    made = []
+    for n, tool in enumerate(tools, 1):
+        entry = dict(tool) if isinstance(tool, Mapping) else tool
+        made.append(tool if isinstance(tool, Tool) else make_tool(entry, f"tool {n}"))
+    return made
+
+
 def make_tool(entry: Any, where: str) -> Tool:
     """A tool from its JSON form, checked as the template will: before a model is loaded.
 
@@ -96,7 +127,7 @@ def _as_mistral_has_it(entry: Any) -> Any:
 
 def _refusal(function: Function) -> str | None:
     """Why no template takes it; None where they do."""
-    if not _is_name(function.name):
+    if not is_name(function.name):
         return f"function.name: found {function.name!r}, expected 1 to 64 of a-z, A-Z, 0-9, _, -"
     try:
         json.dumps(function.model_dump(), ensure_ascii=False).encode()
@@ -134,10 +165,11 @@ def parse_tool_calls(
     for part in _split(before_end, start)[1:]:
         text = _decode(tokenizer, part)
         is_json = text.lstrip().startswith(("[", "{"))
-        found = _json_calls(text) if is_json else _named_call(tokenizer, part)
+        found = read_listed_calls(text) if is_json else _named_call(tokenizer, part)
         if found is None:
             return None
-        for name, arguments, id_ in found:
+        for name, arguments, written in found:
+            id_ = _checked_id(written)
             if id_ is None or any(call.id == id_ for call in calls):
                 id_ = make_id(seed, len(calls))
             calls.append(ToolCall(id_, name, arguments))
@@ -160,81 +192,23 @@ def _decode(tokenizer: "Tokenizer", ids: Sequence[int]) -> str:
     return "".join(map(detokenizer.add, ids)) + detokenizer.flush()
 
 
-def _json_calls(text: str) -> list[tuple[str, dict[str, Any], str | None]] | None:
-    try:
-        listed = _load(text)
-    except (ValueError, RecursionError):
-        return None
-    found = []
-    for entry in listed if isinstance(listed, list) else [listed]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            return None
-        arguments = _arguments(entry.get("arguments", {}))
-        if arguments is None:
-            return None
-        if not _is_name(entry["name"]):
-            return None
-        found.append((entry["name"], arguments, _checked_id(entry.get("id"))))
-    return found
-
-
-def _named_call(
-    tokenizer: "Tokenizer", ids: Sequence[int]
-) -> list[tuple[str, dict[str, Any], str | None]] | None:
+def _named_call(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[WrittenCall] | None:
     head_ids, *bodies = _split(ids, tokenizer.args_id)
     named, *id_parts = _split(head_ids, tokenizer.call_id_id)
     name = _decode(tokenizer, named)
+    if len(bodies) > 1:
+        return None
     if bodies:
         body = _decode(tokenizer, bodies[0])
-    else:  # v11 may leave the mark out
+    else:  # v11 may leave the mark out, but then not the arguments, too
         name, brace, rest = name.partition("{")
-        body = brace + rest
-    arguments = _arguments(body) if body and len(bodies) <= 1 else None
-    if not _is_name(name.strip()) or arguments is None:
-        return None
-    id_ = _decode(tokenizer, id_parts[0]).strip() if id_parts else None
-    return [(name.strip(), arguments, _checked_id(id_))]
-
-
-def _arguments(value: Any) -> dict[str, Any] | None:
-    if isinstance(value, str):
-        try:
-            value = _load(value or "{}")
-        except (ValueError, RecursionError):
+        if not brace:
             return None
-    return value if isinstance(value, dict) else None
-
-
-def _load(text: str) -> Any:
-    """JSON that can be written again and put into any template.
-
-    Raises:
-        ValueError: it is none: NaN, a number out of range, half of a surrogate pair, or deeper
-            than anybody would write.
-        RecursionError: much deeper.
-    """
-    value = json.loads(text, parse_constant=_refuse_constant)
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is read as infinity
-    if not nests_at_most(value, MAX_DEPTH):
-        raise ValueError(f"deeper than {MAX_DEPTH}")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def nests_at_most(value: Any, depth: int) -> bool:
-    """Whether no list or object lies in more than `depth` others."""
-    if not isinstance(value, (list, dict)):
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return depth > 0 and all(nests_at_most(entry, depth - 1) for entry in inner)
-
-
-def _is_name(text: str) -> bool:
-    """Whether mistral-common takes it for a function's name."""
-    return re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", text) is not None
+        body = brace + rest
+    found = read_named_call(name, body)
+    if found is None:
+        return None
+    return [(*found, _decode(tokenizer, id_parts[0]).strip() if id_parts else None)]
 
 
 def _checked_id(value: Any) -> str | None:

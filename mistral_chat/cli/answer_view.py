@@ -7,7 +7,7 @@ still grows is drawn again in place, cut to the window. Knows nothing of where t
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple, Protocol
@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol
 from rich.text import Text
 
 from mistral_chat.cli import render
-from mistral_chat.cli.chat_text import harmless
-from mistral_chat.cli.markdown import START, Seam, code_rows, finished, to_ansi
+from mistral_chat.cli.markdown import DIM, START, Seam, code_rows, finished, to_ansi
 from mistral_chat.cli.markdown import render as render_markdown
+from mistral_chat.cli.printing import clean
 from mistral_chat.cli.terminal import is_fancy
 
 __all__ = ["AnswerView", "MarkdownView", "RawView", "make_view"]
@@ -45,9 +45,12 @@ class AnswerView(Protocol):
     def finish(self) -> None:
         """Show all of it, ended or interrupted, and leave the cursor at the start of a line."""
 
+    def show_below(self, lines: Sequence[str]) -> None:
+        """Have lines stand below the answer while it grows, where there is a way."""
+
 
 class RawView:
-    """Text as it comes, and one line end."""
+    """Text as it comes, and one line end; nothing can stand below."""
 
     def add(self, text: str) -> None:
         """Write the next piece."""
@@ -57,12 +60,15 @@ class RawView:
         """End the line."""
         render.say("\n")
 
+    def show_below(self, lines: Sequence[str]) -> None:
+        """Nothing: what was written cannot be drawn over."""
+
 
 def make_view(*, plain: bool) -> AnswerView:
     """A view of one answer on stdout; Markdown only at a terminal that takes colours."""
     if plain or not is_fancy(sys.stdout):
         return RawView()
-    return MarkdownView(render.say, window_size)
+    return MarkdownView(render.draw, window_size)
 
 
 def window_size() -> tuple[int, int]:
@@ -100,11 +106,24 @@ class MarkdownView:
         self._source = ""  # what may still change
         self._seam: Seam = START
         self._n_checked = 0  # characters of it whose blocks have been looked for
+        self._below: tuple[str, ...] = ()
         self._drawn: list[_Row] = []  # lines on the screen that may be drawn again
 
     def add(self, text: str) -> None:
         """Take the next piece of the answer; draw, unless that was just done."""
-        self._source += harmless(text)
+        self._source += clean(text)
+        self._draw_when_due()
+
+    def show_below(self, lines: Sequence[str]) -> None:
+        """Have lines stand below the answer, each cut to the window; none are gone at once."""
+        if tuple(lines) != self._below:
+            self._below = tuple(lines)
+            if lines:
+                self._draw_when_due()
+            else:
+                self._draw(final=False)
+
+    def _draw_when_due(self) -> None:
         started = time.monotonic()
         if started < self._due or not self._has_rested(started):
             return
@@ -129,6 +148,8 @@ class MarkdownView:
         size = self._get_size()
         out = self._adapt(size) if size != self._size else ""
         columns, rows = size
+        below = [] if final else [_below(line, columns) for line in self._below][: rows // 3]
+        rows -= len(below)
         printed = self._settle(columns)
         live = render_markdown(self._source, columns, self._seam)
         if final:
@@ -140,7 +161,7 @@ class MarkdownView:
                 printed, live = printed + group, live[len(group) :]
                 self._seam = replace(self._seam, code_lines=self._seam.code_lines + 1)
             live = live[-(rows - 1) :] if rows > 1 else []
-        out += self._paint(printed, live, columns)
+        out += self._paint(printed, live + below, columns)
         if out:
             self._write(out)
 
@@ -204,3 +225,9 @@ class MarkdownView:
         before = whole[: len(whole) - n_live]
         before = before[max(len(before) - max(rows - 1 - n_live, 0), 0) :]
         return "\r\n" * rows + HOME + ERASE_BELOW + self._paint(before, [], columns)
+
+
+def _below(line: str, columns: int) -> Text:
+    text = Text(clean(line), DIM)
+    text.truncate(columns, overflow="ellipsis")
+    return text

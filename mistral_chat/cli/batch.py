@@ -18,10 +18,10 @@ from mistral_chat.cli.batch_lines import Line, asks_json, check_source, read_lin
 from mistral_chat.cli.batch_output import Output, check_target, error_record
 from mistral_chat.cli.batch_progress import Progress
 from mistral_chat.cli.begun import Begun, say_what_starts
-from mistral_chat.cli.checks import check_model
 from mistral_chat.cli.inputs import Offered, read_offered
+from mistral_chat.cli.pipes import keep_pipe
 from mistral_chat.cli.suggestions import require_model
-from mistral_chat.cli.words import read_own, split, whole_from
+from mistral_chat.cli.words import OwnFlag, read_own, split, whole_from
 from mistral_chat.engine.launch import launched_rank, launched_ranks
 from mistral_chat.errors import PromptError, UsageError
 
@@ -39,7 +39,8 @@ HELP = """usage: mistral-chat batch MODEL IN.jsonl OUT.jsonl [flags]
 
 Answer every line of IN, several at once, and write each answer to OUT as it ends: the object of
 --json, with its id before it. The same command again goes on where it was: nothing is lost or
-answered twice. - is stdin or stdout (which holds nothing to go on from).
+answered twice. - is stdin or stdout (which holds nothing to go on from). A line that has an error
+in OUT is done, too; with --retry_errors such errors leave OUT and their lines are run again.
 
 A line of IN is an object with
   prompt               a text: one message with --instruct, else to be completed
@@ -54,13 +55,14 @@ A line that cannot be answered becomes {"id": ..., "error": "line N: ..."}; the 
 that was cut, with finish_reason length, is there with such an error beside it.
 
   --max_batch_size N   sequences that decode together (8 on GPUs, 4 on CPU)
+  --retry_errors       run lines again that had an error, such as after IN was mended
   and of the main job: --instruct --system --system_file --tools --json_schema --json_object
   --max_tokens --temperature --top_p --top_k --min_p --seed --stop --logprobs --quiet
   --nproc_per_node --device --dtype --max_seq_len --config --load_format
 
 Codes: 0 all answered, 1 failed or a line has an error, 2 wrong usage, 130 interrupted.
 """
-_OWN = {"max_batch_size": whole_from(1)}
+_OWN = {"max_batch_size": whole_from(1), "retry_errors": OwnFlag()}
 _SHARED = ("instruct", "quiet", "system", "system_file", "tools", "json_schema", "json_object",
            "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logprobs",
            "nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")  # fmt: skip
@@ -75,12 +77,14 @@ class Asked:
         source: IN.
         target: OUT.
         at_once: sequences that decode together; None leaves it to the machine.
+        retry_errors: run lines again whose record in OUT has an error.
     """
 
     options: flags.Options
     source: str
     target: str
     at_once: int | None = None
+    retry_errors: bool = False
 
 
 def run(words: Sequence[str], begun: Begun) -> int:
@@ -91,7 +95,11 @@ def run(words: Sequence[str], begun: Begun) -> int:
         if not rank:
             print(HELP, end="")
         return 0
-    asked = _read(rest, own.get("max_batch_size"))
+    asked = _read(rest, own.get("max_batch_size"), retry_errors="retry_errors" in own)
+    if rank is None:  # ranks that are started do not inherit a shell's pipe
+        source = keep_pipe(asked.source, lambda _: None)
+        words = [source if word == asked.source else word for word in words]
+        asked = replace(asked, source=source)
     if rank:
         start.launch(asked.options, ["batch", *words])
         return _follow(asked.options)
@@ -100,6 +108,8 @@ def run(words: Sequence[str], begun: Begun) -> int:
     say_what_starts(options, begun)
     check_source(asked.source)
     check_target(asked.target)
+    from mistral_chat.cli.checks import check_model
+
     if not begun.by_us:
         n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
         check_model(options.engine, n_ranks)
@@ -109,7 +119,7 @@ def run(words: Sequence[str], begun: Begun) -> int:
     return _lead(asked, offered, begun) if code is None else code
 
 
-def _read(words: Sequence[str], at_once: int | None) -> Asked:
+def _read(words: Sequence[str], at_once: int | None, *, retry_errors: bool) -> Asked:
     given, places = split(words)
     # Weights at random need no folder, but then the shape comes from --config.
     has_shape = any(word.startswith("--config=") for word in given)
@@ -117,13 +127,17 @@ def _read(words: Sequence[str], at_once: int | None) -> Asked:
         found = " ".join(map(repr, places)) or "nothing"
         raise UsageError(f"found {found}: expected MODEL IN.jsonl OUT.jsonl")
     *model, source, target = places
+    if retry_errors and target == "-":
+        raise UsageError("--retry_errors and OUT is -: expected a file that an earlier run wrote")
     options = flags.parse(["--json", *given, "--", *model])
     if options.tools is not None and options.tools.suffix == ".py":
         raise UsageError(
             f"--tools {options.tools}: batch runs no functions, it reports calls: expected a .json "
             f"file of function schemas"
         )
-    return Asked(options=options, source=source, target=target, at_once=at_once)
+    return Asked(
+        options=options, source=source, target=target, at_once=at_once, retry_errors=retry_errors
+    )
 
 
 def _follow(options: flags.Options) -> int:
@@ -149,8 +163,10 @@ def _lead(asked: Asked, offered: Offered, begun: Begun) -> int:
             f"{asked.source}: nothing to answer: expected a JSON object on every line"
         )
     with Output(asked.target, source_stat) as output:
-        done, n_errors = output.resume(lines, _model_name(options))
-        progress = Progress(len(lines), len(done), n_errors, quiet=options.quiet)
+        done, n_errors = output.resume(lines, _model_name(options), retry_errors=asked.retry_errors)
+        progress = Progress(
+            len(lines), len(done), n_errors, quiet=options.quiet, can_retry=output.is_file
+        )
         _end_on_signals(progress)
         todo = []
         for line in lines:

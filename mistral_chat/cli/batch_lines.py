@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mistral_chat import errors
 from mistral_chat.chat.batch import Question
+from mistral_chat.chat.messages import read_messages
 from mistral_chat.cli import flags
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import PromptError, UsageError
@@ -125,7 +127,7 @@ def read_lines(data: bytes, options: flags.Options, system: str | None) -> list[
     Args:
         data: all of IN.
         options: their sampling is the default; instruct makes a prompt a message.
-        system: put before a conversation that has no system message.
+        system: put before a conversation that has no system or developer message.
     """
     found: list[Line] = []
     owners: dict[str | int, int] = {}
@@ -166,7 +168,12 @@ def _read_object(text: bytes) -> dict[str, Any]:
         raise _LineError("expected a JSON object with prompt or messages")
     if _SURROGATE.search(text) and is_torn(json.dumps(value, ensure_ascii=False)):
         raise _LineError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
-    return value
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
+    """An object less its fields that are null, which clients write for those that are not set."""
+    return {name: entry for name, entry in value.items() if entry is not None}
 
 
 def is_torn(text: str) -> bool:
@@ -198,10 +205,13 @@ def _read_question(
         raise _LineError("expected either prompt or messages")
     if prompt is not None and not isinstance(prompt, str):
         raise _LineError(f"prompt is {shown(prompt)}: expected a text")
-    if messages is not None and not _is_list_of(messages, dict):
-        raise _LineError(f"messages are {shown(messages)}: expected a list of objects")
-    if tools is not None and not _is_list_of(tools, dict):
-        raise _LineError(f"tools are {shown(tools)}: expected a list of function schemas")
+    if messages is not None:
+        try:
+            messages = read_messages(messages)
+        except PromptError as error:
+            raise _LineError(str(error)) from error
+    if tools is not None and not isinstance(tools, list):
+        raise _LineError(f"tools are {errors.shown(tools)}: expected a list of function schemas")
     params = _read_sampling(value, options.sampling)
     held = _read_format(value)
     is_message = prompt is None or instruct
@@ -212,9 +222,7 @@ def _read_question(
     else:
         if messages is None:
             messages = [{"role": "user", "content": prompt}]
-        if system is not None and not any(m.get("role") == "system" for m in messages):
-            messages = [{"role": "system", "content": system}, *messages]
-        question = Question(messages=messages, tools=tools, params=params, **held)
+        question = Question(messages=messages, system=system, tools=tools, params=params, **held)
     if question.is_json(by_default=asks_json(options)):
         offers_tools = tools or (tools is None and is_message and options.tools is not None)
         for name, given in (("stop", params.stop), ("tools", offers_tools)):
@@ -250,23 +258,24 @@ def _read_body(value: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         raise _LineError(f"url is {shown(url)}: expected {_CHAT_URL} or {_COMPLETION_URL}")
     if not isinstance(body, dict):
         raise _LineError(f"body is {shown(body)}: expected an object")
+    body = _without_nulls(body)
     _check_names(body, _BODY_FIELDS, " in body")
     needed = {_CHAT_URL: "messages", _COMPLETION_URL: "prompt"}.get(url or "")
-    if needed and body.get(needed) is None:
+    if needed and needed not in body:
         raise _LineError(f"body has no {needed}, which {url} needs")
     for name, neutral in _NEUTRAL.items():
-        if body.get(name) not in (None, *neutral):
+        if name in body and body[name] not in neutral:
             found = shown(body[name])
             raise _LineError(f"{name} is {found}: expected {shown(neutral[0])}, or to leave it out")
     fields = {name: body[name] for name in body if name in _FIELDS}
-    if body.get("max_completion_tokens") is not None:
+    if "max_completion_tokens" in body:
         fields["max_tokens"] = body["max_completion_tokens"]
-    if body.get("response_format") is not None:
+    if "response_format" in body:
         fields |= _read_response_format(body["response_format"])
     if isinstance(body.get("logprobs"), bool):  # of a chat: a switch, and a number beside it
         top = body.get("top_logprobs")
         fields["logprobs"] = (0 if top is None else top) if body["logprobs"] else None
-    elif body.get("top_logprobs") is not None:
+    elif "top_logprobs" in body:
         raise _LineError("top_logprobs needs logprobs to be true")
     return fields, url
 
@@ -278,6 +287,7 @@ def _read_response_format(found: Any) -> dict[str, Any]:
         raise _LineError(
             f"response_format is {shown(found)}: expected the type text, json_object or json_schema"
         )
+    found = _without_nulls(found)
     _check_names(found, ("type", "json_schema"), " in response_format")
     if kind != "json_schema":
         return {"json_object": kind == "json_object"}

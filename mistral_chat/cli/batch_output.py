@@ -1,7 +1,7 @@
 """A batch's OUT: its records, written whole and synced one by one, and what an earlier run left.
 
-It is its own journal: a run that finds it goes on with the lines that it lacks. Knows nothing of
-models.
+It is its own journal: a run that finds it goes on with the lines that it lacks. Lines to be tried
+again are lines that it lacks: their errors are taken out first. Knows nothing of models.
 """
 
 import errno
@@ -10,11 +10,12 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mistral_chat.cli.batch_lines import Line, shown
+from mistral_chat.cli.durable import sync_folder
 from mistral_chat.cli.locks import lock
 from mistral_chat.errors import OutputError, UsageError
 
@@ -91,12 +92,10 @@ class Output:
                 raise OutputError(
                     f"{target}: another run is writing it: wait for its end, or name another OUT"
                 )
-            if is_new and self._is_file:  # the name must outlive a power cut as well
-                folder = os.open(path.parent, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+            if self._is_file and not os.path.samestat(found, path.stat()):
+                raise OutputError(f"{target}: another run has just replaced it: start this again")
+            if is_new and self._is_file:
+                sync_folder(path.parent)
         except OSError as error:
             raise _cannot_write(target, error) from error
 
@@ -112,12 +111,26 @@ class Output:
         if stat.S_ISREG(found.st_mode) and os.path.samestat(found, source):
             raise UsageError(f"IN and OUT are the same file ({self._target}): expected two")
 
-    def resume(self, lines: Sequence[Line], model: str) -> tuple[set[int], int]:
+    @property
+    def is_file(self) -> bool:
+        """Whether a later run can go on with it."""
+        return self._is_file
+
+    @property
+    def _beside(self) -> Path:
+        """Where a file is made that is to take the place of this one."""
+        path = Path(self._target).resolve()
+        return path.with_name(f".{path.name}.retry_errors")
+
+    def resume(
+        self, lines: Sequence[Line], model: str, *, retry_errors: bool = False
+    ) -> tuple[set[int], int]:
         """Read what an earlier run wrote, and cut off a line that it did not finish.
 
         Args:
             lines: of IN.
             model: of this run, as its records name it; the folder may be written in another way.
+            retry_errors: take out every record that has an error, so that its line is run again.
 
         Returns:
             the numbers of the lines that need no run, and how many of them have an error.
@@ -130,6 +143,7 @@ class Output:
         by_number = {line.number: line for line in lines}
         owners = {line.id: line for line in reversed(lines)}
         done: set[int] = set()
+        failed: set[int] = set()  # places of records to take out
         n_errors = end = 0
         torn = b""
         with Path(self._target).open("rb") as file:
@@ -139,6 +153,9 @@ class Output:
                     break
                 end += len(text)
                 id_, error = self._read_record(text, place, model)
+                if retry_errors and error is not None:
+                    failed.add(place)  # whatever line of IN it was: that may have been mended
+                    continue
                 # A line whose id is another's has its error by its number.
                 named = _ERROR_LINE.match(error or "")
                 line = by_number.get(int(named[1])) if named else None
@@ -150,14 +167,47 @@ class Output:
                 done.add(line.number)
                 n_errors += error is not None
         if not (torn.startswith(_RECORD_START) or _RECORD_START.startswith(torn)):
-            raise self._foreign(len(done) + 1, "it is no answer of ours")
+            raise self._foreign(len(done) + len(failed) + 1, "it is no answer of ours")
         try:
-            if os.fstat(self._fd).st_size > end:
+            self._beside.unlink(missing_ok=True)  # of a run that was killed
+            if failed:
+                self._take_out(failed)
+            elif os.fstat(self._fd).st_size > end:
                 os.ftruncate(self._fd, end)
                 os.fsync(self._fd)
         except OSError as error:
             raise _cannot_write(self._target, error) from error
         return done, n_errors
+
+    def _take_out(self, places: Collection[int]) -> None:
+        """Put a file without some lines in the place of this one, at once: a kill leaves either.
+
+        Args:
+            places: numbers of lines, from 1; one that was never finished goes, too.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        assert self._fd is not None
+        path, beside = Path(self._target).resolve(), self._beside
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        new = os.open(beside, flags, 0o600)
+        try:
+            os.fchmod(new, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            lock(new)  # before it has the name by which others look for it
+            with path.open("rb") as file, os.fdopen(os.dup(new), "wb") as kept:
+                for place, text in enumerate(file, 1):
+                    if place not in places and text.endswith(b"\n"):
+                        kept.write(text)
+            os.fsync(new)
+            beside.rename(path)
+            sync_folder(path.parent)
+        except BaseException:
+            os.close(new)
+            beside.unlink(missing_ok=True)
+            raise
+        os.close(self._fd)
+        self._fd = new
 
     def _read_record(self, text: bytes, place: int, model: str) -> tuple[str | int, str | None]:
         try:
@@ -178,7 +228,7 @@ class Output:
     def _foreign(self, place: int, why: str) -> OutputError:
         return OutputError(
             f"{self._target}, line {place}: {why}: expected what a run of this IN and MODEL "
-            f"wrote, or an OUT that is empty or new"
+            f"wrote, or an OUT that is empty or new (where IN was mended: --retry_errors)"
         )
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -24,15 +24,19 @@ class Progress:
         done: of them, those that an earlier run wrote.
         n_errors: of those, the ones with an error.
         quiet: nothing but errors.
+        can_retry: a later run can try lines again that have an error.
     """
 
-    def __init__(self, total: int, done: int, n_errors: int, *, quiet: bool) -> None:
+    def __init__(
+        self, total: int, done: int, n_errors: int, *, quiet: bool, can_retry: bool
+    ) -> None:
         from mistral_chat.cli.terminal import is_fancy
 
         self._total = total
         self._before = self._done = done
         self._n_errors = n_errors
         self._quiet = quiet
+        self._can_retry = can_retry
         self._live = is_fancy(sys.stderr) and not quiet
         self._is_drawn = False
         self._n_tokens = 0
@@ -110,9 +114,10 @@ class Progress:
 
         self.clear()
         if self._n_errors:
+            hint = "; --retry_errors tries them again" if self._can_retry else ""
             render.error(
                 f"{self._n_errors:,} of {self._total:,} lines have an error, which their line of "
-                f"OUT says"
+                f"OUT says{hint}"
             )
             return FAILED
         if not self._quiet:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from mistral_chat.cli.terminal import is_fancy, is_terminal
+from mistral_chat.cli import printing
+from mistral_chat.cli.terminal import is_terminal
 from mistral_chat.engine.launch import launched_rank, launched_ranks
 from mistral_chat.errors import one_line
 
@@ -78,10 +79,8 @@ def say_what_starts(options: "Options", begun: Begun) -> None:
     ranks = f"{n_ranks} ranks of " if n_ranks is not None and n_ranks > 1 else ""
     device = options.engine.device
     where = "" if device == "auto" else f" on {device}"
-    line = one_line(f"mistral-chat: starting {ranks}{name_of(options.engine.model)}{where} ...")
-    if is_fancy(sys.stderr):
-        line = f"\x1b[2m{line}\x1b[0m"
-    print(line, file=sys.stderr, flush=True)
+    line = f"mistral-chat: starting {ranks}{name_of(options.engine.model)}{where} ..."
+    printing.note(one_line(line), dim=True)
 
 
 def name_of(model: Path | None) -> str:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from mistral_chat import __version__
 from mistral_chat.cli import flags, start
 from mistral_chat.cli.begun import Begun, say_what_starts
-from mistral_chat.cli.checks import check_model
 from mistral_chat.cli.inputs import read_offered
 from mistral_chat.cli.suggestions import require_model
 from mistral_chat.cli.words import OwnFlag, read_own, whole_from
@@ -134,6 +133,8 @@ def _check(options: flags.Options, asked: Asked, begun: Begun) -> None:
     """All that can be judged without torch."""
     require_model(options.engine.model)
     say_what_starts(options, begun)
+    from mistral_chat.cli.checks import check_model
+
     in_all = (options.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
     check_model(options.engine, asked.shard_of or in_all, needs_text=bool(options.json_schema))
     read_offered(options)

@@ -5,14 +5,12 @@ One desk serves a chat at a terminal and a single prompt. Knows nothing of round
 
 from collections.abc import Callable
 
-from prompt_toolkit import PromptSession
-
 from mistral_chat.chat.functions import CallsCancelledError, PythonFunctions
 from mistral_chat.chat.rounds import CallResult
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli import render
 from mistral_chat.cli.chat_text import call_line, shorten, visible
-from mistral_chat.cli.prompt import make_question, unwrap_block
+from mistral_chat.cli.prompt import Question, unwrap_block
 
 __all__ = ["CallDesk", "print_line"]
 
@@ -47,7 +45,7 @@ class CallDesk:
         self._quiet = quiet
         self._is_cancelled = is_cancelled
         self._always: set[str] = set()
-        self._question: PromptSession[str] | None = None
+        self._question: Question | None = None
 
     def run(self, call: ToolCall) -> str:
         """Show a call, ask about it, run it.
@@ -88,8 +86,8 @@ class CallDesk:
 
     def _ask(self, text: str) -> str:
         if self._question is None:
-            self._question = make_question()
+            self._question = Question()
         try:
-            return self._question.prompt(text)
+            return self._question.ask(text)
         except (KeyboardInterrupt, EOFError):
             raise CallsCancelledError from None

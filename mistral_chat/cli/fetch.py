@@ -4,6 +4,7 @@ Each comes into a partial file that an interrupted download leaves behind, and i
 SHA-256. Knows nothing of layouts.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -155,11 +156,16 @@ class _Partial(io.FileIO):
     """The part of a file that is there, its digest, and a place to write on.
 
     Raises:
-        DownloadError: another process writes it.
+        DownloadError: another process writes it, or it is a link to elsewhere.
     """
 
     def __init__(self, path: Path, on_bytes: OnBytes, stopped: threading.Event) -> None:
-        super().__init__(path, "a+")
+        try:
+            super().__init__(path, "a+", opener=_open_no_link)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise DownloadError(f"{path} is a link, which no download made: remove it") from error
         if not lock(self.fileno()):  # without locks the digest tells what two writers made of it
             self.close()
             raise DownloadError(
@@ -196,6 +202,10 @@ class _Partial(io.FileIO):
         self._on_bytes(size - before)
         self._digest()
         return size
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _gb(n_bytes: int) -> str:

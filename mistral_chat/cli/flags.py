@@ -86,6 +86,8 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("system_file", Path, "system prompt from a file", "PATH"),
         Flag("tools", Path, "functions to offer: schemas (.json), or Python to run (.py)", "FILE"),
         Flag("yes", None, "run the functions of --tools FILE.py without asking"),
+        Flag("tools_env", str, "let them see this secret of the environment (repeatable)", "NAME",
+             repeats=True),
         Flag("tool_timeout", _number, "seconds that a call of a Python function may take (60)",
              "SECONDS"),
     ),
@@ -154,6 +156,7 @@ class Options:
         system_file: or the file that holds it.
         tools: file of function schemas, or of Python functions.
         yes: run Python functions without asking.
+        tools_env: variables of the environment that they see although their names are of secrets.
         tool_timeout: seconds that a call of one may take.
         json_schema: file of the schema that answers are valid against.
         json_object: answers are JSON objects.
@@ -175,6 +178,7 @@ class Options:
     system_file: Path | None = None
     tools: Path | None = None
     yes: bool = False
+    tools_env: tuple[str, ...] = ()
     tool_timeout: float = 60.0
     json_schema: Path | None = None
     json_object: bool = False
@@ -250,6 +254,7 @@ def parse(words: Sequence[str], *, takes_text: bool = True) -> Options:
         sampling=sampling,
         save=not values.get("no_save", False),
         files=tuple(values.get("file", ())),
+        tools_env=tuple(values.get("tools_env", ())),
         **{name: values[name] for name in names if name in values},
     )
 
@@ -314,7 +319,7 @@ def _check(values: dict[str, Any]) -> None:
         raise UsageError(
             f"--tools {tools}: expected a .json file of schemas, or a .py file of functions"
         )
-    for name in ("yes", "tool_timeout"):
+    for name in ("yes", "tools_env", "tool_timeout"):
         if name in values and (tools is None or tools.suffix != ".py"):
             raise UsageError(f"--{name} needs --tools FILE.py: it says how Python functions run")
     if not 0 < values.get("tool_timeout", 1) < math.inf:

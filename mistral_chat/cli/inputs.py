@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mistral_chat.cli import printing
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.pipes import leave_for_ranks, read_stdin
 from mistral_chat.cli.terminal import is_terminal
+from mistral_chat.cli.texts import read_text_file, text_of
 from mistral_chat.errors import PromptError, UsageError
-from mistral_chat.files import decode_text, read_json, read_small_file, read_text
+from mistral_chat.files import read_json, read_small_file
 
 if TYPE_CHECKING:
     from mistral_common.protocol.instruct.tool_calls import Tool
 
     from mistral_chat.chat.grammar import Grammar
 
-__all__ = ["Inputs", "Offered", "read_inputs", "read_offered", "read_text_file"]
+__all__ = ["Inputs", "Offered", "read_inputs", "read_offered"]
 
 MOST_PYTHON_BYTES = 4 << 20  # it is compiled, at a second or two a megabyte
 
@@ -129,34 +131,19 @@ def read_offered(options: Options) -> Offered:
     return Offered(system=system, tools=tools, grammar=grammar)
 
 
-def read_text_file(path: Path) -> str:
-    """A file's text, without the line end at its end.
-
-    Raises:
-        PromptError: it cannot be read, is no UTF-8, or longer than any context.
-    """
-    return _without_line_end(read_text(path, PromptError))
-
-
 def _read_stdin(options: Options, *, for_ranks: bool) -> str:
     def say_that_it_waits() -> None:
-        if options.prompt is not None and not options.quiet and sys.stderr is not None:
-            print(
+        if options.prompt is not None and not options.quiet:
+            printing.note(
                 "mistral-chat: waiting for stdin to end, which comes before the prompt "
-                "(< /dev/null gives none)",
-                file=sys.stderr,
-                flush=True,
+                "(< /dev/null gives none)"
             )
 
     data = read_stdin(say_that_it_waits)
-    text = _without_line_end(decode_text(data, "stdin", PromptError))
+    text = text_of(data, "stdin")
     if for_ranks:
         leave_for_ranks(data)
     return text
-
-
-def _without_line_end(text: str) -> str:
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _require_text(**texts: Sequence[str | None]) -> None:

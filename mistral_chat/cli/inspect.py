@@ -118,7 +118,7 @@ def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None
         "parameters": args.n_params,
         "shape": shape,
         "weights": _weights(config, args),
-        "tokenizer": _tokenizer(config.model),
+        "tokenizer": _tokenizer(config.model, args.vocab_size),
         "device": device.type,
         "assumed_gpu_bytes": gpu_memory,
         "dtype": str(dtype).removeprefix("torch."),
@@ -149,13 +149,14 @@ def _weights(config: "EngineConfig", args: "TransformerArgs") -> dict[str, Any] 
     }
 
 
-def _tokenizer(folder: Path | None) -> dict[str, str] | None:
+def _tokenizer(folder: Path | None, vocab_size: int) -> dict[str, str] | None:
     if folder is None:
         return None
-    from mistral_chat.chat.tokenizer import Tokenizer, find_tokenizer
+    from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.chat.tokenizer_file import find_tokenizer
 
-    path = find_tokenizer(folder)
-    return {"file": path.name, "version": Tokenizer(path).version}
+    version = Tokenizer.from_folder(folder, vocab_size).version  # as a run takes it
+    return {"file": find_tokenizer(folder).name, "version": version}
 
 
 def _free(

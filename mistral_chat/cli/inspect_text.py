@@ -13,7 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mistral_chat.cli.terminal import is_fancy
+from mistral_chat.cli.printing import clean
+from mistral_chat.cli.terminal import is_fancy, is_terminal
 
 __all__ = ["text_of"]
 
@@ -33,6 +34,7 @@ def text_of(result: dict[str, Any]) -> str:
     table = _table(result["plans"], box.HEAVY_HEAD if fancy else None)
     with console.capture() as capture:
         for name, text in _lines(result):
+            text = clean(text) if is_terminal(sys.stdout) else text
             shown = _folded(text, console.width - NAME_COLUMNS) if fancy else text
             console.print(f"{name:<{NAME_COLUMNS}}{shown}", markup=False, soft_wrap=True)
         console.print()

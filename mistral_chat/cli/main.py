@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
-from mistral_chat.cli import flags, start
+from mistral_chat.cli import flags, printing, start
 from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.pipes import keep_pipes
 from mistral_chat.engine.launch import (
@@ -24,7 +24,7 @@ from mistral_chat.engine.launch import (
     launched_ranks,
     set_up_environment,
 )
-from mistral_chat.errors import MistralChatError, OutputError, UsageError, one_line, shown
+from mistral_chat.errors import MistralChatError, OutputError, UsageError, shown
 
 if TYPE_CHECKING:
     from mistral_chat.cli.inputs import Inputs
@@ -115,12 +115,12 @@ def _say_once(error: MistralChatError) -> None:
     except UsageError:  # the launcher's variables are what is wrong
         speaks = True
     if speaks:
-        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr, flush=True)
+        printing.error(error)
 
 
 def _command(words: list[str], begun: Begun) -> int:
     if launched_rank() is None:
-        words = keep_pipes(words)
+        words = keep_pipes(words, _say_that_it_waits("--quiet" not in words))
     command = words[0] if words and words[0] in flags.COMMANDS else None
     if command == "bench":
         from mistral_chat.cli import bench
@@ -160,6 +160,14 @@ def _refuse_misspelt_command(words: Sequence[str]) -> None:
             )
 
 
+def _say_that_it_waits(speaks: bool) -> Callable[[str], None]:
+    def say(pipe: str) -> None:
+        if speaks:
+            printing.note(f"mistral-chat: waiting for {shown(pipe)} to end, which is a pipe")
+
+    return say
+
+
 def _help(command: str | None, code: int = 0) -> int:
     if launched_rank() in (None, 0):
         print(flags.help_text(command), end="", file=sys.stderr if code else sys.stdout)
@@ -183,7 +191,8 @@ def _demo(words: list[str], begun: Begun) -> int:
     from mistral_chat.cli.embedded import embedded_model
     from mistral_chat.engine.launch import visible_gpus
 
-    folder = embedded_model(on_progress=_demo_progress(options.quiet))
+    show_bar = not options.quiet and launched_rank() in (None, 0)
+    folder = embedded_model(on_progress=_demo_progress(options.quiet), show_bar=show_bar)
     if only_path:
         print(folder)
         return 0
@@ -199,7 +208,7 @@ def _demo(words: list[str], begun: Begun) -> int:
 def _demo_progress(quiet: bool) -> Callable[[str], None]:
     def show(line: str) -> None:
         if not quiet and launched_rank() in (None, 0):
-            print(f"mistral-chat: {line}", file=sys.stderr, flush=True)
+            printing.note(f"mistral-chat: {line}")
 
     return show
 
@@ -210,29 +219,42 @@ def _main_job(options: flags.Options, words: list[str], begun: Begun) -> int:
         return start.follow(options.engine)
     if sys.stdout is None:
         raise OutputError("stdout is closed: expected somewhere to write the answer to")
-    from mistral_chat.cli.checks import check_model
-    from mistral_chat.cli.inputs import read_inputs
     from mistral_chat.cli.suggestions import require_model
 
     require_model(options.engine.model)
     say_what_starts(options, begun)
+    from mistral_chat.cli.checks import check_model
+    from mistral_chat.cli.inputs import read_inputs
+
     if not begun.by_us:
         n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
         check_model(options.engine, n_ranks)
     inputs = read_inputs(options, for_ranks=rank is None)
     with begun.handed_on():
         code = start.launch(options, words)
-    return _lead(options, inputs, begun) if code is None else code
+    if code is not None:
+        return code
+    with contextlib.ExitStack() as held:
+        return _lead(options, inputs, begun, held)
 
 
-def _lead(options: flags.Options, inputs: "Inputs", begun: Begun) -> int:
-    """Rank 0: load, then answer or chat."""
+def _lead(
+    options: flags.Options, inputs: "Inputs", begun: Begun, held: contextlib.ExitStack
+) -> int:
+    """Rank 0: load, then answer or chat; what is held is let go afterwards."""
+    from mistral_chat.cli.going_on import typed_command
+    from mistral_chat.cli.terminal import QuietTerminal
+
+    typed = typed_command(launched=launched_rank() is not None)
+    # What is typed from now on waits for the prompt, unseen.
+    is_chat = inputs.prompt is None
+    terminal = held.enter_context(QuietTerminal(signals=True)) if is_chat else None
+
     from mistral_chat.chat.chat import Chat
     from mistral_chat.chat.functions import PythonFunctions
-    from mistral_chat.cli import one_shot, render
+    from mistral_chat.cli import one_shot
     from mistral_chat.cli.calls import print_line
     from mistral_chat.cli.repl import chat_at_terminal
-    from mistral_chat.cli.terminal import QuietTerminal
     from mistral_chat.cli.terminal_chat import TerminalChat
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import PeerFailedError
@@ -242,17 +264,23 @@ def _lead(options: flags.Options, inputs: "Inputs", begun: Begun) -> int:
     tools = inputs.offered.tools
     if options.tools is not None and options.tools.suffix == ".py":
         on_printed = (lambda line: None) if options.quiet else print_line
-        functions = PythonFunctions(options.tools, options.tool_timeout, on_printed)
+        functions = PythonFunctions(
+            options.tools, options.tool_timeout, on_printed, options.tools_env
+        )
         atexit.register(functions.close)  # should this process be killed, it ends them, too
         tools = functions.tools
     group = current_group()
-    terminal: QuietTerminal | None = None
+    talk: TerminalChat | None = None
 
     def restore_terminal() -> None:
         if terminal is not None:
             terminal.restore()
 
-    end_process = start.end_with(group, restore_terminal)
+    def say_how_to_go_on() -> None:
+        if talk is not None:
+            talk.say_how_to_go_on(typed)
+
+    end_process = start.end_with(group, restore_terminal, say_how_to_go_on)
 
     def on_terminate(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
         end_process("", 128 + signum)
@@ -276,10 +304,14 @@ def _lead(options: flags.Options, inputs: "Inputs", begun: Begun) -> int:
         if inputs.prompt is not None:
             run = functions if options.yes else None
             return one_shot.answer_once(chat, options, inputs.prompt, loaded.load_s, run)
-        with QuietTerminal() as terminal:
-            talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
-            talk.files = list(inputs.files)
-            for path in options.files if not options.quiet else ():
-                render.note(f"{path} comes before the next message")
+        assert terminal is not None
+        terminal.hold_signals()
+        talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
+        talk.files = list(inputs.files)
+        for path in options.files if not options.quiet else ():
+            printing.note(f"{path} comes before the next message")
+        try:
             chat_at_terminal(talk, quiet=options.quiet)
+        finally:
+            say_how_to_go_on()
     return 0

@@ -25,7 +25,9 @@ from rich.syntax import ANSISyntaxTheme
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["START", "Seam", "code_rows", "finished", "render", "to_ansi"]
+from mistral_chat.cli.formulas import FORMULA, keep_formulas
+
+__all__ = ["START", "Seam", "code_blocks", "code_rows", "finished", "render", "to_ansi"]
 
 # Only weight, slant and the terminal's own 16 colours, and of these the ones that people can read
 # on a light window and on a dark one: no yellow, no blue, nothing bright, no background.
@@ -66,11 +68,14 @@ DEEPEST = 20  # spans in each other; a model that repeats itself opens hundreds
 
 # No HTML: a tag that a model writes is text to be seen. No link definitions: they may stand after
 # their use, and a line that was printed cannot change any more.
-_PARSER = (
+_PARSER = keep_formulas(
     MarkdownIt("commonmark", {"html": False})
     .enable(["table", "strikethrough"])
     .disable(["reference"])
 )
+# Stands for a bar behind a backslash while a table is divided at the others: the parser would take
+# the backslash away. A character that has no meaning, so nobody writes it.
+_KEPT_BAR = "\U0010fffd"
 _CONSOLE = Console(file=io.StringIO(), width=80, color_system=None, legacy_windows=False)
 
 
@@ -156,6 +161,12 @@ def code_rows(source: str, width: int, seam: Seam) -> list[list[Text]]:
     return lines[seam.code_lines :]
 
 
+def code_blocks(source: str) -> list[str]:
+    """The code of each block of code, as it stands in a source."""
+    tokens = _PARSER.parse(source)
+    return [t.content.removesuffix("\n") for t in tokens if t.type in ("fence", "code_block")]
+
+
 def to_ansi(line: Text) -> str:
     """A line as a terminal takes it."""
     return "".join(
@@ -175,9 +186,10 @@ class _Page:
 
     def __init__(self, source: str) -> None:
         self._lines = source.split("\n")
-        tokens = _PARSER.parse(source)
+        tokens = _PARSER.parse(source.replace("\\|", f"\\{_KEPT_BAR}"))
         for token in tokens:
             token.children = _shallow(token.children)
+            _put_back_bars(token)
         self.blocks: Sequence[SyntaxTreeNode] = SyntaxTreeNode(tokens).children
 
     def blank_before(self, node: SyntaxTreeNode) -> bool:
@@ -195,6 +207,8 @@ class _Page:
                 rows = [row for line in list(_code(node, width))[seam.code_lines :] for row in line]
                 head = [] if seam.code_lines else [_code_head(node)]
                 return [*head, *rows, Text("───", DIM)]
+            case _ if node.type == FORMULA:
+                return [row for line in _verbatim(node.content, width) for row in line]
             case "hr":
                 return [Text("─" * width, DIM)]
             case "blockquote":
@@ -237,6 +251,13 @@ def _shallow(spans: list[Token] | None) -> list[Token] | None:
     for span in spans:
         span.children = _shallow(span.children)  # of an image's text
     return [span for span in spans if not span.nesting or span.level < DEEPEST]
+
+
+def _put_back_bars(token: Token) -> None:
+    token.content = token.content.replace(_KEPT_BAR, "|")
+    token.info = token.info.replace(_KEPT_BAR, "|")
+    for span in token.children or ():
+        _put_back_bars(span)
 
 
 def _first_line(node: SyntaxTreeNode) -> int:
@@ -321,12 +342,23 @@ def _language(node: SyntaxTreeNode) -> str:
 def _code(node: SyntaxTreeNode, width: int) -> Iterator[list[Text]]:
     """The rows of each line of code, broken where the window ends: its blanks are its own."""
     for line in _highlight(node.content, _language(node)):
-        pieces = chop_cells(line.plain, width) if line.cell_len > width else []
-        ends, at = [], 0
-        for piece in pieces[:-1]:
-            at += len(piece)
-            ends.append(at)
-        yield list(line.divide(ends)) if ends else [line.copy()]
+        yield _broken(line, width)
+
+
+def _verbatim(content: str, width: int) -> Iterator[list[Text]]:
+    """The rows of each line of a text that is left as it is."""
+    for line in content.expandtabs(TAB).split("\n"):
+        yield _broken(Text(line), width)
+
+
+def _broken(line: Text, width: int) -> list[Text]:
+    """A line in rows that fill the window."""
+    pieces = chop_cells(line.plain, width) if line.cell_len > width else []
+    ends, at = [], 0
+    for piece in pieces[:-1]:
+        at += len(piece)
+        ends.append(at)
+    return list(line.divide(ends)) if ends else [line.copy()]
 
 
 @lru_cache(maxsize=4)  # of code that has not grown since it was last drawn

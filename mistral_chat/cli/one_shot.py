@@ -12,7 +12,7 @@ from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.cli import render
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.one_shot_calls import answer_with_functions
-from mistral_chat.cli.terminal import QuietTerminal, is_fancy, is_terminal
+from mistral_chat.cli.terminal import QuietTerminal, is_terminal
 from mistral_chat.errors import OutputError, ToolError
 
 __all__ = ["answer_once", "report", "report_figures"]
@@ -80,7 +80,7 @@ def report(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
     max_seq_len = chat.engine.max_seq_len
     notice = render.notice_of(answer, options.sampling, max_seq_len)
     if notice:
-        render.note(_dim(f"mistral-chat: {notice}"))
+        render.note(f"mistral-chat: {notice}", dim=True)
     report_figures(answer, chat, options, load_s)
 
 
@@ -89,11 +89,7 @@ def report_figures(answer: Answer, chat: Chat, options: Options, load_s: float) 
     if options.stats:
         path = chat.engine.runner.path
         line = render.stats_line(answer, chat.engine.max_seq_len, load_s, path)
-        render.note(_dim(f"mistral-chat: {line}"))
-
-
-def _dim(line: str) -> str:
-    return f"\x1b[2m{line}\x1b[0m" if is_fancy(sys.stderr) else line
+        render.note(f"mistral-chat: {line}", dim=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mistral_chat.engine.measure import WARM_UP, prompt
 from mistral_chat.engine.runner import Runner
 from mistral_chat.errors import CheckpointError, UsageError
-from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, DEFAULT_ROPE_THETA, read_args
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, read_args
 from mistral_chat.model.sharding import Shard
 from mistral_chat.model.transformer import Transformer
 
@@ -62,7 +62,7 @@ def as_transformers(folder: Path, model: Transformer) -> Any:
         tie_word_embeddings=args.tied_embeddings,
         rope_parameters={
             "rope_type": "default",
-            "rope_theta": float(args.rope_theta or DEFAULT_ROPE_THETA),
+            "rope_theta": float(args.theta),
         },
         bos_token_id=1,
         eos_token_id=2,

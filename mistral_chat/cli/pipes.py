@@ -1,27 +1,26 @@
-"""stdin and the pipes of a shell's `<(command)`: read once, and left where ranks can read them.
+"""stdin and pipes in the place of files: read once, and left where ranks can read them.
 
 A pipe gives what it holds to one reader, and only to processes that inherit it. So whoever reads it
 first puts it into a file in memory, from which rank 0 reads it as from any other. Bounded, so that
 an endless one fills no memory. Knows nothing of prompts.
 """
 
-import fcntl
 import os
-import re
 import select
 import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mistral_chat.errors import PromptError
 from mistral_chat.files import SMALL_FILE_BYTES
 
-__all__ = ["keep_pipes", "leave_for_ranks", "read_stdin"]
+__all__ = ["keep_pipe", "keep_pipes", "leave_for_ranks", "read_stdin"]
 
 PATIENCE_S = 1.0
 MOST_KEPT_BYTES = 1 << 30  # a batch's lines may come from a pipe; flags' files are bounded further
-_HANDLE = re.compile(r"(?:--[\w-]+=)?(/(?:dev|proc/self)/fd/(\d+))")
+_NAME_A_FILE = ("file", "system_file", "json_schema", "config")  # tools' files tell by their suffix
 
 
 def read_stdin(on_waiting: Callable[[], None]) -> bytes:
@@ -78,29 +77,44 @@ def leave_for_ranks(data: bytes) -> None:
         os.close(handle)
 
 
-def keep_pipes(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with files in memory for the pipes that a shell put there.
+def keep_pipes(words: Sequence[str], on_waiting: Callable[[str], None]) -> list[str]:
+    """The words of a command line, with a file in memory for each pipe that a flag names.
+
+    Args:
+        words: as typed.
+        on_waiting: told the name of a pipe whose end does not come within a second.
 
     Raises:
         PromptError: one that cannot be read, or has no end.
     """
-    return [_keep_pipe(word) for word in words]
+    kept: list[str] = []
+    before = ""
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if flag.removeprefix("--").replace("-", "_") in _NAME_A_FILE and value:
+            value = keep_pipe(value, on_waiting)
+        kept.append(f"{flag}={value}" if equals else value if value else word)
+        before = word
+    return kept
 
 
-def _keep_pipe(word: str) -> str:
-    match = _HANDLE.fullmatch(word)
-    if match is None:
-        return word
-    handle = int(match[2])
+def keep_pipe(path: str, on_waiting: Callable[[str], None]) -> str:
+    """A file in memory with what a pipe holds, by its path; any other path as it is.
+
+    Raises:
+        PromptError: it cannot be read, or has no end.
+    """
     try:
-        is_read = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-        is_pipe = handle > 2 and is_read and stat.S_ISFIFO(os.fstat(handle).st_mode)
-    except (OSError, OverflowError):  # whoever opens it says so
-        return word
-    if not is_pipe:
-        return word
-    data = _read_to_end(handle, match[1], most_bytes=MOST_KEPT_BYTES)
-    return word.replace(match[1], f"/proc/{os.getpid()}/fd/{_keep(data)}")
+        if not stat.S_ISFIFO(Path(path).stat().st_mode):
+            return path
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # its writer may come later
+    except (OSError, ValueError):  # whoever opens it says so
+        return path
+    try:
+        data = _read_to_end(handle, path, lambda: on_waiting(path), MOST_KEPT_BYTES)
+    finally:
+        os.close(handle)
+    return f"/proc/{os.getpid()}/fd/{_keep(data)}"
 
 
 def _keep(data: bytes) -> int:

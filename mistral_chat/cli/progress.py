@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from mistral_chat.cli.printing import drawn
 from mistral_chat.cli.terminal import is_fancy
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def byte_bar(title: str, total: int, done: int) -> Iterator[Callable[[int], None
     from rich.progress import Progress
 
     columns = byte_columns(title)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with bar as progress, drawn(bar.stop):
         task = progress.add_task("", total=total, completed=done)
         yield lambda n: progress.advance(task, n)

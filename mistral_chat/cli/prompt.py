@@ -1,46 +1,43 @@
-"""The line that a person types at: several lines, history over sessions, completion, an editor.
+"""The line that a person types at: several lines, history over sessions, completion.
 
 prompt_toolkit does the work; this says which keys and what stands at the bottom.
 """
 
 import os
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-import termios
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import platformdirs
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app, run_in_terminal
+from prompt_toolkit.application import get_app, get_app_or_none
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition, is_done
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.input.posix_utils import PosixStdinReader
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.layout import ConditionalContainer, FormattedTextControl, HSplit, Window
 from prompt_toolkit.output import create_output
 
-from mistral_chat.cli import render
+from mistral_chat.cli import printing
+from mistral_chat.cli.editor import open_editor
+from mistral_chat.cli.folds import Folds
 from mistral_chat.cli.terminal import is_fancy
+from mistral_chat.cli.typed_ahead import BLOCK, in_block
 
-__all__ = [
-    "BLOCK",
-    "ask_for_paste",
-    "make_prompt",
-    "make_question",
-    "open_editor",
-    "unwrap_block",
-]
+__all__ = ["SEPARATOR", "Line", "Prompt", "Question", "ask_for_paste", "unwrap_block"]
 
-BLOCK = '"""'
-EDITORS = ("editor", "nano", "vi", "emacs")
 WITH_PATHS = ("/file", "/save", "/load")
+SEPARATOR = " · "  # of the bottom line's parts
+TAKEN_DOWN_WITHIN_S = 1.0
 
 
 WordsAfter = Callable[[str], Iterable[tuple[str, str]]]
@@ -58,7 +55,25 @@ class _HistoryFile(FileHistory):
             super().store_string(string)
         except OSError as error:
             self._is_kept = False
-            render.note(f"mistral-chat: history is no longer kept ({error.strerror})")
+            printing.note(f"mistral-chat: history is no longer kept ({error.strerror})")
+
+
+class _WholeHistory(History):
+    """Earlier messages with their long pieces in full."""
+
+    def __init__(self, folds: Folds) -> None:
+        super().__init__()
+        self._kept = _history()
+        self._folds = folds
+
+    def load_history_strings(self) -> Iterable[str]:
+        return self._kept.load_history_strings()
+
+    def store_string(self, string: str) -> None:
+        self._kept.store_string(string)
+
+    def append_string(self, string: str) -> None:
+        super().append_string(self._folds.unfold(string))
 
 
 class _Completer(Completer):
@@ -89,40 +104,166 @@ class _Completer(Completer):
             yield from self._paths.get_completions(Document(rest, len(rest)), complete_event)
 
 
-def make_prompt(
-    commands: Mapping[str, str], words_after: WordsAfter, bottom: Callable[[], str]
-) -> PromptSession[str]:
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What was typed at the prompt.
+
+    Args:
+        text: all of it.
+        is_command: a slash was typed or pasted first, and no long piece.
+        is_draft_aside: the draft that stood there gave way to a command.
+    """
+
+    text: str = ""
+    is_command: bool = False
+    is_draft_aside: bool = False
+
+
+class Prompt:
     """The prompt of a chat.
 
     Args:
         commands: their names and meanings, to complete.
         words_after: gives what a command takes, by its name, to complete.
-        bottom: gives the line at the bottom of the window.
+        bottom: gives the line at the bottom of the window; parts that do not fit are left out.
     """
-    return PromptSession(
-        history=_history(),
-        key_bindings=_keys(),
-        multiline=True,
-        completer=_Completer(commands, words_after),
-        complete_while_typing=False,
-        enable_history_search=False,
-        bottom_toolbar=bottom if is_fancy(sys.stderr) else None,
-        prompt_continuation="  ",
-        input=_keyboard(),
-        output=create_output(stdout=sys.stderr),  # stdout carries answers alone
-    )
+
+    def __init__(
+        self, commands: Mapping[str, str], words_after: WordsAfter, bottom: Callable[[], str]
+    ) -> None:
+        self._folds = Folds()
+        self._draft = ""
+        self._why = ""
+        self._is_aside = False
+        keys = _keys(self._folds)
+        keys.add("/", filter=Condition(self._gives_way))(self._put_aside)
+        self._session: PromptSession[str] = PromptSession(
+            history=_WholeHistory(self._folds),
+            key_bindings=keys,
+            multiline=True,
+            completer=_Completer(commands, words_after),
+            complete_while_typing=False,
+            enable_history_search=False,
+            input_processors=[self._folds.processor],
+            bottom_toolbar=(lambda: _fitted(bottom())) if is_fancy(sys.stderr) else None,
+            prompt_continuation="  ",
+            input=_keyboard(),
+            output=create_output(stdout=sys.stderr),  # stdout carries answers alone
+        )
+        below = Window(FormattedTextControl(self._below), dont_extend_height=True)
+        shown = ConditionalContainer(below, Condition(lambda: bool(self._why)) & ~is_done)
+        cast(HSplit, self._session.layout.container).children.insert(1, shown)
+
+    def ask(self, draft: str = "", *, why: str = "", in_editor: bool = False) -> Line:
+        """Have a line typed; Ctrl-C gives an empty one.
+
+        Args:
+            draft: stands there already.
+            why: it does, to be read below it. Such a draft gives way to a command.
+            in_editor: open it in the editor at once.
+
+        Raises:
+            EOFError: the person leaves, or the terminal has gone.
+        """
+        self._draft, self._why, self._is_aside = self._folds.fold(draft), why, False
+        pre_run = (lambda: open_editor(self._folds)) if in_editor else None
+        try:
+            text = _ask(self._session, "> ", default=self._draft, pre_run=pre_run)
+        except KeyboardInterrupt:
+            text = ""
+        return Line(self._folds.unfold(text), text.startswith("/"), self._is_aside)
+
+    def show(self, message: str) -> Line:
+        """A message that was typed before there was a prompt, as if it were typed at it now."""
+        shown = self._folds.shown(self._folds.fold(message))
+        printing.note("> " + shown.replace("\n", "\n  "))
+        self._session.history.append_string(message)
+        return Line(message, message.startswith("/"))
+
+    def _gives_way(self) -> bool:
+        text = self._folds.unfold(get_app().current_buffer.text)
+        return bool(self._draft and self._why) and text == self._folds.unfold(self._draft)
+
+    def _put_aside(self, event: KeyPressEvent) -> None:
+        self._is_aside = True
+        self._why = "the message that stood here comes back after this command"
+        event.current_buffer.document = Document("/")
+
+    def _below(self) -> str:
+        return "\n".join(printing.wrap(printing.clean(self._why), _columns()))
 
 
-def make_question() -> PromptSession[str]:
+class Question:
     """A line to answer a question of the program's on; several lines as in a message."""
-    return PromptSession(
-        history=InMemoryHistory(),  # a "y" is no message to come back to
-        key_bindings=_keys(),
-        multiline=True,
-        prompt_continuation="  ",
-        input=_keyboard(),
-        output=create_output(stdout=sys.stderr),
-    )
+
+    def __init__(self) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            history=InMemoryHistory(),  # a "y" is no message to come back to
+            key_bindings=_keys(Folds()),
+            multiline=True,
+            prompt_continuation="  ",
+            input=_keyboard(),
+            output=create_output(stdout=sys.stderr),
+        )
+
+    def ask(self, text: str) -> str:
+        """What is typed.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C.
+            EOFError: Ctrl-D, or the terminal has gone.
+        """
+        return _ask(self._session, printing.clean(text))
+
+
+class _EndedError(Exception):
+    """The process ends while a prompt stands there."""
+
+
+def _ask(
+    session: PromptSession[str],
+    text: str,
+    *,
+    default: str = "",
+    pre_run: Callable[[], None] | None = None,
+) -> str:
+    with printing.drawn(_take_down):
+        try:
+            return session.prompt(text, default=default, pre_run=pre_run)
+        except _EndedError:
+            threading.Event().wait()  # the thread that ends the process is about to
+            raise
+
+
+def _take_down() -> None:
+    """Leave the prompt that stands there: what was typed stays to be read, the bar goes."""
+    app = get_app_or_none()
+    if app is None or not app.is_running or app.loop is None:
+        return
+
+    def leave() -> None:
+        if app.future is not None and not app.future.done():
+            app.exit(exception=_EndedError())
+
+    if threading.current_thread() is threading.main_thread():  # in a signal's handler
+        leave()
+        app.renderer.render(app, app.layout, is_done=True)
+        return
+    app.loop.call_soon_threadsafe(leave)
+    deadline = time.monotonic() + TAKEN_DOWN_WITHIN_S
+    while app.is_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _columns() -> int:
+    return get_app().output.get_size().columns
+
+
+def _fitted(line: str) -> str:
+    """As many parts of a line as the window has room for."""
+    while printing.width_of(line) > _columns() and SEPARATOR in line:
+        line = line.rpartition(SEPARATOR)[0]
+    return printing.clean(line)
 
 
 def _keyboard() -> Input:
@@ -132,14 +273,14 @@ def _keyboard() -> Input:
     return keyboard
 
 
-def _keys() -> KeyBindings:
+def _keys(folds: Folds) -> KeyBindings:
     """Enter sends, Alt-Enter and an open block make a new line, Ctrl-G opens the editor."""
     keys = KeyBindings()
 
     @keys.add("enter")
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if _in_block(buffer.text):
+        if in_block(folds.unfold(buffer.text)):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
@@ -148,58 +289,22 @@ def _keys() -> KeyBindings:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
+    @keys.add(Keys.BracketedPaste)
+    def _(event: KeyPressEvent) -> None:
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        event.current_buffer.insert_text(folds.fold(text))
+
+    @keys.add("c-o")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        at = len(folds.unfold(buffer.text[: buffer.cursor_position]))
+        buffer.document = Document(folds.unfold(buffer.text), at)
+
     @keys.add("c-g")
     def _(event: KeyPressEvent) -> None:  # noqa: ARG001
-        open_editor()
+        open_editor(folds)
 
     return keys
-
-
-def open_editor() -> None:
-    """Open the text of the prompt that is there in $EDITOR; also as the prompt begins."""
-    buffer = get_app().current_buffer
-
-    async def edit() -> None:
-        text = await run_in_terminal(lambda: _edited(buffer.text), in_executor=True)
-        buffer.document = Document(text)
-
-    get_app().create_background_task(edit())
-
-
-def _edited(text: str) -> str:
-    """What a person makes of a text in their editor; the text itself where that fails."""
-    given = os.environ.get("VISUAL") or os.environ.get("EDITOR")
-    editor = given or next(filter(shutil.which, EDITORS), None)
-    if editor is None:
-        render.error(f"no editor: expected $EDITOR, or one of {', '.join(EDITORS)}")
-        return text
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "message.md"
-            path.write_text(text, encoding="utf-8", newline="")
-            with _without_signals():
-                code = subprocess.call([*shlex.split(editor), str(path)])
-            if code == 0:
-                # What is no UTF-8 is seen at the prompt, and the rest is not lost.
-                return path.read_bytes().decode("utf-8", "replace").removesuffix("\n")
-        fault = f"ended with code {code}"
-    except (OSError, ValueError) as error:  # not there; an open quotation mark; a full disk
-        fault = f"cannot be run ({error})"
-    render.error(f"the editor {editor!r} {fault}: the text stays as it was; $EDITOR names another")
-    return text
-
-
-@contextmanager
-def _without_signals() -> Iterator[None]:
-    """Ctrl-C is a key of the editor's: as a signal it would end a launcher, and with it all."""
-    before = termios.tcgetattr(sys.stdin)
-    quiet = [*before]
-    quiet[3] &= ~termios.ISIG
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def ask_for_paste() -> str:
@@ -228,14 +333,9 @@ def ask_for_paste() -> str:
         output=create_output(stdout=sys.stderr),
     )
     try:
-        return session.prompt("  ")
+        return _ask(session, "  ")
     except KeyboardInterrupt:
         return ""
-
-
-def _in_block(text: str) -> bool:
-    """Whether a block of several lines is open."""
-    return text.lstrip().startswith(BLOCK) and text.count(BLOCK) % 2 == 1
 
 
 def unwrap_block(text: str) -> str:
@@ -253,6 +353,6 @@ def _history() -> History:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_APPEND, 0o600))
     except OSError as error:
-        render.note(f"mistral-chat: no history file ({path}: {error.strerror})")
+        printing.note(f"mistral-chat: no history file ({path}: {error.strerror})")
         return InMemoryHistory()
     return _HistoryFile(str(path))

@@ -1,28 +1,28 @@
-"""What the command prints: the answer on stdout, everything else on stderr.
+"""What the command prints of answers and of loading; `printing` writes it.
 
-Knows streams and formats; knows nothing of where answers come from.
+Knows formats; knows nothing of where answers come from.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.chat.chat import Answer
+from mistral_chat.cli.printing import clean, draw, drawn, error, note, say, tell_terminal
 from mistral_chat.cli.progress import byte_columns
 from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.loading import Loading, OnLoading
 from mistral_chat.engine.runner import Runner
-from mistral_chat.errors import OutputError, one_line
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.console import Console
 
 __all__ = [
     "answer_json",
+    "draw",
     "error",
     "loading_bar",
     "note",
@@ -30,42 +30,8 @@ __all__ = [
     "say",
     "start_line",
     "stats_line",
+    "tell_terminal",
 ]
-
-
-def say(text: str) -> None:
-    """Write a piece of the answer to stdout, now.
-
-    Raises:
-        BrokenPipeError: the reader has gone.
-        OutputError: it cannot be written, such as to a full disk.
-    """
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # The interpreter flushes what is left at its end, and would complain a second time.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(
-            f"stdout cannot be written ({error.strerror}): make room, or send it elsewhere"
-        ) from error
-
-
-def note(text: str) -> None:
-    """Write a line to stderr; a stderr that is closed or full stops nothing."""
-    if sys.stderr is None:
-        return
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        return
-
-
-def error(message: object) -> None:
-    """The one line that says what went wrong."""
-    note(f"mistral-chat: error: {one_line(message)}")
 
 
 def notice_of(answer: Answer, params: SamplingParams, max_seq_len: int) -> str | None:
@@ -161,6 +127,15 @@ def _rounded(value: float | None) -> float | None:
 
 
 @contextmanager
+def _cursor_shown(console: "Console") -> Iterator[None]:
+    """Show the cursor afterwards: Ctrl-C may come when it is hidden and the bar not yet begun."""
+    try:
+        yield
+    finally:
+        console.show_cursor()
+
+
+@contextmanager
 def loading_bar(*, quiet: bool) -> Iterator[OnLoading]:
     """A line for each node on stderr, in bytes and GB/s, while weights load; ranks that stall.
 
@@ -178,28 +153,22 @@ def loading_bar(*, quiet: bool) -> Iterator[OnLoading]:
         yield only_notices
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     columns = byte_columns("{task.description}")
     console = Console(stderr=True)
-    try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            yield _shown_by(progress)
-    finally:
-        console.show_cursor()  # Ctrl-C may come when it is hidden and the bar not yet begun
+    with _cursor_shown(console), Progress(*columns, console=console, transient=True) as progress:
+        tasks: dict[int, TaskID] = {}
 
+        def show(loading: Loading) -> None:
+            if loading.node not in tasks:
+                name = "loading" if loading.n_nodes == 1 else f"loading, node {loading.node}"
+                tasks[loading.node] = progress.add_task(name, total=None)
+            task = tasks[loading.node]
+            progress.update(task, completed=loading.read, total=loading.total or None)
+            if loading.notice:
+                notice = clean(f"mistral-chat: {loading.notice}")
+                progress.console.print(notice, highlight=False, markup=False)
 
-def _shown_by(progress: "Progress") -> OnLoading:
-    """What draws a line for each node."""
-    tasks: dict[int, TaskID] = {}
-
-    def show(loading: Loading) -> None:
-        if loading.node not in tasks:
-            name = "loading" if loading.n_nodes == 1 else f"loading, node {loading.node}"
-            tasks[loading.node] = progress.add_task(name, total=None)
-        task = tasks[loading.node]
-        progress.update(task, completed=loading.read, total=loading.total or None)
-        if loading.notice:
-            progress.console.print(f"mistral-chat: {loading.notice}", highlight=False)
-
-    return show
+        with drawn(progress.stop):
+            yield show

@@ -1,11 +1,16 @@
 """The loop of a chat at a terminal: ask for a line, run it as a command or say it."""
 
+from dataclasses import replace
+
 from mistral_chat.cli import render
 from mistral_chat.cli.commands import Commands, LeaveError
-from mistral_chat.cli.prompt import make_prompt, open_editor, unwrap_block
+from mistral_chat.cli.prompt import Prompt, unwrap_block
 from mistral_chat.cli.terminal_chat import Draft, TerminalChat
 
 __all__ = ["chat_at_terminal"]
+
+LEAVING = ("exit", "quit")  # as a whole message
+NOT_SENT = "this message was not sent yet: Enter sends it, Ctrl-C drops it"
 
 
 def chat_at_terminal(talk: TerminalChat, *, quiet: bool) -> None:
@@ -22,29 +27,29 @@ def chat_at_terminal(talk: TerminalChat, *, quiet: bool) -> None:
     if not quiet:
         render.note(talk.greeting)
     talk.open_session()
-    prompt = make_prompt(commands.meanings, commands.words_after, lambda: talk.bottom_line)
+    talk.take_typed_while_loading()
+    prompt = Prompt(commands.meanings, commands.words_after, lambda: talk.bottom_line)
     while True:
         draft, talk.draft = talk.draft, Draft()
-        try:
-            line = prompt.prompt(
-                "> ", default=draft.text, pre_run=open_editor if draft.in_editor else None
-            )
-        except KeyboardInterrupt:
-            line = ""
-        except EOFError:
-            return
-        is_command = line.startswith("/")
-        if draft.replace_last and (is_command or not line.strip()):
+        if not draft.text and talk.typed.messages:
+            line = prompt.show(talk.typed.messages.pop(0))
+        else:
+            if not draft.text:
+                draft = replace(draft, text=talk.typed.take_rest())
+            try:
+                line = prompt.ask(draft.text, why=draft.why, in_editor=draft.in_editor)
+            except EOFError:
+                return
+        if draft.replace_last and (line.is_command or not line.text.strip()):
             render.note("the last message stays as it was")
-        if not line.strip():
-            continue
-        unsent, talk.unsent = talk.unsent, None
-        if not is_command:
-            talk.say(unwrap_block(line), replace_last=draft.replace_last)
-            continue
         try:
-            commands.run(line.strip())
+            if line.is_command:
+                commands.run(line.text)
+            elif line.text.strip() in LEAVING:
+                return
+            elif line.text.strip():
+                talk.say(unwrap_block(line.text), replace_last=draft.replace_last)
         except LeaveError:
             return
-        if unsent is not None and not talk.draft.text:
-            talk.draft = unsent
+        if line.is_draft_aside and not talk.draft.text:
+            talk.draft = replace(draft, why=NOT_SENT)

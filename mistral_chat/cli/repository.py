@@ -3,12 +3,12 @@
 Looks at names and at this machine's disk; nothing here touches the network.
 """
 
-import errno
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mistral_chat.errors import CheckpointError, DownloadError
+from mistral_chat.files import is_there
 
 __all__ = [
     "cached_folder",
@@ -17,33 +17,22 @@ __all__ = [
     "home_of",
     "is_name",
     "is_repository",
-    "is_there",
     "is_tokenizer",
 ]
 
-_REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)  # as the hub has it
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+MOST_LETTERS = 96  # huggingface_hub's own limit
 _TOKENIZER = re.compile(r"tekken\.json|tokenizer\.model(\.v\w+)?")
 
 
 def is_name(word: str) -> bool:
     """Whether a word can be a repository's name: owner/name."""
-    return _REPOSITORY.fullmatch(word) is not None
+    return len(word) <= MOST_LETTERS and _REPOSITORY.fullmatch(word) is not None
 
 
 def is_repository(word: str) -> bool:
     """Whether MODEL can only be meant as a repository: owner/name, and no path that exists."""
     return is_name(word) and not is_there(Path(word))
-
-
-def is_there(path: Path) -> bool:
-    """Whether there may be something of that name: also where looking is not allowed."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    except OSError as error:
-        return error.errno != errno.ENAMETOOLONG
-    return True
 
 
 def is_tokenizer(name: str) -> bool:
@@ -128,7 +117,8 @@ def choose_files(names: Collection[str], layout: str) -> list[str]:
                 "it holds weights but no tokenizer: expected tekken.json or tokenizer.model.vN"
             )
         if weights:
-            return [*(name for name in shapes if name in top), *tokenizers, *weights]
+            beside = (*shapes, "generation_config.json")  # which may name end tokens
+            return [*(name for name in beside if name in top), *tokenizers, *weights]
     files = [name for name in top if name.endswith((".safetensors", ".pth", ".bin", ".gguf"))]
     found = files or top
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""

@@ -23,6 +23,7 @@ __all__ = [
     "Summary",
     "cut_torn_line",
     "find",
+    "obstacle_to_writing",
     "read",
     "sessions_folder",
     "summaries",
@@ -140,8 +141,22 @@ def find(name: str) -> Path:
     return matches[0]
 
 
+def obstacle_to_writing(path: Path) -> str | None:
+    """Why a file cannot be added to; None where it can."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 def cut_torn_line(path: Path) -> None:
-    """Take away the end of a line that was never finished, so that the next one stands alone."""
+    """Take away the end of a line that was never finished, so that the next one stands alone.
+
+    A file that cannot be written, such as on a read-only disk, is left: nothing will follow.
+    """
+    if obstacle_to_writing(path) is not None:
+        return
     try:
         with path.open("rb+") as file:
             # Where another process holds the file, such a line is on its way.
@@ -226,7 +241,7 @@ def read(path: Path) -> State:
             state.unsay()
         elif kind == "drop" and isinstance(entry.get("exchanges"), int):
             state.drop(max(0, entry["exchanges"]))
-        elif kind == "clear":
+        elif kind == "clear":  # written until /clear began a new chat
             state.messages.clear()
         elif kind == "system":
             state.system = _checked_system(entry.get("content"), path)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli import session_files
+from mistral_chat.cli.durable import make_folder, sync_folder
 from mistral_chat.cli.locks import lock
 from mistral_chat.errors import SessionError
 
@@ -47,6 +48,11 @@ class Session:
         """What `--resume` and `/load` take."""
         return self.path.stem
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a file: something was said."""
+        return self._begin is None
+
     @classmethod
     def create(cls, model: str, system: str | None, tokenizer: str | None = None) -> "Session":
         """Begin a new one; its file comes with the first message.
@@ -56,7 +62,7 @@ class Session:
         """
         folder = session_files.sessions_folder()
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(folder)
         except OSError as error:
             raise SessionError(
                 f"{folder} cannot be made ({error.strerror}): expected a place to keep chats; "
@@ -91,6 +97,13 @@ class Session:
         session_files.read(path)
         session_files.cut_torn_line(path)
         return cls(path, model, tokenizer)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the chat cannot be kept, such as a disk that is read-only; None where it can."""
+        if self._begin is not None:
+            return None
+        return session_files.obstacle_to_writing(self.path)
 
     def hold(self) -> None:
         """Keep other processes from going on with it, until `release`; does nothing without a file.
@@ -179,10 +192,6 @@ class Session:
         """Keep that the oldest exchanges were taken out."""
         self._write({"type": "drop", "exchanges": n})
 
-    def clear(self) -> None:
-        """Keep that the chat began anew."""
-        self._write({"type": "clear"})
-
     def set_system(self, system: str | None) -> None:
         """Keep another system prompt."""
         self._write({"type": "system", "content": system})
@@ -260,6 +269,8 @@ class Session:
                 os.fsync(handle)
             finally:
                 os.close(handle)
+            if self._begin is not None:  # a name that is new must outlive a power cut, too
+                sync_folder(self.path.parent)
         except OSError as error:
             raise SessionError(
                 f"{self.path} cannot be written ({error.strerror}): this chat is no longer kept"

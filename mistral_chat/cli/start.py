@@ -6,16 +6,16 @@ nothing of prompts and answers.
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from mistral_chat.cli import printing
 from mistral_chat.cli.flags import Options
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
-from mistral_chat.errors import MistralChatError, RankLostError, UsageError, one_line
+from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
@@ -98,27 +98,31 @@ def follow(config: "EngineConfig") -> int:
     except PeerFailedError:
         return FAILED
     except MistralChatError as error:  # this rank is the one to say it
-        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr, flush=True)
+        printing.error(error)
         return WRONG_USAGE if isinstance(error, UsageError) else FAILED
     return 0
 
 
-def end_with(group: "Group", clean_up: Callable[[], None]) -> Callable[[str, int], NoReturn]:
+def end_with(
+    group: "Group", clean_up: Callable[[], None], last_words: Callable[[], None] = lambda: None
+) -> Callable[[str, int], NoReturn]:
     """Have rank 0 end when another rank does.
 
     Args:
         group: all ranks.
         clean_up: what to put back first; called from any thread.
+        last_words: says what a person can do after that; called from any thread.
 
     Returns:
         ends the process in the same way, with a message (or none) and a code.
     """
-    from mistral_chat.cli import render
 
     def end_process(message: str, code: int = FAILED) -> NoReturn:
+        printing.take_down_drawn()
         clean_up()
         if message:
-            render.error(message)
+            printing.error(message)
+        last_words()
         os._exit(code)
 
     group.set_on_lost(end_process)
@@ -156,12 +160,17 @@ def load(
         PeerFailedError: another rank cannot, and says why itself.
         MistralChatError: this rank cannot; the others end without a word.
     """
+    from mistral_chat.chat.tokenizer_file import find_tokenizer
     from mistral_chat.cli import render
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.start_up import load_runner
+    from mistral_chat.model.args import read_args
 
     tokenizers: list[Tokenizer] = []
     try:
+        if config.model is not None:  # before weights are read, which may take minutes
+            read_args(config.model, config.load_format)
+            find_tokenizer(config.model)
         with render.loading_bar(quiet=quiet) as on_loading:
             runner = load_runner(
                 config, group, on_loading, lambda: tokenizers.append(tokenizer_of(config))
@@ -186,9 +195,11 @@ def tokenizer_of(config: "EngineConfig") -> "Tokenizer":
         TokenizerError: there is none, or it cannot be used.
     """
     from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.model.args import read_args
 
     if config.model is not None:
-        return Tokenizer.from_folder(config.model)
+        args = read_args(config.model, config.load_format)
+        return Tokenizer.from_folder(config.model, args.vocab_size)
     return Tokenizer.shipped(int((config.shape or {}).get("vocab_size", 0)))
 
 

@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from mistral_chat.cli.repository import cached_repositories, is_name, is_there
+from mistral_chat.cli.repository import cached_repositories, is_name
 from mistral_chat.errors import CheckpointError, shown
+from mistral_chat.files import is_there
 
 __all__ = ["near_command", "near_model", "require_model"]
 

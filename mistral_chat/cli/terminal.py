@@ -7,7 +7,6 @@ text. Knows nothing of prompts or answers.
 
 import codecs
 import os
-import re
 import select
 import sys
 import termios
@@ -17,8 +16,6 @@ from typing import IO, Any, Self
 __all__ = ["CTRL_C", "QuietTerminal", "is_fancy", "is_terminal"]
 
 CTRL_C = 0x03
-# What keys without a letter send, such as arrows: ESC [ ... letter, ESC O letter, ESC letter.
-_KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[ -~]|[ -~])?")
 
 
 def is_terminal(stream: IO[Any] | None) -> bool:
@@ -40,9 +37,13 @@ class QuietTerminal:
 
     prompt_toolkit changes the terminal for its prompt and puts back what it found, so this holds
     for a whole chat, prompts included, and no moment is left in which Ctrl-C is a signal.
+
+    Args:
+        signals: leave Ctrl-C a signal until `hold_signals`, such as while a model loads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, signals: bool = False) -> None:
+        self._signals = signals
         self._fd = sys.stdin.fileno()
         self._before: list[Any] | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
@@ -50,7 +51,9 @@ class QuietTerminal:
     def __enter__(self) -> Self:
         self._before = termios.tcgetattr(self._fd)
         quiet = termios.tcgetattr(self._fd)
-        quiet[3] &= ~(termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN)
+        quiet[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
+        if not self._signals:
+            quiet[3] &= ~termios.ISIG
         quiet[6][termios.VMIN], quiet[6][termios.VTIME] = 0, 0
         termios.tcsetattr(self._fd, termios.TCSADRAIN, quiet)
         return self
@@ -63,6 +66,12 @@ class QuietTerminal:
     ) -> None:
         self.restore()
 
+    def hold_signals(self) -> None:
+        """Have Ctrl-C be a byte from now on."""
+        quiet = termios.tcgetattr(self._fd)
+        quiet[3] &= ~termios.ISIG
+        termios.tcsetattr(self._fd, termios.TCSADRAIN, quiet)
+
     def restore(self) -> None:
         """Put the terminal back as it was; safe to call from any thread, and twice."""
         before, self._before = self._before, None
@@ -73,7 +82,7 @@ class QuietTerminal:
         """What was typed since the last call, without waiting.
 
         Returns:
-            whether Ctrl-C was among it, and the text typed after the last one.
+            whether Ctrl-C was among it, and all the rest, keys such as arrows included.
         """
         data = b""
         while select.select([self._fd], [], [], 0)[0]:
@@ -81,7 +90,4 @@ class QuietTerminal:
             if not part:
                 break
             data += part
-        pressed = CTRL_C in data
-        typed = self._decoder.decode(data.rpartition(bytes([CTRL_C]))[2])
-        text = _KEY.sub("", typed.replace("\r", "\n"))
-        return pressed, "".join(c for c in text if c.isprintable() or c == "\n")
+        return CTRL_C in data, self._decoder.decode(data.replace(bytes([CTRL_C]), b""))

@@ -3,28 +3,33 @@
 Ctrl-C stops what runs and nothing else. Knows nothing of the prompt's keys or of commands.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mistral_common.protocol.instruct.messages import UserMessage
+from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 
 from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
 from mistral_chat.cli import render
 from mistral_chat.cli.answer_view import make_view
+from mistral_chat.cli.begun import name_of
 from mistral_chat.cli.calls import CallDesk
-from mistral_chat.cli.chat_text import last_exchange
+from mistral_chat.cli.chat_text import last_exchange, shorten
 from mistral_chat.cli.flags import Options
+from mistral_chat.cli.going_on import command_to_go_on
 from mistral_chat.cli.one_shot import report, report_figures
-from mistral_chat.cli.prompt import BLOCK
+from mistral_chat.cli.prompt import SEPARATOR
+from mistral_chat.cli.session_files import sessions_folder
 from mistral_chat.cli.sessions import Session
 from mistral_chat.cli.terminal import QuietTerminal
+from mistral_chat.cli.typed_ahead import BLOCK, TypedAhead, pastes_marked
 from mistral_chat.errors import ContextLengthError, PromptError, SessionError, UsageError
 
 __all__ = ["Draft", "TerminalChat"]
 
+UNANSWERED = "this message had no answer yet: Enter asks again, Ctrl-C drops it"
 NEARLY_FULL = 0.9
 LEAST_ANSWER = 256  # tokens that an answer should have room for, or an eighth of the context
 
@@ -37,17 +42,21 @@ class Draft:
         text: as it is to be typed.
         replace_last: it is to stand in place of the last exchange.
         in_editor: it is to be opened in the editor.
+        why: it stands there, for the person; such a draft waits while a command is run.
     """
 
     text: str = ""
     replace_last: bool = False
     in_editor: bool = False
+    why: str = ""
 
     @classmethod
-    def of(cls, message: str, *, replace_last: bool = False, in_editor: bool = False) -> "Draft":
+    def of(
+        cls, message: str, *, replace_last: bool = False, in_editor: bool = False, why: str = ""
+    ) -> "Draft":
         """A message that was not sent yet, typed so that it is not taken for a command."""
         text = f"{BLOCK}{message}{BLOCK}" if message.startswith("/") else message
-        return cls(text, replace_last, in_editor)
+        return cls(text, replace_last, in_editor, why)
 
 
 class TerminalChat:
@@ -61,8 +70,8 @@ class TerminalChat:
         functions: that the model may have called; None has the person say what calls give.
 
     `sampling` is for answers to come, `files` holds texts that the next message begins with,
-    `answer` is the last one, `draft` stands at the next prompt, and `unsent` is a message that
-    will go through only after some command.
+    `answer` is the last one, `draft` stands at the next prompt, and `typed` is what was typed
+    while there was none.
     """
 
     def __init__(
@@ -79,7 +88,7 @@ class TerminalChat:
         self.files: list[str] = []
         self.answer: Answer | None = None
         self.draft = Draft()
-        self.unsent: Draft | None = None
+        self.typed = TypedAhead()
         self.session: Session | None = None
         self._options = options
         self._terminal = terminal
@@ -89,9 +98,7 @@ class TerminalChat:
             functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
         )
         self._pressed = False  # Ctrl-C, since the last answer began
-        self._model = (
-            options.engine.model.resolve().name if options.engine.model else "dummy weights"
-        )
+        self._model = name_of(options.engine.model)
 
     # The session.
 
@@ -108,13 +115,27 @@ class TerminalChat:
             if system not in (None, self.chat.conversation.system):  # the command line's wins
                 self.chat.conversation.set_system(system)
                 self.write(lambda session: session.set_system(system))
-        elif self.chat.instruct and options.save:
+        else:
+            self._begin_session()
+
+    def begin_anew(self) -> None:
+        """Begin another chat with this one's system prompt; this one stays as it is kept."""
+        self.chat.clear()
+        self.files = []
+        self.answer = None
+        self.count_tokens()
+        self._begin_session()
+
+    def _begin_session(self) -> None:
+        session = None
+        if self.chat.instruct and self._options.save:
             try:
-                self.session = Session.create(
+                session = Session.create(
                     self._model, self.chat.conversation.system, self.chat.tokenizer.fingerprint
                 )
             except SessionError as error:
                 render.error(error)
+        self.move_to(session)
 
     def resume(self, name: str) -> None:
         """Go on with a kept chat.
@@ -128,6 +149,9 @@ class TerminalChat:
         """
         session = Session.open(name, self._model, self.chat.tokenizer.fingerprint)
         save = self._options.save
+        if save and (obstacle := session.obstacle):
+            render.error(f"{session.path} cannot be written ({obstacle}): this chat is not kept")
+            save = False
         if self.session is not None and session.path.resolve() == self.session.path.resolve():
             session = self.session
         if save:
@@ -140,7 +164,7 @@ class TerminalChat:
             raise
         self.move_to(session if save else None)
         self.answer = None
-        self.draft = Draft.of(unanswered or "")
+        self.draft = Draft.of(unanswered or "", why=UNANSWERED if unanswered else "")
         self.count_tokens()
         n = len(self.chat.conversation.messages) - (self.chat.conversation.system is not None)
         render.note(f"chat {session.id}, {n} messages" + (
@@ -148,6 +172,19 @@ class TerminalChat:
         ))  # fmt: skip
         for line in last_exchange(self.chat.conversation):
             render.note(line)
+
+    def say_how_to_go_on(self, typed: Sequence[str]) -> None:
+        """The command that goes on with this chat, once, where it is kept.
+
+        Args:
+            typed: the command that began it.
+        """
+        session, self.session = self.session, None
+        if session is not None and session.is_begun and not self._options.quiet:
+            is_found = session.path.resolve().parent == sessions_folder().resolve()
+            name = session.id if is_found else str(session.path.resolve())
+            command = command_to_go_on(typed, name)
+            render.note(f"mistral-chat: to go on with this chat: {command}", whole=True)
 
     def move_to(self, session: Session | None) -> None:
         """Keep what follows in another session, or in none."""
@@ -171,8 +208,9 @@ class TerminalChat:
     def say(self, text: str, *, replace_last: bool = False) -> None:
         """Send one message and print its answer.
 
-        A message that cannot be sent stands at the prompt again, at once or, where a command
-        would help, after the next one.
+        A message that cannot be sent stands at the prompt again, with the reason. What Enter
+        ended during the answer is sent next; where Ctrl-C stopped the answer it stands at the
+        prompt instead.
 
         Args:
             text: the message; files come before it unless it stands in place of the last.
@@ -184,12 +222,8 @@ class TerminalChat:
         try:
             stream = chat.send(message, self.sampling, replace_last=replace_last)
         except (PromptError, UsageError) as error:  # such as /set stop beside a schema
-            render.error(f"{error}; the message was not sent")
-            draft = Draft.of(text, replace_last=replace_last)
-            if isinstance(error, UsageError) or self._is_room_offered(message, error):
-                self.unsent = draft
-            else:
-                self.draft = draft
+            why = f"mistral-chat: {error}; the message was not sent{self._room(message, error)}"
+            self.draft = Draft.of(text, replace_last=replace_last, why=why)
             return
         files = self.files
         if not replace_last:
@@ -204,10 +238,10 @@ class TerminalChat:
                     report_figures(answer, chat, options, self.load_s)
                 answer = self._print_answer(following, None)
         except PromptError as error:  # such as results that fill the context
-            render.error(f"{error}; this exchange is taken back")
             chat.conversation = before
             self.write(Session.drop_last)
-            self.files, self.draft = files, Draft.of(text, replace_last=replace_last)
+            why = f"mistral-chat: {error}; this exchange is taken back"
+            self.files, self.draft = files, Draft.of(text, replace_last=replace_last, why=why)
             self.count_tokens()
             return
         if rounds.ended:
@@ -221,6 +255,8 @@ class TerminalChat:
                 kept = "the calls are kept" if rounds.n_rounds else "this exchange is not kept"
                 render.note(f"mistral-chat: {_why_empty(answer)}; {kept}")
         self._warn_when_nearly_full(answer)
+        if self._pressed:
+            self.draft = Draft(self.typed.take_back())
 
     def _print_answer(self, stream: ChatStream, message: str | None) -> Answer:
         """Print an answer as it comes, and keep it.
@@ -234,17 +270,19 @@ class TerminalChat:
         plain = self._options.plain or not chat.instruct or chat.grammar is not None
         view = make_view(plain=plain)
         self._pressed = False
-        for event in stream:
-            if isinstance(event, Delta) and not event.is_call:
-                view.add(event.text)
-            if self._poll():
-                stream.cancel()
-        self.draft = Draft(self.draft.text.rstrip("\n"))
-        answer = stream.answer
-        assert answer is not None
-        self.answer = answer
-        if answer.said or answer.call_at is None:
-            view.finish()
+        with pastes_marked():
+            for event in stream:
+                if isinstance(event, Delta) and not event.is_call:
+                    view.add(event.text)
+                if self._poll():
+                    stream.cancel()
+                view.show_below(self._typed_lines())
+            answer = stream.answer
+            assert answer is not None
+            self.answer = answer
+            view.show_below(())
+            if answer.said or answer.call_at is None:
+                view.finish()
         if stream.is_kept:
             ids, reason = chat.conversation.last_ids, answer.finish_reason
             if calls := chat.conversation.open_calls:
@@ -263,15 +301,35 @@ class TerminalChat:
         return rounds.go_on()
 
     def _poll(self) -> bool:
-        """Whether Ctrl-C was pressed; what else was typed stands at the next prompt."""
-        pressed, more = self._terminal.poll()
-        self.draft = Draft(more if pressed else self.draft.text + more)
+        """Whether Ctrl-C was pressed; what else was typed waits."""
+        pressed, typed = self._terminal.poll()
+        self.typed.take(typed)
         self._pressed |= pressed
         return pressed
+
+    def take_typed_while_loading(self) -> None:
+        """Have what was typed before there was a chat stand at the prompt: it is not sent."""
+        self._poll()
+        self.typed.rest = self.typed.take_back()
+
+    def _typed_lines(self) -> list[str]:
+        """What a person sees of it."""
+        waiting = [f"queued: {shorten(message)}" for message in self.typed.messages]
+        if len(waiting) > 2:
+            waiting = [f"queued: {len(waiting)} messages"]
+        return [*waiting, f"> {shorten(self.typed.rest[-50:])}"] if self.typed.rest else waiting
 
     def _is_interrupted(self) -> bool:
         """Whether calls must not run: Ctrl-C counts, too, when the answer had just ended."""
         return self._poll() or self._pressed
+
+    @property
+    def answers(self) -> list[str]:
+        """What the model has said, as it stands in the chat; of plain completion the last text."""
+        if not self.chat.instruct:
+            return [self.answer.said] if self.answer is not None and self.answer.said else []
+        said = self.chat.conversation.messages
+        return [str(m.content) for m in said if isinstance(m, AssistantMessage) and m.content]
 
     # The context.
 
@@ -286,18 +344,13 @@ class TerminalChat:
             self._used = len(ids) - 1
         return self._used
 
-    def _is_room_offered(self, message: str, error: PromptError) -> bool:
-        """Say which command makes room for a message that did not fit; whether there is one."""
+    def _room(self, message: str, error: PromptError | UsageError) -> str:
+        """Which command makes room for a message that did not fit; nothing where none does."""
         if not isinstance(error, ContextLengthError) or not self.chat.instruct:
-            return False
+            return ""
         n_answer = min(LEAST_ANSWER, self.chat.engine.max_seq_len // 8)
         n = self.chat.exchanges_to_drop(message, n_answer)
-        if n:
-            render.note(
-                f"mistral-chat: /drop {n} takes out what was said first and makes room; the "
-                f"message then stands at the prompt again"
-            )
-        return bool(n)
+        return f". /drop {n} takes out what was said first and makes room" if n else ""
 
     def _warn_when_nearly_full(self, answer: Answer) -> None:
         used = self._used = answer.usage.prompt_tokens + answer.usage.completion_tokens
@@ -339,7 +392,9 @@ class TerminalChat:
             parts.append(f"{self.answer.decode_tokens_per_s:.1f} tokens/s")
         if self.files:
             parts.append(f"{len(self.files)} file(s) before the next message")
-        return " · ".join(parts)
+        if self.typed.messages:
+            parts.append(f"{len(self.typed.messages)} queued, sent after this")
+        return SEPARATOR.join(parts)
 
     @property
     def _ranks(self) -> str:

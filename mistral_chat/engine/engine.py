@@ -17,7 +17,15 @@ from torch import Tensor
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.decoder import Choosing, Pending
 from mistral_chat.engine.runner import Runner
-from mistral_chat.engine.sampling import Draws, allowed_words, choose, log_probability
+from mistral_chat.engine.sampling import (
+    NO_TOKEN,
+    Draws,
+    allowed_words,
+    check_finite,
+    choose,
+    log_probability,
+    no_numbers,
+)
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import ContextLengthError, PromptError
 from mistral_chat.model.few_rows import MOST_ROWS
@@ -169,6 +177,7 @@ class Engine:
             finish reason. A cancelled request just ends.
 
         Raises:
+            CheckpointError: the model's scores are no numbers.
             ContextLengthError: the prompt leaves no room for an answer.
             PromptError: the prompt is empty or has ids outside the vocabulary.
         """
@@ -185,6 +194,7 @@ class Engine:
             the request's number, in the order given, and its event.
 
         Raises:
+            CheckpointError: the model's scores are no numbers.
             ContextLengthError: a prompt leaves no room for an answer.
             PromptError: a prompt is empty or has ids outside the vocabulary.
         """
@@ -291,6 +301,7 @@ class Engine:
             if sequence.request.params.prompt_logprobs:
                 assert rows is not None
                 following = sequence.tokens[chunk.start + 1 : sequence.done + 1]
+                check_finite(rows)
                 known = rows[: len(following)]
                 sequence.logprobs += log_probability(
                     known, torch.tensor(following, dtype=torch.int64)
@@ -300,6 +311,7 @@ class Engine:
             )
         if sequence.done == len(sequence.tokens):
             assert rows is not None
+            check_finite(rows[-1])
             uniform = sequence.draws.next()
             choice = choose(rows[-1], sequence.request.params, banned, uniform)
             reason = sequence.take(choice.id)
@@ -349,6 +361,8 @@ class Engine:
             if not pending or not going:
                 return
             ids = pending.popleft().wait()
+            if NO_TOKEN in ids:
+                raise no_numbers()
             now = time.perf_counter()
             self._step_s += 0.2 * (now - read_at - self._step_s)
             read_at = now

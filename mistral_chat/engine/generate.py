@@ -11,7 +11,7 @@ import torch
 from mistral_chat.config import EngineConfig, SamplingParams
 from mistral_chat.engine.launch import current_group
 from mistral_chat.engine.runner import Runner
-from mistral_chat.engine.sampling import Draws, choose, log_probability
+from mistral_chat.engine.sampling import Draws, check_finite, choose, log_probability
 from mistral_chat.engine.start_up import load_model
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.model import transformer as model_layer
@@ -105,6 +105,7 @@ def generate(
             those chosen.
 
     Raises:
+        CheckpointError: the model's scores are no numbers.
         ValueError: no prompts, an empty one, more than max_batch_size, ids that the model does
             not have, or a negative max_tokens.
     """
@@ -137,8 +138,8 @@ def generate(
         results = (tokens, logprobs)
     else:
         runner.follow()
-    shared: tuple[list[list[int]], list[list[float]]] = group.share(results)
-    return shared
+    all_tokens, all_logprobs = group.share(results)
+    return all_tokens, all_logprobs
 
 
 def _prefill(
@@ -153,6 +154,7 @@ def _prefill(
         logits = runner.run(Step(tuple(chunks), "all"))
         assert logits is not None
         for chunk, rows in zip(chunks, logits.split([len(c.tokens) for c in chunks]), strict=True):
+            check_finite(rows)
             prompt = prompts[chunk.slot]
             following = prompt[start + 1 : start + 1 + len(rows)]
             logprobs[chunk.slot] += log_probability(
@@ -194,5 +196,6 @@ def _decode(
             )
             logits = runner.run(step)
             assert logits is not None
+            check_finite(logits)
             last = list(logits)
     return tokens if tokens[0] else []

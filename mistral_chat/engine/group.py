@@ -1,37 +1,38 @@
 """The ranks of a run, and everything that passes between them.
 
-Waiting for rank 0's next step happens on a CPU process group (gloo) that may wait for a month and
-does not spin; sums of activations use NCCL on GPUs and, on CPU, memory that the ranks of one node
-share, or gloo across nodes. Knows nothing of sequences.
+Waiting for rank 0's next step happens in gloo, which may wait for a month and does not spin; sums
+of activations use NCCL on GPUs and, on CPU, memory that the ranks of one node share, or gloo across
+nodes. Nothing that comes from another rank is unpickled. Knows nothing of sequences.
 """
 
 import contextlib
+import json
+import os
 import secrets
-import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
+from mistral_chat.engine.collectives import Collectives
 from mistral_chat.engine.lifeline import Lifeline, OnLost
+from mistral_chat.engine.meeting import meet
 from mistral_chat.engine.node_memory import NodeMemory
+from mistral_chat.engine.notes import Notes
+from mistral_chat.engine.place import Place
+from mistral_chat.engine.shared_memory import SharedMemory
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import MistralChatError, RankLostError
 from mistral_chat.kernels import ops
 
 __all__ = ["Group", "PeerFailedError", "Place"]
 
-# Waiting for a person to type: longer than anyone thinks. gloo counts in nanoseconds in 63 bits.
-PATIENCE = timedelta(days=30)
-START_TIMEOUT = timedelta(minutes=10)
 HEADER = 64
+MOST_INTEGERS = 1 << 26  # of a step; more is not one
+MOST_SHARED_BYTES = 1 << 30
 VERDICT_S = 1.0
 ENDING_S = 5.0  # for a thread that has heard of a loss to say so, on a machine that is busy
 SPEAK_TIMEOUT_S = 5.0
@@ -42,23 +43,11 @@ class PeerFailedError(RankLostError):
     """Another rank has failed and says why; this one ends without a word."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a process stands among the ranks, as torchrun's environment says.
+class Closable(Protocol):
+    """What holds device memory, graphs or communicators of a group."""
 
-    Args:
-        rank: over all nodes.
-        world_size: number of ranks over all nodes.
-        local_rank: on this node; its GPU.
-        local_world_size: ranks on this node.
-        master_addr: rank 0's node.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    master_addr: str = "127.0.0.1"
+    def close(self) -> None:
+        """Let go of them."""
 
 
 class Group:
@@ -67,25 +56,40 @@ class Group:
     Args:
         place: of this process. With more than one rank, this constructor meets the others and
             returns on all of them.
-        store: where they meet; None is what the launcher set up.
+        look: called several times a second while others are waited for, to raise where that is of
+            no use any more.
         shards: parts that a model is divided into; None is one for each rank. More than that
             leaves this process with the part of its rank and nobody to sum with: for measuring.
     """
 
-    def __init__(self, place: Place, store: Store | None = None, shards: int | None = None) -> None:
+    def __init__(
+        self,
+        place: Place,
+        *,
+        look: Callable[[], None] = lambda: None,
+        shards: int | None = None,
+    ) -> None:
         self.place = place
         self.rank = place.rank
         self.world_size = place.world_size
         self.shards = shards or place.world_size
-        self._lifeline: Lifeline | None = None
-        self._sums: dict[str, dist.ProcessGroup | None] = {}
+        self._lifeline = Lifeline({})
+        self._notes = Notes(place.rank)
+        self._collectives: Collectives | None = None
         self._node_memory: NodeMemory | None = None
-        self._shared_memory: list[Any] = []  # kept mapped
+        self._shared_memory: list[SharedMemory] = []
+        self._users: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._n_topics = 0
+        self._has_failed = False
         started = time.monotonic()
         if place.world_size > 1:
-            with self._exchanging():
-                self._meet(store or next(rendezvous("env://", timeout=START_TIMEOUT))[0])
+            try:
+                with self._translating():
+                    self._meet(look)
+            except BaseException:
+                self._has_failed = True
+                self.close()
+                raise
         self.meet_s = time.monotonic() - started
 
     @property
@@ -93,38 +97,39 @@ class Group:
         """Whether this is rank 0, which decides."""
         return self.rank == 0
 
-    def _meet(self, store: Store) -> None:
-        self._lifeline = self._open_lifeline(store)
-        dist.init_process_group(
-            "gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=PATIENCE
-        )
-        self._sums["cpu"] = dist.group.WORLD
-        if self.place.local_world_size == self.world_size and NodeMemory.is_supported():
-            self._node_memory = NodeMemory(self.rank, self.world_size, store)
-        if torch.cuda.is_available() and self.place.local_rank < torch.cuda.device_count():
-            torch.cuda.set_device(self.place.local_rank)
-            self._sums["cuda"] = dist.new_group(backend="nccl")
-
-    def _open_lifeline(self, store: Store) -> Lifeline:
-        one_node = self.place.local_world_size == self.world_size
+    def _meet(self, look: Callable[[], None]) -> None:
+        meeting = meet(self.place, look)
+        others = sorted(meeting.connections)
+        self._lifeline = Lifeline(meeting.connections, self._notes.hear)
+        self._notes.open(self._lifeline, others)
+        try:
+            if meeting.memory is not None:
+                self._node_memory = NodeMemory(self.rank, self.world_size, meeting.memory)
+        finally:
+            if meeting.memory is not None:
+                os.close(meeting.memory)
         if self.is_leader:
-            listener = socket.create_server(("127.0.0.1" if one_node else "", 0), backlog=1024)
-            secret = secrets.token_bytes(16)
-            port = listener.getsockname()[1]
-            store.set("mistral_chat/lifeline", f"{port} {secret.hex()}")
-            return Lifeline.lead(listener, self.world_size, secret)
-        port, secret_hex = store.get("mistral_chat/lifeline").decode().split()
-        host = "127.0.0.1" if one_node else self.place.master_addr
-        return Lifeline.follow((host, int(port)), self.rank, bytes.fromhex(secret_hex))
+            self._notes.set("key", secrets.token_bytes(32))
+        self._collectives = Collectives(self.place, self._notes, self._notes.get("key"))
 
     def set_on_lost(self, on_lost: OnLost) -> None:
         """Have `on_lost` called, from a thread, when another rank ends; it must end the process."""
-        if self._lifeline:
-            self._lifeline.on_lost = on_lost
+        self._lifeline.on_lost = on_lost
+
+    def close_with_me(self, user: Closable) -> None:
+        """Have `user` closed before the group is; it may go earlier."""
+        self._users.add(user)
 
     @contextlib.contextmanager
-    def _exchanging(self) -> Iterator[None]:
-        """What gloo says of a rank that is gone is for nobody to read.
+    def _exchanging(self) -> Iterator[Collectives]:
+        """Give the collectives, and translate their errors."""
+        assert self._collectives is not None
+        with self._translating():
+            yield self._collectives
+
+    @contextlib.contextmanager
+    def _translating(self) -> Iterator[None]:
+        """Translate what torch and the kernel say of a rank that is gone.
 
         Usually the lifeline hears of the loss as well, says which rank it was and ends the
         process; whichever of the two comes first, that is what people see.
@@ -138,9 +143,10 @@ class Group:
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own
             raise
         except (RuntimeError, OSError) as error:
+            self._has_failed = True
             first = (str(error) or type(error).__name__).splitlines()[0]
             what = f"an exchange with the other ranks failed ({first})"
-            if self._lifeline is None:
+            if not self._lifeline.has_others:
                 raise RankLostError(what) from error
             if self._lifeline.await_an_end(SPEAK_TIMEOUT_S):
                 time.sleep(ENDING_S)  # it is about to end this process
@@ -158,8 +164,8 @@ class Group:
         if self._node_memory and partial.device.type == "cpu":
             self._node_memory.all_reduce(partial)
         else:
-            with self._exchanging():
-                dist.all_reduce(partial, group=self._sums[partial.device.type])
+            with self._exchanging() as collectives:
+                collectives.all_reduce(partial)
         return partial
 
     def reduce_add_norm(
@@ -186,9 +192,8 @@ class Group:
         if self._node_memory and part.device.type == "cpu":
             parts = self._node_memory.gather(padded)
         else:
-            parts = [torch.empty_like(padded) for _ in sizes] if self.is_leader else None
-            with self._exchanging():
-                dist.gather(padded, parts, dst=0, group=self._sums[part.device.type])
+            with self._exchanging() as collectives:
+                parts = collectives.gather(padded)
         if parts is None:
             return None
         return torch.cat([p[:, :size] for p, size in zip(parts, sizes, strict=True)], dim=1)
@@ -196,8 +201,8 @@ class Group:
     def hand_over(self, tokens: Tensor) -> None:
         """Give rank 0's tensor to all, in place."""
         if self.world_size > 1:
-            with self._exchanging():
-                dist.broadcast(tokens, src=0, group=self._sums[tokens.device.type])
+            with self._exchanging() as collectives:
+                collectives.broadcast(tokens)
 
     def why_no_peer_access(self) -> str | None:
         """Why the GPUs cannot write each other's memory; None when they can. The same on all ranks.
@@ -214,34 +219,30 @@ class Group:
     def share_memory(self, n_bytes: int, device: torch.device) -> Tensor | str:
         """Make zeroed GPU memory that all ranks of this node can write.
 
-        Every rank must call it; it stays until the process ends.
+        Every rank must call it; it stays until the group is closed.
 
         Returns:
             (world_size,) int64 on the device: where each rank's begins in this address space; or
             why there is none, on all ranks, as in a container that forbids handing it on.
         """
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
         why_not = ""
+        memory: SharedMemory | None = None
         try:
-            memory = symmetric_memory.empty(n_bytes // 8, dtype=torch.int64, device=device)
+            memory = SharedMemory(n_bytes, device)
         except RuntimeError as error:
             why_not = str(error).splitlines()[0]
-        if not self.minimum(int(not why_not)):  # the others would wait for it in `rendezvous`
+        number = self.new_topic()
+        if not self.minimum(int(not why_not)):  # the others would wait for it in `meet`
             return why_not or OTHERS_CANNOT_SHARE
-        world = dist.group.WORLD
-        assert world is not None
+        assert memory is not None
         found: Tensor | str
         try:
-            handle = symmetric_memory.rendezvous(memory, world)
-            memory.zero_()
-            torch.cuda.synchronize(device)
-            self._shared_memory.append((memory, handle))  # stays mapped
-            found = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+            found = memory.meet(self._notes, self.rank, self.world_size, number)
         except RuntimeError as error:
             found = str(error).splitlines()[0]
         # Nobody writes before all have cleared theirs, nor where one cannot.
         if self.minimum(int(isinstance(found, Tensor))):
+            self._shared_memory.append(memory)
             return found
         return found if isinstance(found, str) else OTHERS_CANNOT_SHARE
 
@@ -255,39 +256,58 @@ class Group:
         header = torch.zeros(HEADER, dtype=torch.int64)
         inline = packed[: HEADER - 1]
         header[: len(inline) + 1] = torch.tensor([len(packed), *inline])
-        with self._exchanging():
-            dist.broadcast(header, src=0)
+        with self._exchanging() as collectives:
+            collectives.broadcast(header)
             if len(packed) > len(inline):
-                dist.broadcast(torch.tensor(packed[len(inline) :]), src=0)
+                collectives.broadcast(torch.tensor(packed[len(inline) :]))
 
     def receive(self) -> Step | None:
         """Other ranks: wait, however long it takes, for what to run; None is the end."""
         header = torch.zeros(HEADER, dtype=torch.int64)
-        with self._exchanging():
-            dist.broadcast(header, src=0)
+        with self._exchanging() as collectives:
+            collectives.broadcast(header)
             length, *packed = header.tolist()
+            if not 0 <= length <= MOST_INTEGERS:
+                raise RuntimeError(f"a step of {length:,} integers")
             if length > len(packed):
                 rest = torch.zeros(length - len(packed), dtype=torch.int64)
-                dist.broadcast(rest, src=0)
+                collectives.broadcast(rest)
                 packed += rest.tolist()
-        return Step.unpack(packed[:length]) if length else None
+            try:
+                return Step.unpack(packed[:length]) if length else None
+            except ValueError as error:
+                raise RuntimeError(f"no step: {error}") from error
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank (pickled)."""
+        """Rank 0's value, on every rank; it travels as JSON.
+
+        Args:
+            value: of None, numbers, texts, lists, and dicts with texts as keys; of rank 0 alone.
+        """
         if self.world_size == 1:
             return value
-        box = [value]
-        with self._exchanging():
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+        said = json.dumps(value).encode() if self.is_leader else b""
+        size = torch.tensor([len(said)])
+        with self._exchanging() as collectives:
+            collectives.broadcast(size)
+            if not 0 < int(size) <= MOST_SHARED_BYTES:
+                raise RuntimeError(f"a value of {int(size):,} bytes")
+            data = torch.zeros(int(size), dtype=torch.uint8)
+            if self.is_leader:
+                data[:] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+            collectives.broadcast(data)
+            try:
+                return json.loads(data.numpy().tobytes())
+            except (ValueError, RecursionError) as error:
+                raise RuntimeError(f"no value that a rank shares: {error}") from error
 
     def minimum(self, value: int) -> int:
         """The least of the ranks' values."""
         if self.world_size == 1:
             return value
         least = torch.tensor([value], dtype=torch.int64)
-        with self._exchanging():
-            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        with self._exchanging() as collectives:
+            collectives.all_reduce(least, minimum=True)
         return int(least)
 
     @contextlib.contextmanager
@@ -313,8 +333,8 @@ class Group:
         self.expect_end()
         if failure is not None and first_failed == self.rank:
             raise failure
-        if self._lifeline:  # a launcher ends all ranks when one ends: let the one speak first
-            self._lifeline.await_an_end(SPEAK_TIMEOUT_S)
+        # A launcher ends all ranks when one ends: let the one speak first.
+        self._lifeline.await_an_end(SPEAK_TIMEOUT_S)
         raise PeerFailedError(f"rank {first_failed} has failed")
 
     def new_topic(self) -> int:
@@ -324,32 +344,40 @@ class Group:
 
     def tell(self, text: str) -> None:
         """Let rank 0 know something in one line, or as rank 0 all others; from any thread."""
-        if self._lifeline:
-            self._lifeline.tell(text)
+        self._lifeline.tell(text)
 
     def told(self) -> dict[int, str]:
         """The last line that each other rank told: on rank 0 of all others, else rank 0's."""
-        return dict(self._lifeline.told) if self._lifeline else {}
+        return dict(self._lifeline.told)
 
     def fail(self, message: str) -> None:
         """Tell rank 0 why this rank is about to end."""
-        if self._lifeline:
-            self._lifeline.fail(message)
+        self._lifeline.fail(message)
 
     def await_verdict(self) -> None:
         """After a failed collective: where a lost rank is why, the lifeline says so and ends us."""
-        if self._lifeline:
+        if self._lifeline.has_others:
             time.sleep(VERDICT_S)
 
     def expect_end(self) -> None:
         """From now on, ranks that end are no failure."""
-        if self._lifeline:
-            self._lifeline.expect_end()
+        self._has_failed = True
+        self._lifeline.expect_end()
 
     def close(self) -> None:
-        """Part from the other ranks in peace."""
-        if self._lifeline:
-            self._lifeline.close()
-            self._lifeline = None
-            self._sums.clear()  # a group that outlives its destruction keeps gloo's threads
-            dist.destroy_process_group()
+        """Part from the other ranks, and let go of all that this one held for them.
+
+        Where no rank has failed this is in peace: the others do the same.
+        """
+        for user in [*self._users]:
+            user.close()
+        in_peace = not self._has_failed
+        self._lifeline.close(in_peace=in_peace)
+        self._notes.close()
+        if self._collectives is not None:
+            self._collectives.close(in_peace=in_peace)
+            self._collectives = None
+        for memory in self._shared_memory:
+            memory.close()
+        self._shared_memory.clear()
+        self._node_memory = None

@@ -3,20 +3,23 @@
 The only place that reads environment variables of a launch. Imports nothing heavy until asked.
 """
 
+import hashlib
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
 from mistral_chat.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
-    from mistral_chat.engine.group import Group, Place
+    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.place import Place
 
 __all__ = [
     "current_group",
@@ -32,11 +35,14 @@ __all__ = [
 ]
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_RUN = "TORCHELASTIC_RUN_ID"
+_OF_A_RUN = (_RUN, "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+_SECRET = "MISTRAL_CHAT_SECRET"
 
 
-def is_launched() -> bool:
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun (or a launcher that speaks its variables) started this process."""
-    return all(name in os.environ for name in _VARIABLES)
+    return all(name in environment for name in _VARIABLES)
 
 
 def launched_rank() -> int | None:
@@ -56,26 +62,36 @@ def launched_ranks() -> int:
     return _number("WORLD_SIZE") if is_launched() else 1
 
 
-def _number(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "" if default is None else str(default))
+def _number(
+    name: str, default: int | None = None, environment: Mapping[str, str] = os.environ
+) -> int:
+    text = environment.get(name, "" if default is None else str(default))
     if not text.isdigit():
         raise UsageError(f"the launcher set {name}={text!r}: expected a whole number")
     return int(text)
 
 
-def place() -> "Place":
-    """Where this process stands among the ranks; alone when no launcher started it."""
-    from mistral_chat.engine.group import Place
+def place(environment: Mapping[str, str] = os.environ) -> "Place":
+    """Where a process stands among the ranks; alone when no launcher started it.
 
-    if launched_rank() is None:
+    Args:
+        environment: of the process.
+    """
+    from mistral_chat.engine.place import Place
+
+    if not is_launched(environment):
         return Place()
-    rank, world_size = _number("RANK"), _number("WORLD_SIZE")
+    rank, world_size = (_number(name, None, environment) for name in ("RANK", "WORLD_SIZE"))
+    # What the launcher gives all ranks of this run, and no others.
+    known = "\n".join(environment.get(name, "") for name in (*_OF_A_RUN, "WORLD_SIZE"))
     return Place(
         rank=rank,
         world_size=world_size,
-        local_rank=_number("LOCAL_RANK", rank),
-        local_world_size=launched_ranks_here(),
-        master_addr=os.environ["MASTER_ADDR"],
+        local_rank=_number("LOCAL_RANK", rank, environment),
+        local_world_size=_number("LOCAL_WORLD_SIZE", world_size, environment),
+        master_addr=environment["MASTER_ADDR"],
+        run=hashlib.sha256(known.encode()).hexdigest()[:32],
+        secret=(environment.get(_SECRET) or known).encode(),
     )
 
 
@@ -98,26 +114,26 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
     Returns:
         the group and the other ranks' processes.
     """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    from mistral_chat.engine.group import START_TIMEOUT, Group, Place
+    from mistral_chat.engine.group import Group
 
     set_up_environment()
-    store = TCPStore(
-        "127.0.0.1", 0, n_ranks, is_master=True, timeout=START_TIMEOUT, wait_for_workers=False
-    )
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    # No store listens for them: they meet on this node, under the name of the run.
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", _RUN: secrets.token_hex(16)}
     common |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
     common |= {"OMP_NUM_THREADS": _threads_each(n_ranks)}
+    environments = [
+        os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(n_ranks)
+    ]
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "mistral_chat.engine.worker", arguments],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment,
             stdin=subprocess.DEVNULL,
         )
-        for rank in range(1, n_ranks)
+        for environment in environments[1:]
     ]
-    return Group(Place(world_size=n_ranks, local_world_size=n_ranks), store), workers
+    return Group(place(environments[0])), workers
 
 
 def _threads_each(n_ranks: int) -> str:
@@ -130,10 +146,13 @@ def set_up_environment() -> None:
     """What NCCL and torch read from the environment; to be called before torch is imported.
 
     No NVLink multicast: it gains nothing at our sizes, and a process that dies while using it can
-    leave the GPUs of the host unusable. Huge pages for large tensors on CPU: fresh weights cost
-    a page fault for each 2 MiB instead of 4 KiB, and steps miss the TLB less (BENCHMARKS.md).
+    leave the GPUs of the host unusable. No thread of torch's that ends a process which was stopped
+    for some minutes: the lifeline knows better who is gone. Huge pages for large tensors on CPU:
+    fresh weights cost a page fault for each 2 MiB instead of 4 KiB, and steps miss the TLB less
+    (BENCHMARKS.md).
     """
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -2,25 +2,32 @@
 
 A collective cannot do this: a rank that waits in one learns of a dead peer after minutes, and a
 rank that waits for a person to type is in none. When a process ends, however it ends, the kernel
-closes its socket and the other end wakes up. Knows nothing of models or of process groups.
+closes its socket and the other end wakes up. Knows nothing of models or of process groups, nor of
+how ranks meet.
 """
 
 import contextlib
 import os
 import selectors
 import socket
+import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["Lifeline", "OnLost"]
+__all__ = ["Lifeline", "OnLost", "OnNote"]
 
-CONNECT_TIMEOUT_S = 300.0
 CLOSE_TIMEOUT_S = 5.0
-_BYE = b"\0"  # neither is ever part of an error's text
-_TOLD, _END = b"\1", b"\n"
+_HEAD = struct.Struct("<BI")  # what it is, bytes that follow
+_BYE, _TOLD, _FAILED, _NOTE = range(4)
+_MOST_BYTES = 1 << 24
 
 OnLost = Callable[[str], None]
+OnNote = Callable[[int, bytes], None]
+
+
+class _NotOursError(Exception):
+    """The other end said something that no rank says."""
 
 
 def _end_process(message: str) -> None:
@@ -32,69 +39,77 @@ def _end_process(message: str) -> None:
 
 def _keep_alive(connection: socket.socket) -> None:
     """Have the kernel notice a machine that went away without a word, in about 8 s."""
+    if connection.family == socket.AF_UNIX:
+        return
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 2)):
         if hasattr(socket, name):  # not on every system
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+class _Heard:
+    """What one rank has said, and the messages in it."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.parted = False
+        self.reason = ""
+
+    def messages(self) -> Iterator[tuple[int, bytes]]:
+        """Take the messages that have arrived whole: what each is, and its bytes."""
+        while len(self.data) >= _HEAD.size:
+            kind, size = _HEAD.unpack_from(self.data)
+            if size > _MOST_BYTES:
+                raise _NotOursError
+            if len(self.data) < _HEAD.size + size:
+                return
+            said = bytes(self.data[_HEAD.size : _HEAD.size + size])
+            del self.data[: _HEAD.size + size]
+            yield kind, said
+
+
 class Lifeline:
     """Watches the other end from a thread; rank 0 watches all, each other rank watches rank 0.
 
+    A rank that is alone has one without connections: nobody is told and nobody is lost.
+
     Args:
         connections: rank -> open socket to it.
+        on_note: called from the thread with each note's sender and bytes; a ValueError says that
+            no rank of ours sent it.
 
     `on_lost` is called from the thread, with what happened (empty where another rank says it),
     and must end the process.
     """
 
-    def __init__(self, connections: dict[int, socket.socket]) -> None:
+    def __init__(
+        self,
+        connections: Mapping[int, socket.socket],
+        on_note: OnNote = lambda rank, note: None,
+    ) -> None:
         self.on_lost: OnLost = _end_process
         self.told: dict[int, str] = {}  # the last that each rank said of itself
+        self._on_note = on_note
         self._closing = False
-        self._sending = threading.Lock()
-        self._connections = connections
-        self._selector = selectors.DefaultSelector()
-        for rank, connection in connections.items():
+        self._connections = dict(connections)
+        self._sending = {rank: threading.Lock() for rank in connections}
+        for connection in connections.values():
             connection.settimeout(None)
             _keep_alive(connection)
-            self._selector.register(connection, selectors.EVENT_READ, rank)
         self._some_end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
-        self._thread.start()
+        if connections:
+            self._thread.start()
 
-    @classmethod
-    def lead(cls, listener: socket.socket, world_size: int, secret: bytes) -> "Lifeline":
-        """Rank 0: wait until every other rank has connected and said the secret and its rank.
+    @property
+    def has_others(self) -> bool:
+        """Whether there is anybody at the other end."""
+        return bool(self._connections)
 
-        Raises:
-            OSError: (TimeoutError) not all came.
-        """
-        connections: dict[int, socket.socket] = {}
-        listener.settimeout(CONNECT_TIMEOUT_S)
-        with listener:
-            while len(connections) < world_size - 1:
-                connection, _ = listener.accept()
-                connection.settimeout(10)
-                hello = b""
-                with contextlib.suppress(OSError):
-                    hello = connection.recv(len(secret) + 4, socket.MSG_WAITALL)
-                if len(hello) != len(secret) + 4 or hello[:-4] != secret:
-                    connection.close()  # not one of ours
-                    continue
-                connections[int.from_bytes(hello[-4:], "little")] = connection
-        return cls(connections)
-
-    @classmethod
-    def follow(cls, address: tuple[str, int], rank: int, secret: bytes) -> "Lifeline":
-        """Any other rank: connect to rank 0.
-
-        Raises:
-            OSError: nobody answers there.
-        """
-        connection = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
-        connection.sendall(secret + rank.to_bytes(4, "little"))
-        return cls({0: connection})
+    @property
+    def has_lost(self) -> bool:
+        """Whether another end has gone, in peace or not."""
+        return self._some_end.is_set()
 
     def expect_end(self) -> None:
         """From now on the other end may go without that being a failure."""
@@ -102,57 +117,78 @@ class Lifeline:
 
     def tell(self, text: str) -> None:
         """Have the other end, of rank 0 all others, find this line in `told`."""
-        self._send(_TOLD + text.encode() + _END)
+        self._send(_TOLD, text.encode())
 
     def fail(self, message: str) -> None:
         """Tell rank 0 why this rank is about to end."""
         self._closing = True
-        self._send(message.encode(errors="replace"))  # a path need not be text
+        self._send(_FAILED, message.encode(errors="replace"))  # a path need not be text
 
-    def _send(self, data: bytes) -> None:
-        for connection in self._connections.values():
-            with contextlib.suppress(OSError), self._sending:
-                connection.sendall(data)
+    def note(self, note: bytes, rank: int | None = None) -> None:
+        """Have a rank's `on_note` called; None is the other end, of rank 0 all others."""
+        self._send(_NOTE, note, rank)
 
-    def close(self) -> None:
-        """Part in peace: the other end does not take this for a loss."""
+    def _send(self, kind: int, said: bytes, rank: int | None = None) -> None:
+        for other in self._connections if rank is None else (rank,):
+            with contextlib.suppress(OSError), self._sending[other]:
+                self._connections[other].sendall(_HEAD.pack(kind, len(said)) + said)
+
+    def close(self, *, in_peace: bool = True) -> None:
+        """Part from the other ends.
+
+        Args:
+            in_peace: they do not take this for a loss, and are waited for; else they end, too.
+        """
         self._closing = True
+        if in_peace:
+            self._send(_BYE, b"")
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                with self._sending:
-                    connection.sendall(_BYE)
-                connection.shutdown(socket.SHUT_WR)
-        self._thread.join(CLOSE_TIMEOUT_S)  # until the others have parted too
+                connection.shutdown(socket.SHUT_WR if in_peace else socket.SHUT_RDWR)
+        if self._connections:
+            self._thread.join(CLOSE_TIMEOUT_S)  # until the others have parted too
 
     def await_an_end(self, timeout_s: float) -> bool:
         """Wait until another end has gone; False where time was up before."""
         return self._some_end.wait(timeout_s)
 
     def _watch(self) -> None:
-        said: dict[int, bytes] = dict.fromkeys(self._connections, b"")
-        with self._selector as selector:
+        heard = {rank: _Heard() for rank in self._connections}
+        with selectors.DefaultSelector() as selector:
+            for rank, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
             while selector.get_map():
                 for key, _ in selector.select():
                     rank = key.data
                     try:
                         data = self._connections[rank].recv(65536)
-                    except OSError:
+                        heard[rank].data += data
+                        self._hear(rank, heard[rank])
+                    except (OSError, _NotOursError):
                         data = b""
-                    said[rank] = self._without_told(rank, said[rank] + data)
                     if data:
                         continue
                     selector.unregister(key.fileobj)
                     self._connections[rank].close()
                     self._some_end.set()
-                    if not self._closing and not said[rank].endswith(_BYE):
-                        self._lost(rank, said[rank].decode(errors="replace"))
+                    if not self._closing and not heard[rank].parted:
+                        self._lost(rank, heard[rank].reason)
 
-    def _without_told(self, rank: int, said: bytes) -> bytes:
-        """Note what a rank says of itself; give what else it said."""
-        while (begin := said.find(_TOLD)) >= 0 and (end := said.find(_END, begin)) >= 0:
-            self.told[rank] = said[begin + 1 : end].decode()
-            said = said[:begin] + said[end + 1 :]
-        return said
+    def _hear(self, rank: int, heard: _Heard) -> None:
+        for kind, said in heard.messages():
+            if kind == _NOTE:
+                try:
+                    self._on_note(rank, said)
+                except ValueError as error:
+                    raise _NotOursError from error
+            elif kind == _TOLD:
+                self.told[rank] = said.decode(errors="replace")
+            elif kind == _FAILED:
+                heard.reason = said.decode(errors="replace")
+            elif kind == _BYE:
+                heard.parted = True
+            else:
+                raise _NotOursError
 
     def _lost(self, rank: int, reason: str) -> None:
         if rank == 0:

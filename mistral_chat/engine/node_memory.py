@@ -5,6 +5,7 @@ model's token; this takes 12 us. Relies on x86's order of stores, so other proce
 Knows nothing of what is summed.
 """
 
+import fcntl
 import mmap
 import os
 import platform
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
 
 __all__ = ["NodeMemory"]
 
@@ -34,21 +34,17 @@ class NodeMemory:
     Args:
         rank: this one.
         world_size: ranks, all on this node.
-        store: where rank 0 tells the others what to map.
+        fd: what all of them map, made by `create`; may be closed afterwards.
+
+    Raises:
+        ValueError: not memory for so many ranks.
     """
 
-    def __init__(self, rank: int, world_size: int, store: Store) -> None:
-        size = world_size * (LINE + 2 * PIECE_BYTES)
-        if rank == 0:
-            fd = os.memfd_create("mistral-chat")  # has no name to be left behind
-            os.ftruncate(fd, size)
-            store.set("mistral_chat/node_memory", f"{os.getpid()} {fd}")
-        else:
-            pid, number = store.get("mistral_chat/node_memory").decode().split()
-            fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+    def __init__(self, rank: int, world_size: int, fd: int) -> None:
+        size = self.size_bytes(world_size)
+        if os.fstat(fd).st_size != size:
+            raise ValueError(f"{os.fstat(fd).st_size} bytes of shared memory: expected {size}")
         self._map = mmap.mmap(fd, size)
-        if rank != 0:
-            os.close(fd)  # rank 0 keeps its own until every rank has opened it: for good
         counters = np.frombuffer(self._map, np.int64, world_size * LINE // 8)
         self._counters = counters.reshape(world_size, LINE // 8)[:, 0]
         places = torch.frombuffer(self._map, dtype=torch.uint8, offset=world_size * LINE)
@@ -60,6 +56,22 @@ class NodeMemory:
     def is_supported() -> bool:
         """Whether this machine keeps stores in order and can share memory without a name."""
         return sys.platform == "linux" and platform.machine() == "x86_64"
+
+    @staticmethod
+    def size_bytes(world_size: int) -> int:
+        """Bytes that so many ranks share."""
+        return world_size * (LINE + 2 * PIECE_BYTES)
+
+    @classmethod
+    def create(cls, world_size: int) -> int:
+        """Memory without a name, to be handed to the other ranks: its file descriptor.
+
+        No rank can make it smaller under the others, which would end them.
+        """
+        fd = os.memfd_create("mistral-chat", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, cls.size_bytes(world_size))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        return fd
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum over ranks in place; float32 inside, in rank order, so all ranks get the same bits.

@@ -15,6 +15,7 @@ from mistral_chat.engine.exchange import Exchange, PeerExchange, open_exchange
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.memory import Plan
 from mistral_chat.engine.step import Step
+from mistral_chat.errors import UsageError
 from mistral_chat.kernels import ops
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.few_rows import supports
@@ -68,16 +69,44 @@ class Runner:
         chunk_size: int,
         plan: Plan | None = None,
     ) -> None:
-        self.model = model
+        self._model: Transformer | None = model
         self.group = group
         self.max_seq_len = max_seq_len
         self.chunk_size = chunk_size
         self.plan = plan
-        self.cache = KVCache(model.shard, max_batch_size, max_seq_len, model.dtype, model.device)
+        self._cache: KVCache | None = KVCache(
+            model.shard, max_batch_size, max_seq_len, model.dtype, model.device
+        )
         self.decoder: Decoder | None = None
         self.exchange: Exchange | None = None
         self.start_up: StartUp | None = None
         self._vocab_sizes = [len(model.shard.vocab_of(r)) for r in range(group.world_size)]
+        group.close_with_me(self)
+
+    @property
+    def model(self) -> Transformer:
+        """This rank's share.
+
+        Raises:
+            UsageError: it has been let go of.
+        """
+        if self._model is None:
+            raise UsageError("this model has been closed: load it again to go on")
+        return self._model
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of every slot."""
+        assert self._cache is not None
+        return self._cache
+
+    def close(self) -> None:
+        """Let go of weights, cache and graphs, which hold the ranks' communicators.
+
+        A program may keep a reference to this for as long as it likes.
+        """
+        self.decoder = self.exchange = None
+        self._model = self._cache = None
 
     def open_decoder(self) -> None:
         """Run steps of few tokens by `Decoder` from now on; all ranks together."""
@@ -90,9 +119,9 @@ class Runner:
         model = self.model
         had_decoder, self.decoder = self.decoder is not None, None
         dtype, device = self.cache.k.dtype, self.cache.k.device
-        del self.cache
+        self._cache = None  # its memory goes first
         self.max_seq_len = max_seq_len
-        self.cache = KVCache(model.shard, max_batch_size, max_seq_len, dtype, device)
+        self._cache = KVCache(model.shard, max_batch_size, max_seq_len, dtype, device)
         if had_decoder:
             self.open_decoder()
 

@@ -3,6 +3,7 @@
 Shapes: V = vocabulary.
 """
 
+import math
 import random
 import secrets
 from collections.abc import Sequence
@@ -13,10 +14,22 @@ import torch
 from torch import Tensor
 
 from mistral_chat.config import SamplingParams
+from mistral_chat.errors import CheckpointError
 
-__all__ = ["Choice", "Draws", "allowed_words", "choose", "log_probability", "probabilities"]
+__all__ = [
+    "NO_TOKEN",
+    "Choice",
+    "Draws",
+    "allowed_words",
+    "check_finite",
+    "choose",
+    "log_probability",
+    "no_numbers",
+    "probabilities",
+]
 
 LEAST_TEMPERATURE = 1e-5  # below it every draw is the most likely token
+NO_TOKEN = -1  # what a device chooses where logits are no numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,28 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
             sorted_probs = sorted_probs.masked_fill(ahead >= params.top_p, 0)
         probs = torch.zeros_like(probs).scatter_(0, ids, sorted_probs)
     return probs / probs.sum()
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse to choose from scores that are no numbers: any choice would look like an answer.
+
+    Args:
+        logits: of any shape, before a token is banned.
+
+    Raises:
+        CheckpointError: one of them is NaN or infinite.
+    """
+    if not math.isfinite(float(logits.sum())):  # both stay what they are in a sum
+        raise no_numbers()
+
+
+def no_numbers() -> CheckpointError:
+    """The error of an answer that would come of NaN."""
+    return CheckpointError(
+        "the model's scores are no numbers (NaN or infinite), so that there is no answer: its "
+        "weights are damaged, or too large for their type here; fetch them again, or try "
+        "--dtype float32"
+    )
 
 
 class Draws:

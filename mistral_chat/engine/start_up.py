@@ -103,7 +103,9 @@ def _begin(
             assert config.model is not None
             headers = read_headers(config.model, config.load_format)
             check_tensors(config.model, headers, placements(shard, headers.layout))
-    headers = group.share(headers)
+    told = group.share(headers.to_json() if headers else None)
+    if headers is None and told is not None:
+        headers = Headers.from_json(told)
     with group.together():
         config.require_positions(args.max_seq_len)
         most = config.max_seq_len or args.max_seq_len or DEFAULT_MAX_SEQ_LEN

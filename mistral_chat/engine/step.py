@@ -57,13 +57,26 @@ class Step:
 
     @classmethod
     def unpack(cls, packed: list[int]) -> "Step":
-        """The step that `pack` made these integers from."""
+        """The step that `pack` made these integers from.
+
+        Raises:
+            ValueError: it made no step of them.
+        """
+        if len(packed) < 3:
+            raise ValueError(f"{len(packed)} integers: expected at least 3")
         which, n_tokens, n_chunks = packed[:3]
-        chunks = []
+        if not 0 <= which < len(_WHICH) or n_tokens < 0 or n_chunks < 0:
+            raise ValueError(f"it begins with {packed[:3]}")
+        chunks: list[Chunk] = []
         at = 3
         for _ in range(n_chunks):
-            slot, start, length = packed[at : at + 3]
+            slot, start, length = packed[at : at + 3] if at + 3 <= len(packed) else (-1, -1, -1)
             at += 3
-            chunks.append(Chunk(slot, start, tuple(packed[at : at + length])))
+            tokens = packed[at : at + length] if length > 0 else []
+            if min(slot, start, length) < 0 or len(tokens) != length or min(tokens, default=0) < 0:
+                raise ValueError(f"chunk {len(chunks)} of {n_chunks} is cut off, or negative")
+            chunks.append(Chunk(slot, start, tuple(tokens)))
             at += length
+        if at != len(packed):
+            raise ValueError(f"{len(packed) - at} integers after its end")
         return cls(tuple(chunks), _WHICH[which], n_tokens)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mistral_chat.config import EngineConfig
-from mistral_chat.engine.group import Group, PeerFailedError
+from mistral_chat.engine.group import Group, PeerFailedError, Place
 from mistral_chat.engine.launch import (
     current_group,
     launched_rank,
@@ -80,13 +80,9 @@ class Session:
                 )
             self.group = current_group()
         elif (nproc_per_node or 1) == 1:
-            self.group = current_group()
+            self.group = Group(Place())  # of its own, to be closed with it
         else:
             assert nproc_per_node is not None
-            if torch.distributed.is_initialized():
-                raise UsageError(
-                    "another LLM with several ranks is open in this process: close it first"
-                )
             self.group, self._workers = spawn_ranks(nproc_per_node, _to_json(config))
         # A program that ends without closing: gloo's threads must not outlive the interpreter.
         atexit.register(self.close)

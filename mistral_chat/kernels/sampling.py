@@ -38,7 +38,8 @@ def sample(logits: Tensor, allowed: Tensor, params: Tensor, uniforms: Tensor, ou
     the one drawn, can come out differently from the reference. An id outside the mask cannot.
 
     Args:
-        logits: (T, V) float32, finite or -inf; rows may be any stride apart.
+        logits: (T, V) float32, finite or -inf; rows may be any stride apart. A row with anything
+            else that is allowed chooses -1.
         allowed: (T, ceil(V / 32)) int32, bit i % 32 of word i // 32 for token i.
         params: (T, 4) float32: temperature, top_p, min_p, top_k.
         uniforms: (T,) float32 in [0, 1).
@@ -146,10 +147,12 @@ def _sample(
     n_words = tl.cdiv(vocab_size, WORD)
 
     best = _masked_logits(logits, allowed, tl.arange(0, n), vocab_size)  # (n, 32)
+    no_number = (best != best) | (best == float("inf"))
     first_best = tl.zeros((n, WORD), tl.int32)  # first word of the block that has it
     if not in_registers:
         for first in range(n, n_words, n):
             logit = _masked_logits(logits, allowed, first + tl.arange(0, n), vocab_size)
+            no_number |= (logit != logit) | (logit == float("inf"))
             first_best = tl.where(logit > best, first, first_best)
             best = tl.where(logit > best, logit, best)
     highest = tl.max(best)
@@ -211,4 +214,5 @@ def _sample(
         ids = word * WORD + tl.arange(0, WORD)[None, :]
         last = tl.max(tl.where(kept, ids, 0))
         chosen = tl.min(tl.where(kept & (sums > goal), ids, last))
+    chosen = tl.where(tl.max(no_number.to(tl.int32)) > 0, -1, chosen)
     tl.store(out + at, chosen.to(tl.int64))

@@ -60,7 +60,7 @@ def sample_reference(logits: Tensor, allowed: Tensor, params: Tensor, uniforms: 
     inverts the cumulative sum in order of ids.
 
     Args:
-        logits: (T, V) float32, finite or -inf.
+        logits: (T, V) float32, finite or -inf; a row with anything else chooses no token.
         allowed: (T, ceil(V / 32)) int32: token i of a row may be chosen where bit i % 32 of word
             i // 32 is set (llguidance's layout). Each row allows one token at least.
         params: (T, 4) float32: temperature (0 takes the highest logit, the lowest id on a tie),
@@ -68,7 +68,7 @@ def sample_reference(logits: Tensor, allowed: Tensor, params: Tensor, uniforms: 
         uniforms: (T,) float32 in [0, 1), where in its distribution each row is drawn.
 
     Returns:
-        (T,) int64 ids.
+        (T,) int64 ids; -1 where NaN or +inf may be chosen.
     """
     masked = logits.masked_fill(~unpack_allowed(allowed, logits.shape[1]), -torch.inf)
     greedy = (masked == masked.amax(1, keepdim=True)).int().argmax(1)
@@ -79,4 +79,5 @@ def sample_reference(logits: Tensor, allowed: Tensor, params: Tensor, uniforms: 
     ids = torch.arange(logits.shape[1], device=logits.device)
     last = torch.where(probs > 0, ids, 0).amax(1)
     drawn = torch.where(beyond.any(1), beyond.int().argmax(1), last)
-    return torch.where(params[:, 0] == 0, greedy, drawn)
+    broken = masked.isnan().any(1) | (masked.amax(1) == torch.inf)
+    return torch.where(broken, -1, torch.where(params[:, 0] == 0, greedy, drawn))

@@ -3,24 +3,41 @@
 Knows which keys exist and what they mean; knows nothing of files of weights or of ranks.
 """
 
-import json
+import errno
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mistral_chat.config import EngineConfig, LoadFormat
-from mistral_chat.errors import CheckpointError
+from mistral_chat.errors import CheckpointError, named, shown
+from mistral_chat.files import is_there, read_json
 from mistral_chat.model import hf
+from mistral_chat.model.end_ids import read_end_ids
 
 __all__ = ["TransformerArgs", "args_of", "read_args"]
 
-DEFAULT_ROPE_THETA = 1e6
 # A folder that says nothing about its context: what Mistral's dense models have at least had
 # since 7B v0.2. --max_seq_len may go beyond it, since nothing says that the model does not.
 DEFAULT_MAX_SEQ_LEN = 32_768
 
-_UNSUPPORTED = ("moe", "lora", "vision_encoder", "quantization", "yarn", "llama_4_scaling")
+# Far above any dense model there is, and so low that tables of them are made in no time.
+_MOST = {
+    "dim": 1 << 20,
+    "n_layers": 1000,
+    "head_dim": 1 << 14,
+    "hidden_dim": 1 << 22,
+    "n_heads": 1 << 14,
+    "n_kv_heads": 1 << 14,
+    "vocab_size": 1 << 22,
+}
+MOST_POSITIONS = 1 << 24  # float32 holds every whole number up to here, as angles need them
+_RANGES = {"norm_eps": (1e-30, 1.0), "rope_theta": (1.0, 1e15)}  # float32 computes with them
+
+_UNSUPPORTED = ("moe", "vision_encoder", "quantization", "yarn", "llama_4_scaling")
 _IGNORED = ("use_biases", "causal", "ragged_attention")  # only refused when they ask for something
+# What mistral-finetune writes of its training. Whether the adapters are merged, tensors tell.
+_LORA = {"enable", "rank", "dropout", "scaling"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +54,8 @@ class TransformerArgs:
         norm_eps: epsilon of RMSNorm.
         vocab_size: rows of the embedding.
         max_batch_size: most sequences that `generate` runs at once.
-        rope_theta: base of the rotary embedding; None is 1e6.
+        rope_theta: base of the rotary embedding; None is 1e6, or 1e4 with a sliding window: what
+            Mistral's models before 7B v0.2 had, and mistral-inference takes.
         sliding_window: how many tokens back, itself included, a token attends; None is all, a
             list is one entry a layer, repeated over the layers where it is shorter.
         tied_embeddings: the output matrix is the embedding.
@@ -64,23 +82,24 @@ class TransformerArgs:
     model_type: str = "transformer"
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads",
-                     "vocab_size"):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"{name} is {value!r}: expected a whole number of at least 1")
-        for name in ("norm_eps", "rope_theta"):
+        for name, most in _MOST.items():
+            _check_whole(name, getattr(self, name), 1, most)
+        for name, (least, most_of_it) in _RANGES.items():
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (is_number and value > 0):
-                raise CheckpointError(f"{name} is {value!r}: expected a number above 0")
+            if not (value is None and name == "rope_theta") and not (
+                is_number and least <= value <= most_of_it
+            ):
+                raise CheckpointError(
+                    f"{name} is {shown(value)}: expected a number from {least:g} to {most_of_it:g}"
+                )
         if not isinstance(self.tied_embeddings, bool):
             raise CheckpointError(
-                f"tied_embeddings is {self.tied_embeddings!r}: expected true or false"
+                f"tied_embeddings is {shown(self.tied_embeddings)}: expected true or false"
             )
         if self.model_type != "transformer":
             raise CheckpointError(
-                f"model_type {self.model_type!r} is not supported: expected 'transformer'"
+                f"model_type {shown(self.model_type)} is not supported: expected 'transformer'"
             )
         if self.n_heads % self.n_kv_heads:
             raise CheckpointError(
@@ -90,20 +109,12 @@ class TransformerArgs:
             raise CheckpointError(
                 f"head_dim is {self.head_dim}: expected an even number (RoPE turns pairs)"
             )
-        if self.max_seq_len is not None and (
-            not isinstance(self.max_seq_len, int) or self.max_seq_len < 2
-        ):
-            raise CheckpointError(
-                f"max_seq_len is {self.max_seq_len!r}: expected a whole number of at least 2"
-            )
+        if self.max_seq_len is not None:
+            _check_whole("max_seq_len", self.max_seq_len, 2, MOST_POSITIONS)
         windows = self.sliding_window
         for window in windows if isinstance(windows, list) else [windows]:
-            if window is not None and (
-                not isinstance(window, int) or isinstance(window, bool) or window < 1
-            ):
-                raise CheckpointError(
-                    f"sliding_window holds {window!r}: expected whole numbers of at least 1 or null"
-                )
+            if window is not None:
+                _check_whole("sliding_window", window, 1, 1 << 30)
         if isinstance(windows, list) and (not windows or self.n_layers % len(windows)):
             raise CheckpointError(
                 f"sliding_window lists {len(windows)} layers: expected a number that divides "
@@ -117,6 +128,11 @@ class TransformerArgs:
             repeats = self.n_layers // len(self.sliding_window)
             return tuple(self.sliding_window) * repeats
         return (self.sliding_window,) * self.n_layers
+
+    @property
+    def theta(self) -> float:
+        """Base of the rotary embedding, also where the folder does not say it."""
+        return self.rope_theta or hf.default_theta(self.sliding_window)
 
     @property
     def n_params(self) -> int:
@@ -133,18 +149,23 @@ class TransformerArgs:
         Raises:
             CheckpointError: a missing, unknown or unsupported key, named.
         """
-        params = dict(params)
-        if params.get("model_type", "transformer") != "transformer":
+        params = {name: value for name, value in params.items() if value is not None}
+        kind = params.get("model_type", "transformer")
+        if kind != "transformer":
+            raise CheckpointError(f"{shown(kind)} is not supported: expected a dense transformer")
+        lora = params.pop("lora", {})
+        if not isinstance(lora, dict) or lora.keys() - _LORA:
             raise CheckpointError(
-                f"{params['model_type']} is not supported: expected a dense transformer"
+                f"lora is not supported as {shown(lora)}: expected a merged model"
             )
         for name in _UNSUPPORTED:
-            if params.pop(name, None) is not None:
+            value = params.pop(name, None)
+            if value and not (isinstance(value, dict) and value.get("enable") is False):
                 raise CheckpointError(f"{name} is not supported: expected a dense text model")
         for name in _IGNORED:
             value = params.pop(name, None)
             if value not in (None, name == "causal"):
-                raise CheckpointError(f"{name} = {value!r} is not supported")
+                raise CheckpointError(f"{name} = {shown(value)} is not supported")
         alias = params.pop("_sliding_window", None)
         if alias is not None:
             if params.get("sliding_window") not in (None, alias):
@@ -153,18 +174,26 @@ class TransformerArgs:
                 )
             params["sliding_window"] = alias
         positions = params.pop("max_position_embeddings", None)
-        if params.get("max_seq_len") is None:
-            params["max_seq_len"] = positions
+        params.setdefault("max_seq_len", positions)
         known = {f.name: f for f in fields(cls)}
         unknown = sorted(set(params) - set(known))
         if unknown:
-            raise CheckpointError(f"{', '.join(unknown)} is not supported: not a key we know")
+            names = ", ".join(map(named, unknown[:8]))
+            raise CheckpointError(f"{names} is not supported: not a key we know")
         required = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads",
                     "norm_eps", "vocab_size")  # fmt: skip
         missing = [name for name in required if params.get(name) is None]
         if missing:
             raise CheckpointError(f"{', '.join(missing)} is missing")
         return cls(**params)
+
+
+def _check_whole(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise CheckpointError(
+            f"{name} is {shown(value)}: expected a whole number of at least {least} and at most "
+            f"{most:,}"
+        )
 
 
 def args_of(config: EngineConfig) -> TransformerArgs:
@@ -185,26 +214,22 @@ def args_of(config: EngineConfig) -> TransformerArgs:
 def read_args(folder: Path, load_format: LoadFormat = "auto") -> TransformerArgs:
     """Read a model folder's shape: `params.json`, or `config.json` in Hugging Face's layout.
 
-    Where both are there they must agree on every size that both give. The context length is
-    taken from params.json, else from a config.json beside it.
+    Where both are there they must agree on all that both say. The context length is taken from
+    params.json, else from a config.json beside it.
 
     Args:
         folder: of the model.
         load_format: which layout; auto and dummy choose as `hf.choose_layout` says.
 
     Raises:
-        CheckpointError: no folder, no such file, not JSON, a key or value not supported, or two
-            files that disagree.
+        CheckpointError: no folder that can be listed, no such file, not JSON, a key or value not
+            supported, an end token that is none, or two files that disagree.
     """
-    expected = "params.json or config.json"
-    if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder; expected a model folder with {expected}")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; expected the folder that holds {expected}")
+    _check_folder(folder)
     found = {
         path.name: read_json_object(path)
         for path in (folder / "params.json", folder / "config.json")
-        if path.exists()
+        if is_there(path)
     }
     layout = hf.choose_layout(folder, load_format)
     path = folder / ("params.json" if layout == "consolidated" else "config.json")
@@ -220,7 +245,30 @@ def read_args(folder: Path, load_format: LoadFormat = "auto") -> TransformerArgs
             f"{folder}: {'; '.join(faults)}; expected one shape: remove the file that is not "
             f"this model's"
         )
+    read_end_ids(folder, args.vocab_size)
     return args
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what is no folder whose files can be seen."""
+    expected = "params.json or config.json"
+    try:
+        with os.scandir(folder) as entries:
+            next(entries, None)
+        if not os.access(folder, os.X_OK):  # a right that listing does not need
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except NotADirectoryError:
+        wrong = f"is a file; expected the folder that holds {expected}"
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no such folder; expected a model folder with {expected}"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        wrong = f"cannot be read ({reason}); expected a model folder with {expected}"
+    else:
+        return
+    raise CheckpointError(f"{folder} {wrong}")
 
 
 def _from_params(path: Path, found: dict[str, dict[str, Any]]) -> TransformerArgs:
@@ -229,7 +277,7 @@ def _from_params(path: Path, found: dict[str, dict[str, Any]]) -> TransformerArg
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     positions = found.get("config.json", {}).get("max_position_embeddings")
-    if args.max_seq_len is None and isinstance(positions, int) and positions >= 2:
+    if args.max_seq_len is None and type(positions) is int and 2 <= positions <= MOST_POSITIONS:
         args = replace(args, max_seq_len=positions)
     return args
 
@@ -248,12 +296,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: unreadable, not UTF-8, not JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # JSON and UTF-8 errors both are ValueErrors
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    value = read_json(path, CheckpointError)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: found a {type(value).__name__}, expected a JSON object")
     return value

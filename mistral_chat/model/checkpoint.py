@@ -1,22 +1,23 @@
 """Weights on disk: which files, which tensors where in them, and all faults at once.
 
 Knows Mistral's layout and Hugging Face's, and reads headers alone; what a model needs comes from
-its placements. Imports torch only for its files, so that the others are checked before ranks are.
+its placements.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mistral_chat.config import LoadFormat
-from mistral_chat.errors import CheckpointError
+from mistral_chat.errors import CheckpointError, named, shown
+from mistral_chat.files import is_there
 from mistral_chat.model import hf
 from mistral_chat.model.args import read_json_object
 from mistral_chat.model.sharding import Placement
+from mistral_chat.model.stored import FLOATS, StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -31,41 +32,12 @@ __all__ = [
 ]
 
 PICKLE = "consolidated.00.pth"
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 MOST_FAULTS = 8  # named in one error
+MOST_FILES = 10_000
+_FILE = re.compile(r"[\w.+-]{1,200}\.safetensors", re.ASCII)
 
 _STEMS: dict[hf.Layout, str] = {"consolidated": "consolidated", "hf": "model"}
 _OF: dict[hf.Layout, str] = {"consolidated": "Mistral's layout", "hf": "Hugging Face's layout"}
-
-# Types of stored weights: torch's names, and bytes.
-_FLOATS = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2),
-           "BF16": ("bfloat16", 2)}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a checkpoint: row-major, uncompressed.
-
-    Args:
-        path: the file that holds it.
-        dtype: its type's name, as the file has it.
-        shape: its whole shape.
-        offset: first byte in the file.
-    """
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def torch_dtype(self) -> "torch.dtype":
-        """Type as torch has it; a KeyError where it is not a float."""
-        import torch
-
-        dtype = getattr(torch, _FLOATS[self.dtype][0])
-        assert isinstance(dtype, torch.dtype)
-        return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +63,37 @@ class Headers:
         may_be_unread = self.index.get(name) in self.unread if self.index else bool(self.unread)
         return name not in self.tensors and not may_be_unread
 
+    def to_json(self) -> dict[str, Any]:
+        """The same as lists, texts and numbers, for another process."""
+        files = sorted({str(stored.path) for stored in self.tensors.values()})
+        number = {path: n for n, path in enumerate(files)}
+        return {
+            "layout": self.layout,
+            "files": files,
+            "tensors": {
+                name: [number[str(stored.path)], stored.dtype, list(stored.shape), stored.offset]
+                for name, stored in self.tensors.items()
+            },
+            "faults": list(self.faults),
+            "index": self.index,
+            "unread": sorted(self.unread),
+        }
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> "Headers":
+        """What `to_json` gave."""
+        files = [Path(path) for path in told["files"]]
+        return cls(
+            layout=told["layout"],
+            tensors={
+                name: StoredTensor(files[n], dtype, tuple(shape), offset)
+                for name, (n, dtype, shape, offset) in told["tensors"].items()
+            },
+            faults=tuple(told["faults"]),
+            index=told["index"],
+            unread=frozenset(told["unread"]),
+        )
+
 
 def find_weights(folder: Path, load_format: LoadFormat = "auto") -> list[Path]:
     """The files of the folder's one set of weights; some of them may be missing.
@@ -106,11 +109,11 @@ def find_weights(folder: Path, load_format: LoadFormat = "auto") -> list[Path]:
     stem = _STEMS[layout]
     single, index = f"{stem}.safetensors", _index_path(folder, layout)
     sets: dict[str, list[Path]] = {}
-    if index.exists():
+    if is_there(index):
         sets[index.name] = [folder / name for name in sorted(set(_read_index(index).values()))]
     elif shards := _shards(folder, stem):
         sets[f"{stem}-*-of-*.safetensors"] = shards
-    if (folder / single).exists() and sets.get(index.name) != [folder / single]:
+    if is_there(folder / single) and sets.get(index.name) != [folder / single]:
         sets[single] = [folder / single]
     pickles = sorted(folder.glob("consolidated.*.pth")) if layout == "consolidated" else []
     if pickles:
@@ -148,7 +151,7 @@ def _shards(folder: Path, stem: str) -> list[Path]:
     """
     numbered: dict[tuple[int, int], Path] = {}
     for path in folder.glob(f"{stem}-*-of-*.safetensors"):
-        match = re.fullmatch(stem + r"-(\d+)-of-(\d+)\.safetensors", path.name)
+        match = re.fullmatch(stem + r"-(\d{1,5})-of-(\d{1,5})\.safetensors", path.name)
         if match:
             numbered[int(match[2]), int(match[1])] = path
     totals = {total for total, _ in numbered}
@@ -175,6 +178,14 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: expected a weight_map of tensor to file names")
+    files = set(weight_map.values())
+    for name in files:
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(
+                f"{path} names the file {shown(name)}: expected NAME.safetensors in that folder"
+            )
+    if len(files) > MOST_FILES:
+        raise CheckpointError(f"{path} names {len(files):,} files: expected at most {MOST_FILES:,}")
     return weight_map
 
 
@@ -193,33 +204,35 @@ def read_headers(folder: Path, load_format: LoadFormat = "auto") -> Headers:
     """
     layout = hf.choose_layout(folder, load_format)
     index_path = _index_path(folder, layout)
-    index = _read_index(index_path) if index_path.exists() else {}
+    index = _read_index(index_path) if is_there(index_path) else {}
     tensors: dict[str, StoredTensor] = {}
     faults: list[str] = []
     unread = set()
     for path in find_weights(folder, layout):
-        if not path.exists():
+        if not is_there(path):
             by_index = f"{index_path.name} names {path.name}, which"
             faults.append(f"{by_index if index else path.name} is missing")
             unread.add(path.name)
             continue
         try:
-            found, wrong = (_pickle_header if path.suffix == ".pth" else _safetensors_header)(path)
+            found, wrong = read_header(path)
         except CheckpointError as error:
             faults.append(str(error))
             unread.add(path.name)
             continue
         faults += wrong
         for name in sorted(tensors.keys() & found.keys()):
-            faults.append(f"{name} stands in {tensors[name].path.name} and in {path.name}")
+            faults.append(f"{named(name)} stands in {tensors[name].path.name} and in {path.name}")
         tensors |= found
     if index:
         for name, file in sorted(index.items()):
             elsewhere = name not in tensors or tensors[name].path.name != file
             if elsewhere and file not in unread:
-                faults.append(f"{index_path.name} says that {file} holds {name}, which it does not")
+                holds = f"{file} holds {named(name)}"
+                faults.append(f"{index_path.name} says that {holds}, which it does not")
         for name in sorted(tensors.keys() - index.keys()):
-            faults.append(f"{tensors[name].path.name} holds {name}, which {index_path.name} omits")
+            holds = f"{tensors[name].path.name} holds {named(name)}"
+            faults.append(f"{holds}, which {index_path.name} omits")
     return Headers(layout, tensors, tuple(faults), index, frozenset(unread))
 
 
@@ -240,13 +253,16 @@ def check_tensors(folder: Path, headers: Headers, table: dict[str, Placement]) -
     shapes_from = "params.json" if headers.layout == "consolidated" else "config.json"
     for name, tensor in headers.tensors.items():
         if name not in table:
-            if headers.layout != "hf" or not hf.is_unused(name):
-                faults.append(f"{name} in {tensor.path.name} is not a tensor of this model")
+            if ".lora" in name:
+                adapter = f"{named(name)} in {tensor.path.name} is of an adapter (LoRA)"
+                faults.append(f"{adapter}: merge it into the model")
+            elif headers.layout != "hf" or not hf.is_unused(name):
+                faults.append(f"{named(name)} in {tensor.path.name} is not a tensor of this model")
             continue
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             faults.append(
-                f"{name} in {tensor.path.name} has type {tensor.dtype}; "
-                f"expected one of {', '.join(_FLOATS)}"
+                f"{name} in {tensor.path.name} has type {named(tensor.dtype)}; "
+                f"expected one of {', '.join(FLOATS)}"
             )
         if tensor.shape != table[name].shape:
             faults.append(
@@ -257,94 +273,6 @@ def check_tensors(folder: Path, headers: Headers, table: dict[str, Placement]) -
         n_more = len(faults) - MOST_FAULTS
         more = f"; and {n_more} more" if n_more > 0 else ""
         raise CheckpointError(f"{folder}: {'; '.join(faults[:MOST_FAULTS])}{more}")
-
-
-def _safetensors_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Parse one safetensors header; gives its tensors, and what the file's length belies.
-
-    Format: https://huggingface.co/docs/safetensors: 8 bytes of length, JSON, data.
-
-    Raises:
-        CheckpointError: what it holds cannot be known.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path.name} is truncated or no safetensors file: {size:,} bytes, of which "
-                    f"the header claims {length:,}"
-                )
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path.name}: its header is not valid JSON ({error})") from error
-    tensors = {}
-    faults = []
-    end = 8 + length
-    try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            shape = tuple(int(n) for n in entry["shape"])
-            first, last = (8 + length + int(n) for n in entry["data_offsets"])
-            if not 8 + length <= first <= last:
-                raise ValueError(f"{name} lies at bytes {entry['data_offsets']}")
-            tensors[name] = StoredTensor(path, str(entry["dtype"]), shape, first)
-            known = _FLOATS.get(entry["dtype"])
-            if known is not None and last - first != math.prod(shape) * known[1]:
-                faults.append(
-                    f"{path.name}: {name} has {last - first:,} bytes, which is not its shape "
-                    f"{list(shape)} in {entry['dtype']}"
-                )
-            end = max(end, last)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: its header is malformed ({error!r})") from error
-    if size != end:
-        faults.append(
-            f"{path.name} has {size:,} bytes, its header says {end:,}: "
-            f"{'truncated' if size < end else 'damaged'}; fetch it again"
-        )
-    return tensors, faults
-
-
-def _pickle_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Where a `torch.save` file keeps its tensors; read with weights_only, without their data.
-
-    Raises:
-        CheckpointError: what it holds cannot be known.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode  # the documented way to load headers
-
-    try:
-        with FakeTensorMode():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises its own, pickle's, zip's and OS errors
-        raise CheckpointError(
-            f"{path.name}: cannot be read as tensors by name (weights_only): "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path.name}: found a {type(state).__name__}, expected a dict")
-    names = {getattr(torch, dtype): name for name, (dtype, _) in _FLOATS.items()}
-    tensors = {}
-    faults = []
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path.name}: {name} is no tensor")
-        start = tensor.untyped_storage()._checkpoint_offset
-        if start is None or not tensor.is_contiguous():
-            faults.append(
-                f"{path.name}: {name} is not stored whole and in order; save it again as "
-                f"safetensors"
-            )
-        offset = (start or 0) + int(tensor.storage_offset()) * tensor.dtype.itemsize
-        dtype = names.get(tensor.dtype, str(tensor.dtype))
-        tensors[str(name)] = StoredTensor(path, dtype, tuple(tensor.shape), offset)
-    return tensors, faults
 
 
 def local_bytes(table: Iterable[Placement], dtype: "torch.dtype") -> int:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels import fused_reference, ops, reference
-from mistral_chat.model.args import DEFAULT_ROPE_THETA
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.transformer import Transformer
 
@@ -64,9 +63,7 @@ class FewRows:
         self.collective = collective
         device, args, shard = model.device, model.args, model.shard
         self._ops = _operations(device)
-        self._frequencies = reference.rope_frequencies(
-            args.head_dim, args.rope_theta or DEFAULT_ROPE_THETA, device
-        )
+        self._frequencies = reference.rope_frequencies(args.head_dim, args.theta, device)
         counts = torch.tensor(shard.queries_by_kv_head)
         first_heads = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         self._first_heads = first_heads.to(device, torch.int32)

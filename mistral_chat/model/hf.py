@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistral_chat.config import LoadFormat
-from mistral_chat.errors import CheckpointError
+from mistral_chat.errors import CheckpointError, named, shown
+from mistral_chat.files import is_there
 
 __all__ = [
     "Layout",
     "choose_layout",
+    "default_theta",
     "disagreements",
     "find_files",
     "in_config_words",
@@ -87,7 +89,7 @@ def choose_layout(folder: Path, load_format: LoadFormat = "auto") -> Layout:
     if load_format == "consolidated" or load_format == "hf":
         return load_format
     ours, theirs = find_files(folder, "consolidated"), find_files(folder, "hf")
-    params, config = (folder / "params.json").exists(), (folder / "config.json").exists()
+    params, config = (is_there(folder / name) for name in ("params.json", "config.json"))
     if params and ours:
         return "consolidated"
     if config and theirs:
@@ -112,11 +114,12 @@ def to_params(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: another architecture, or a value that asks for one, by name.
     """
-    named = config.get("architectures")
-    if not (isinstance(named, list) and named and all(isinstance(name, str) for name in named)):
-        raise CheckpointError(f"{path}: architectures is {named!r}: expected {[ARCHITECTURE]}")
-    if named != [ARCHITECTURE]:
-        raise CheckpointError(f"{path} says {', '.join(named)}: expected {ARCHITECTURE}")
+    kinds = config.get("architectures")
+    if not (isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds)):
+        raise CheckpointError(f"{path}: architectures is {shown(kinds)}: expected {[ARCHITECTURE]}")
+    if kinds != [ARCHITECTURE]:
+        names = ", ".join(map(named, kinds[:4]))
+        raise CheckpointError(f"{path} says {names}: expected {ARCHITECTURE}")
     if config.get("quantization_config") is not None:
         raise CheckpointError(
             f"{path}: quantization_config is not supported: expected weights that are floats"
@@ -124,11 +127,13 @@ def to_params(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     for key, values in _ONLY.items():
         if config.get(key) not in values:
             raise CheckpointError(
-                f"{path}: {key} {config[key]!r} is not supported: expected {values[-1]!r}"
+                f"{path}: {key} {shown(config[key])} is not supported: expected {values[-1]!r}"
             )
     window = config.get("sliding_window", DEFAULT_SLIDING_WINDOW)
     if isinstance(window, list):
-        raise CheckpointError(f"{path}: sliding_window is {window}: expected one number or null")
+        raise CheckpointError(
+            f"{path}: sliding_window is {shown(window)}: expected one number or null"
+        )
     params = {ours: config.get(theirs) for ours, theirs in _KEYS.items()}
     if params["head_dim"] is None:
         params["head_dim"] = _derive_head_dim(path, params["dim"], params["n_heads"])
@@ -155,16 +160,17 @@ def _rope_theta(path: Path, config: dict[str, Any]) -> object:
         if table is None:
             continue
         if not isinstance(table, dict):
-            raise CheckpointError(f"{path}: {name} is {table!r}: expected an object or null")
+            raise CheckpointError(f"{path}: {name} is {shown(table)}: expected an object or null")
         for key in ("rope_type", "type"):
             if table.get(key, "default") != "default":
                 raise CheckpointError(
-                    f"{path}: {key} {table[key]!r} in {name} is not supported: expected 'default'"
+                    f"{path}: {key} {shown(table[key])} in {name} is not supported: expected "
+                    f"'default'"
                 )
         if table.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
             raise CheckpointError(
-                f"{path}: partial_rotary_factor {table['partial_rotary_factor']!r} in {name} is "
-                f"not supported: expected 1"
+                f"{path}: partial_rotary_factor {shown(table['partial_rotary_factor'])} in {name} "
+                f"is not supported: expected 1"
             )
         found[f" in {name}"] = table.get("rope_theta")
     said = {where: theta for where, theta in found.items() if theta is not None}
@@ -172,7 +178,7 @@ def _rope_theta(path: Path, config: dict[str, Any]) -> object:
         raise CheckpointError(f"{path}: rope_theta is missing")
     first = next(iter(said.values()))
     if any(theta != first for theta in said.values()):
-        values = ", ".join(f"{theta!r}{where}" for where, theta in said.items())
+        values = ", ".join(f"{shown(theta)}{where}" for where, theta in said.items())
         raise CheckpointError(f"{path}: rope_theta is {values}: expected one value")
     return first
 
@@ -182,12 +188,47 @@ def in_config_words(message: str) -> str:
     return re.sub(r"\w+", lambda word: _KEYS.get(word[0], word[0]), message)
 
 
+def default_theta(sliding_window: object) -> float:
+    """RoPE's base where params.json does not say it: 1e4 with a sliding window, else 1e6.
+
+    Only Mistral 7B v0.1 has windows and no rope_theta (mistral-inference, `transformer.py`).
+    """
+    windows = sliding_window if isinstance(sliding_window, list) else [sliding_window]
+    return 1e6 if all(window is None for window in windows) else 1e4
+
+
 def disagreements(params: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """Sizes that a params.json and a config.json both give, and give differently."""
+    """What a params.json and a config.json both say, and say differently.
+
+    What params.json leaves out has a meaning there, so that it is compared as well; what
+    config.json leaves out is not.
+    """
+    faults = []
+    for ours, theirs in _SIZES.items():
+        if None not in (params.get(ours), config.get(theirs)) and params[ours] != config[theirs]:
+            faults.append((ours, params[ours], theirs, config[theirs]))
+    windows = params.get("sliding_window") or params.get("_sliding_window")
+    eps, theta = params.get("norm_eps"), params.get("rope_theta") or default_theta(windows)
+    thetas = [config.get("rope_theta")]
+    tables = [config[name] for name in _ROPE_TABLES if isinstance(config.get(name), dict)]
+    thetas += [table.get("rope_theta") for table in tables]
+    faults += [
+        ("rope_theta", theta, "rope_theta", said) for said in thetas if said not in (None, theta)
+    ]
+    if config.get("rms_norm_eps") not in (None, eps):
+        faults.append(("norm_eps", eps, "rms_norm_eps", config["rms_norm_eps"]))
+    tied = bool(params.get("tied_embeddings"))
+    if config.get("tie_word_embeddings") not in (None, tied):
+        faults.append(
+            ("tied_embeddings", tied, "tie_word_embeddings", config["tie_word_embeddings"])
+        )
+    # config.json of these models has one number where params.json lists layers.
+    listed = windows if isinstance(windows, list) else [windows]
+    if "sliding_window" in config and config["sliding_window"] not in listed:
+        faults.append(("sliding_window", windows, "sliding_window", config["sliding_window"]))
     return [
-        f"{ours} is {params[ours]!r} in params.json, {theirs} is {config[theirs]!r} in config.json"
-        for ours, theirs in _SIZES.items()
-        if None not in (params.get(ours), config.get(theirs)) and params[ours] != config[theirs]
+        f"{ours} is {shown(mine)} in params.json, {theirs} is {shown(other)} in config.json"
+        for ours, mine, theirs, other in faults
     ]
 
 

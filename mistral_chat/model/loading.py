@@ -8,6 +8,7 @@ drops the others as it copies. Knows nothing of ranks, nor of how progress is sh
 
 import math
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -121,8 +122,12 @@ class Reading:
         lasts = {piece.tensor.path: piece for piece in self._pieces}  # in the order of the files
         try:
             for path, piece in lasts.items():
-                self._files[path] = os.open(path, os.O_RDONLY)
-                if os.fstat(self._files[path]).st_size < piece.tensor_end:
+                # O_NONBLOCK: a FIFO in the file's place would wait for a writer.
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                status = os.fstat(self._files[path])
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(0, "it is no regular file any more")
+                if status.st_size < piece.tensor_end:
                     raise OSError(0, TRUNCATED)
         except OSError as error:
             self._close()
@@ -169,8 +174,9 @@ class Reading:
         # A thread that still frees torch's memory while the interpreter ends would abort it.
         deadline = time.monotonic() + timeout_s
         for thread in self.threads:
-            if thread.is_alive():  # Ctrl-C may come before all of them are started
-                thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.ident is None:  # an interrupt came before it was started
+                continue
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self, n: int) -> None:
         try:

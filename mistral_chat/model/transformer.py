@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mistral_chat.kernels import ops, reference
-from mistral_chat.model.args import DEFAULT_ROPE_THETA, TransformerArgs
+from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.sharding import Placement, Shard, placements
 
@@ -252,9 +252,7 @@ class Transformer(nn.Module):
         args = self.args
         assert len(tokens) == sum(span.length for span in spans)
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in spans])
-        rotations = reference.rope_rotations(
-            positions.to(self.device), args.head_dim, args.rope_theta or DEFAULT_ROPE_THETA
-        )
+        rotations = reference.rope_rotations(positions.to(self.device), args.head_dim, args.theta)
         if len(self.shard.vocab) == args.vocab_size:
             residual = F.embedding(tokens, self.tok_embeddings)
         else:

@@ -74,7 +74,7 @@ def test_schema_of_a_question_is_its_own(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("asked", "kind", "said"),
     [
-        ({"json_schema": {"not": {}}}, PromptError, 'Unimplemented keys: ["not"]'),
+        ({"json_schema": {"not": {}}}, PromptError, 'not supported: "not"'),
         ({"json_schema": {}, "json_object": True}, UsageError, "expected one of them"),
         ({"json_schema": {}, "tools": [TOOL]}, UsageError, "tools and a JSON schema"),
         ({"json_object": True, "params": SamplingParams(stop=("x",))}, UsageError, "stop and a"),

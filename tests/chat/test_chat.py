@@ -482,6 +482,23 @@ def test_tool_call_is_an_answer_of_its_own_kind(name: str) -> None:
     talk.next_prompt()  # and the chat can go on
 
 
+# Ids beyond the vocabulary, a control token and a word, as config.json may have them.
+@pytest.mark.parametrize("end_id", [0, 4, 40_000])
+def test_an_end_of_the_folders_own_ends_answers_and_calls(
+    monkeypatch: pytest.MonkeyPatch, end_id: int
+) -> None:
+    monkeypatch.setattr(tokenizer("v3"), "end_ids", frozenset((2, end_id)))
+    wanted, talk = (Talk("v3", extra_rows=10_000, tools=[TOOL]) for _ in range(2))
+    for ids in (wanted.ids("Hello there"), tool_call(wanted)):
+        by_template = wanted.answer([*ids, 2], replace(GREEDY, seed=7))[1]
+        found = talk.answer([*ids, end_id], replace(GREEDY, seed=7))[1]
+        assert found.token_ids == (*ids, end_id)
+        assert found.text == by_template.text
+        assert found.finish_reason == by_template.finish_reason
+        assert found.tool_calls == by_template.tool_calls
+        assert talk.next_prompt() == wanted.next_prompt()  # with the template's end
+
+
 def test_tool_call_cut_short_is_no_call() -> None:
     talk = Talk(tools=[TOOL])
     _, answer = talk.answer(tool_call(talk), replace(GREEDY, max_tokens=4))
@@ -490,9 +507,19 @@ def test_tool_call_cut_short_is_no_call() -> None:
 
 def test_tool_call_that_cannot_be_read_is_text() -> None:
     talk = Talk(tools=[TOOL])
-    _, answer = talk.answer([*tool_call(talk), *talk.ids(" and so on")])
+    _, answer = talk.answer([*tool_call(talk), *talk.ids(' [{"name": and so on')])
     assert (answer.finish_reason, answer.tool_calls) == ("stop", ())
     assert answer.text.endswith("and so on")
+
+
+def test_text_after_tool_calls_is_no_part_of_them() -> None:
+    talk = Talk(tools=[TOOL])
+    _, plain = talk.answer(tool_call(talk), replace(GREEDY, seed=1))
+    talk = Talk(tools=[TOOL])
+    _, answer = talk.answer([*tool_call(talk), *talk.ids(" and so on")], replace(GREEDY, seed=1))
+    assert plain.tool_calls
+    assert (answer.finish_reason, answer.tool_calls) == ("tool_calls", plain.tool_calls)
+    talk.next_prompt()  # and the chat can go on
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])

@@ -15,9 +15,10 @@ from typing import Any
 import jsonschema
 import pytest
 
+from mistral_chat.chat.function_environment import is_secret
 from mistral_chat.chat.functions import MAX_CHARS, CallsCancelledError, PythonFunctions, _Worker
 from mistral_chat.chat.tools import ToolCall
-from mistral_chat.errors import PromptError
+from mistral_chat.errors import PromptError, UsageError
 from tests.conftest import ROOT, is_alive, wait_for_end
 
 EVERY_TYPE = '''
@@ -345,7 +346,7 @@ def test_hanging_call_is_killed_and_the_next_one_has_a_new_process(tmp_path: Pat
         started = time.monotonic()
         said = "error: no result after 4 s (--tool_timeout); it was stopped"
         assert offered.call("hangs") == said
-        assert 4 <= time.monotonic() - started < 20
+        assert 4 <= time.monotonic() - started < 120
         assert offered.call("counts") == "1"
         # One that takes stderr away can still say why it failed.
         assert offered.call("takes_stderr") == "error: ValueError: the reason"
@@ -382,7 +383,7 @@ def test_what_a_call_prints_is_shown_though_it_never_returns(
         def hangs() -> None:
             'Hang.'
             print("waiting for the door")
-            time.sleep(60)
+            time.sleep(300)
         def ends() -> None:
             'End the process.'
             print("leaving")
@@ -401,7 +402,7 @@ def test_cancelled_call_ends_at_once(misdeeds: Offered) -> None:
         misdeeds.functions.call(
             call("sleeps", seconds=60), lambda: time.monotonic() - started > 0.3
         )
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
     assert misdeeds.call("add", a=1, b=1) == "2"
 
 
@@ -476,7 +477,7 @@ def test_functions_end_with_the_process_that_started_them(tmp_path: Path, how: i
         assert len(pids) == 2
         assert all(map(is_alive, pids))
         os.kill(parent.pid, how)
-        parent.wait(10)
+        parent.wait(60)
         for pid in pids:
             wait_for_end(pid)
 
@@ -613,3 +614,53 @@ def test_file_that_changes_is_read_again_by_the_next_process(tmp_path: Path) -> 
         )
         write(tmp_path, "def add(a: int, b: int) -> int:\n    'd'\n    return a - b")
         assert functions.call(call("add", a=1, b=1)) == "0"
+
+
+SECRETS = ("HF_TOKEN", "OPENAI_API_KEY", "MISTRAL_API_KEY", "GITHUB_TOKEN", "CLIENT_SECRET",
+           "SECRET_KEY_BASE", "PGPASSWORD", "DB_PASSWORD_FILE", "AWS_PROFILE", "npm_config_token",
+           "GOOGLE_APPLICATION_CREDENTIALS", "MISTRAL_CHAT_API_KEY", "MISTRAL_CHAT_LIFELINE",
+           "DB_PASS", "HUGGING_FACE_HUB_TOKEN", "APIKEY")  # fmt: skip
+HARMLESS = ("PATH", "HOME", "LANG", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "KEYBOARD", "BYPASS",
+            "http_proxy", "MONKEY_ISLAND", "HF_HOME", "COMPASS_DIR")  # fmt: skip
+
+ENVIRONMENT = '''
+import os
+
+def seen() -> list[str]:
+    """Names of variables."""
+    return list(os.environ)
+
+def needs() -> str:
+    """A value of the environment."""
+    return os.environ["WEATHER_API_KEY"]
+'''
+
+
+@pytest.mark.parametrize("name", [*SECRETS, *HARMLESS])
+def test_secrets_are_known_by_their_names(name: str) -> None:
+    assert is_secret(name) == (name in SECRETS)
+
+
+def test_functions_see_the_environment_without_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*SECRETS, *HARMLESS, "WEATHER_API_KEY"):
+        if name not in os.environ:
+            monkeypatch.setenv(name, "x")
+    path, printed = write(tmp_path, ENVIRONMENT), []
+    with PythonFunctions(path, 60, printed.append, ["HF_TOKEN"]) as functions:
+        seen = set(json.loads(functions.call(ToolCall("a" * 9, "seen", {}))))
+        said = functions.call(ToolCall("a" * 9, "needs", {}))
+    assert seen >= {*HARMLESS, "HF_TOKEN"}
+    assert seen.isdisjoint({*SECRETS, "WEATHER_API_KEY"} - {"HF_TOKEN"})
+    # The model hears what happened, the person what to do about it.
+    hint = "WEATHER_API_KEY is withheld from functions: --tools_env WEATHER_API_KEY hands it on"
+    assert said == "error: KeyError: 'WEATHER_API_KEY'"
+    assert printed[-1] == hint
+    with pytest.raises(PromptError, match=f"; {hint}$"):
+        PythonFunctions(write(tmp_path, ENVIRONMENT + "needs()"), 60)
+
+
+def test_variable_that_is_asked_for_and_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--tools_env NO_SUCH_NAME: there is no such variable"):
+        PythonFunctions(write(tmp_path, ENVIRONMENT), 60, variables=["NO_SUCH_NAME"])

@@ -313,8 +313,8 @@ def test_texts_that_would_not_be_valid_are_not_allowed(schema: Schema, text: str
         ({"type": "object", "properties": 3}, "not a JSON schema: properties: 3 is not"),
         ({"type": "text"}, "not a JSON schema: type: 'text' is not"),
         ({"properties": {"a": {"items": [{}]}}}, "not a JSON schema: properties.a.items"),
-        ({"not": {}}, 'Unimplemented keys: ["not"]'),
-        ({"type": "array", "uniqueItems": True}, 'Unimplemented keys: ["uniqueItems"]'),
+        ({"not": {}}, 'not supported: "not"'),
+        ({"type": "array", "uniqueItems": True}, 'not supported: "uniqueItems"'),
         ({"$ref": "#/nowhere"}, "Pointer '/nowhere' does not exist"),
         ({"$ref": "http://localhost/schema"}, "is not present in a registry"),
         ({"enum": []}, "Unsatisfiable schema"),
@@ -323,8 +323,8 @@ def test_texts_that_would_not_be_valid_are_not_allowed(schema: Schema, text: str
         ({"pattern": "[[:alpha:]]"}, "a pattern that means one thing here and another there (Poss"),
         ({"pattern": "[a-z&&[^e]]"}, "a pattern that means one thing here and another there (Poss"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
-        ({"not": {}, "x-guidance": {"lenient": True}}, "Unimplemented keys"),
-        ({"$defs": {"a": {"minProperties": 1}}, "$ref": "#/$defs/a"}, "minProperties above"),
+        ({"not": {}, "x-guidance": {"lenient": True}}, "not supported"),
+        ({"$defs": {"a": {"minProperties": 2}}, "$ref": "#/$defs/a"}, "minProperties above"),
         ({"$schema": "http://json-schema.org/draft-03/schema#"}, "draft 3"),
         ({"$schema": "http://localhost/schema#"}, "answers cannot be kept"),
         # the first of these would end the process
@@ -364,11 +364,11 @@ def test_keywords_of_somebodys_own_may_hold_anything() -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (None, "cannot be read (No such file or directory)"),
-        (b"{", "not valid JSON (Expecting property name"),
-        (b"\xff{}", "not valid JSON ('utf-8' codec"),
-        (b'{"const": NaN}', "not valid JSON (found NaN)"),
-        (b"[" * 100_000, "not valid JSON (maximum recursion depth"),
+        (None, "does not exist: expected a file"),
+        (b"{", "is not JSON: Expecting property name"),
+        (b"\xff{}", "is not UTF-8 text: byte 0xff"),
+        (b'{"const": NaN}', "holds NaN, which is no JSON"),
+        (b"[" * 100_000, "is nested too deeply"),
         (b"[]", "found list, expected a JSON object"),
         (b'{"type": "text"}', "answers cannot be kept to this schema: not a JSON schema: type:"),
         (b'{"anyOf": [' * 200 + b"{}" + b"]}" * 200, "schema: nested too deeply"),
@@ -380,7 +380,7 @@ def test_file_that_is_no_schema_is_named(tmp_path: Path, data: bytes | None, sai
         path.write_bytes(data)
     with pytest.raises(PromptError) as caught:
         read_grammar(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(str(path))
     assert said in str(caught.value)
 
 

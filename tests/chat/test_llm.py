@@ -160,24 +160,6 @@ def test_conversation_takes_tools_in_any_form(llm: LLM) -> None:
         llm.conversation(tools=[{"nothing": 1}])
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [],
-        [{"role": "user"}],
-        [{"content": "Hi"}],
-        [{"role": "wizard", "content": "Hi"}],
-        [{"role": "user", "content": 3}],
-        [{"role": "assistant", "content": "Hi"}],
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
-    ],
-)
-def test_chat_says_what_is_no_conversation(llm: LLM, messages: list[dict[str, Any]]) -> None:
-    with pytest.raises(PromptError) as caught:
-        llm.chat(messages, GREEDY)
-    assert "\n" not in str(caught.value)  # errors are one line
-
-
 def test_chat_names_a_tool_that_is_none(llm: LLM) -> None:
     with pytest.raises(PromptError, match="tool 2: not a function schema"):
         llm.chat([{"role": "user", "content": "Hi"}], GREEDY, [WEATHER, {"name": 3}])
@@ -257,7 +239,7 @@ def run_script(body: str) -> "subprocess.CompletedProcess[str]":
         [sys.executable, "-W", "ignore", "-c", f"from mistral_chat import LLM\n{body}"],
         capture_output=True,  # returns once every process that holds the pipes has ended
         text=True,
-        timeout=150,  # two ranks of a busy machine take their time to start
+        timeout=400,  # two ranks of a busy machine take their time to start
         env=command_env(PYTHONWARNINGS="ignore"),
         cwd=ROOT,
         check=False,
@@ -274,21 +256,6 @@ def test_llm_may_be_closed_more_than_once(tiny_folder: Path, n_ranks: int) -> No
 def test_llm_that_is_never_closed_ends_with_its_program(tiny_folder: Path) -> None:
     done = run_script(f"llm = LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\nprint(1)")
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
-
-
-def test_second_llm_with_ranks_is_refused_and_the_first_goes_on(tiny_folder: Path) -> None:
-    done = run_script(
-        f"first = LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\n"
-        "try:\n"
-        f"    LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__)\n"
-        "import time; time.sleep(2)  # a rank of the second that ends takes its time\n"
-        "print(len(first.generate('Hello')[0].token_ids) > 0)\n"
-        "first.close()\n"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "UsageError\nTrue\n"
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Text to ids and back, for every tokenizer that mistral-common ships."""
 
+import json
+import os
 import random
 import re
 from pathlib import Path
@@ -15,7 +17,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mistral_chat.chat.tokenizer import Tokenizer, find_tokenizer
-from mistral_chat.errors import PromptError, TokenizerError
+from mistral_chat.errors import PromptError, TokenizerError, one_line
 from tests.scripts.tokenizers import (
     SENTENCEPIECE,
     TEKKEN,
@@ -346,6 +348,100 @@ def test_tokenizer_names_a_file_that_it_cannot_read(
         Tokenizer(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)  # errors are one line
+
+
+def _tekken(**config: Any) -> bytes:
+    value = json.loads(small_tekken("v3"))
+    value["config"] |= config
+    return json.dumps(value).encode()
+
+
+def _ranks(*ranks: Any) -> bytes:
+    value = json.loads(small_tekken("v3"))
+    for entry, rank in zip(value["special_tokens"], ranks, strict=False):
+        entry["rank"] = rank
+    return json.dumps(value).encode()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+# Each of these filled the memory, hung, ended with a panic of Rust's or was taken as it is.
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (_tekken(default_num_special_tokens=10**12), "default_num_special_tokens is 1000000000000"),
+        (_tekken(default_vocab_size=10**12), "default_vocab_size is 1000000000000"),
+        (_tekken(num_vocab_tokens="many"), "num_vocab_tokens is 'many'"),
+        (_tekken(default_num_special_tokens=-1), "default_num_special_tokens is -1"),
+        (_tekken(default_vocab_size=300), "room for 256 bytes"),
+        (_tekken(pattern=""), "pattern '' finds pieces of no letters"),
+        (_tekken(pattern="a*"), "pattern 'a*' finds pieces of no letters"),
+        (_tekken(pattern="(?=.)"), "finds pieces of no letters"),
+        (_tekken(pattern=None), "pattern is None"),
+        (_tekken(pattern="("), "not a tokenizer that mistral-common can read"),
+        (_tekken(version="\x1b]0;x\x07"), "not a tokenizer that mistral-common can read"),
+        (_ranks("0"), "ranks of special_tokens"),
+        (_ranks(1), "ranks of special_tokens"),
+        (_ranks(0, 10**12), "ranks of special_tokens"),
+        (b'{"config": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"config": {"num_vocab_tokens": ' + b"9" * 5000 + b"}}", "not a tokenizer"),
+        (LFS, "Git LFS pointer"),
+    ],
+)
+def test_tokenizer_refuses_a_tekken_that_would_do_harm(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, said: str
+) -> None:
+    (tmp_path / "tekken.json").write_bytes(content)
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer(tmp_path / "tekken.json")
+    assert said in str(caught.value)
+    assert "\x1b" not in one_line(caught.value)
+    assert capfd.readouterr().err == ""  # a panic would say so
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3"])
+def test_no_kind_of_file_in_the_place_of_a_tokenizer_hangs(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(TokenizerError, match="no regular file"):
+        Tokenizer(path)
+    with pytest.raises(TokenizerError, match="tokenizer is missing"):
+        find_tokenizer(tmp_path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(TokenizerError, match="no regular file"):
+        Tokenizer(path)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(TokenizerError, match="expected at most"):
+        Tokenizer(path)
+
+
+def test_from_folder_refuses_the_tokenizer_of_another_model(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text(small_tekken("v3"))
+    made = Tokenizer.from_folder(tmp_path, 10_000)
+    with pytest.raises(
+        TokenizerError, match=r"has .* tokens, the model .*: expected the tokenizer"
+    ):
+        Tokenizer.from_folder(tmp_path, made.n_words - 1)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_end_ids_of_a_folder_are_ends_and_not_banned(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tekken.json").write_text(small_tekken("v3"))
+    plain = Tokenizer.from_folder(tmp_path, 10_000)
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": [plain.eos_id, 9_999, 4]}))
+    made = Tokenizer.from_folder(tmp_path, 10_000)
+    assert plain.end_ids == {plain.eos_id}
+    assert made.end_ids == {plain.eos_id, 9_999, 4}
+    banned = set(plain.banned_ids(10_000, tools=False))
+    assert {9_999, 4} <= banned
+    assert set(made.banned_ids(10_000, tools=False)) == banned - {9_999, 4}
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": made.tool_calls_id}))
+    with pytest.raises(TokenizerError, match=r"is \[TOOL_CALLS\], which begins a part"):
+        Tokenizer.from_folder(tmp_path, 10_000)
 
 
 def test_tokenizer_from_folder_is_the_folders_own(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Function schemas from a file, and the calls in an answer's tokens."""
 
 import json
+import random
 import string
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mistral_chat.chat.call_text import read_listed_calls, read_named_call
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import parse_tool_calls, read_tools
 from mistral_chat.errors import PromptError
@@ -158,8 +160,15 @@ def test_call_ids_made_here_follow_the_seed_and_differ_in_an_answer() -> None:
         "",
         " ",
         "[",
-        '[{"name": "f", "arguments": {}}',
-        '[{"name": "f", "arguments": {}}] and more',
+        '[{"name": "f", "arguments": {}},',
+        '[{"name": "f", "arguments": {"a": 1}]',
+        '[{"name": "f", "arguments": {}} {"name": "g", "arguments": {}}]',
+        '[{"name": "f", "arguments": {}}] [{"name": "g", "arguments": {}',
+        '{"name": "f", "parameters": {"a": 1}}',
+        '{"name": "f", "args": {"a": 1}}',
+        '{"name": "f", "arguments": null, "parameters": {"a": 1}}',
+        '{"name": "f", "arguments": {}, "parameters": {"a": 1}}',
+        '{"name": "f", "arguments": {"a": 1}, "arguments": {}}',
         "[]",
         "[3]",
         "{}",
@@ -179,9 +188,53 @@ def test_calls_that_cannot_be_read_are_none(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('[{"name": "f", "arguments": {"a": 1}}] and more', [("f", {"a": 1})]),
+        ('[{"name": "f", "arguments": {"a": 1}}]]\n[Note: two]', [("f", {"a": 1})]),
+        ('[{"name": "f", "arguments": {"a": 1}}', [("f", {"a": 1})]),
+        ('[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"b": []}} ',
+         [("f", {}), ("g", {"b": []})]),
+        ('[{"name": "f", "arguments": null}]', [("f", {})]),
+        ('[{"name": "f", "arguments": "null"}]', [("f", {})]),
+        ('{"name": "f", "arguments": {"a": 1}} Done.', [("f", {"a": 1})]),
+        ('{"name": "f"} {"name": "g"}', [("f", {}), ("g", {})]),
+        ('[{"name": "f"}] [{"name": "g", "arguments": {"a": 1}}]', [("f", {}), ("g", {"a": 1})]),
+        ('{"type": "function", "name": "f", "arguments": {"a": 1}, "x": 2}', [("f", {"a": 1})]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["v3", "v11"])
+def test_calls_are_read_from_a_list_that_is_not_quite_one(
+    name: str, text: str, wanted: list[tuple[str, dict[str, Any]]]
+) -> None:
+    made = tokenizer(name)
+    assert found(made, call_ids(made, "[TOOL_CALLS]", text)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("parts", "wanted"),
+    [
+        (("f", "[ARGS]"), ("f", {})),
+        (("f", "[ARGS]", " "), ("f", {})),
+        (("f", "[CALL_ID]", "abcDEF123", "[ARGS]"), ("f", {})),
+        (("f", "[ARGS]", "null"), ("f", {})),
+        (("f", "[ARGS]", '{"a": 1} and more'), ("f", {"a": 1})),
+        (('f{"a": 1}} and more',), ("f", {"a": 1})),
+    ],
+)
+def test_named_calls_are_read_where_nothing_or_text_follows(
+    parts: tuple[str, ...], wanted: tuple[str, dict[str, Any]]
+) -> None:
+    made = tokenizer("v11")
+    assert found(made, call_ids(made, "[TOOL_CALLS]", *parts)) == [wanted]
+
+
+@pytest.mark.parametrize(
     "parts",
     [
         ("f", "[ARGS]", "not json"),
+        ("f", "[ARGS]", '{"a": 1}{"b": 2}'),
+        ("f", "[ARGS]", '{"a": 1, "a": 2}'),
         ("f", "[ARGS]", '{"a": '),
         ("f", "[ARGS]", "[1, 2]"),
         ("[ARGS]", "{}"),
@@ -244,8 +297,8 @@ def test_read_tools_keeps_the_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        ("", "not valid JSON"),
-        ("{", "not valid JSON"),
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
         ({}, "expected a JSON list"),
         ([], "expected a JSON list"),
         ([WEATHER, 3], "tool 2: not a function schema"),
@@ -270,10 +323,66 @@ def test_read_tools_names_file_and_tool_that_it_cannot_use(
 
 
 def test_read_tools_names_a_file_that_is_missing_or_no_json(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"missing.json: cannot be read"):
+    with pytest.raises(PromptError, match=r"missing.json does not exist"):
         read_tools(tmp_path / "missing.json")
     with pytest.raises(PromptError, match=r"tools.txt: expected a .json file"):
         read_tools(tmp_path / "tools.txt")
     (tmp_path / "latin.json").write_bytes(b'[{"name": "\xe9"}]')
     with pytest.raises(PromptError, match=r"latin.json"):
         read_tools(tmp_path / "latin.json")
+
+
+ARGUMENTS: list[Any] = [{"a": 1}, {"city": 'St. "X"', "n": [1, {"b": None}]}, {"é🙂": "]}, {"}]
+
+
+def _damage(text: str, rng: random.Random) -> str:
+    at = rng.randrange(len(text) + 1)
+    kind = rng.randrange(6)
+    if kind == 0:
+        return text[:at]  # cut short
+    if kind == 1:
+        return text[:at] + text[at + rng.randrange(1, 4) :]  # something left out
+    if kind == 2:
+        return text[:at] + rng.choice('[]{},:" x\\') + text[at:]
+    if kind == 3:
+        return text + rng.choice([" Done.", "\n]", "}", " [note]", "\n\n{see}", '["'])
+    if kind == 4:
+        key = rng.choice(['"arguments"', '"name"', '"id"'])
+        return text.replace(key, rng.choice(['"parameters"', '"args"', '"input"']), 1)
+    return text.replace(": ", rng.choice([":", " : ", ":null,"]), rng.randrange(1, 3))
+
+
+def test_damaged_calls_are_what_was_written_or_none() -> None:
+    """Never a call that has lost its arguments, and never one that nobody wrote."""
+    rng = random.Random(15)
+    n_read = 0
+    for _ in range(6000):
+        listed = [
+            {"name": f"f{n}", "arguments": rng.choice(ARGUMENTS)}
+            for n in range(rng.randrange(1, 4))
+        ]
+        text = json.dumps(listed, ensure_ascii=rng.random() < 0.5)
+        for _ in range(rng.randrange(1, 3)):
+            text = _damage(text, rng)
+        read = read_listed_calls(text)
+        n_read += read is not None
+        for _, arguments, _ in read or ():
+            assert arguments, text
+    assert 500 < n_read < 5500  # both happen
+
+
+def test_calls_cut_short_are_those_that_were_whole() -> None:
+    listed = [{"name": f"f{n}", "arguments": each} for n, each in enumerate(ARGUMENTS)]
+    entries = [json.dumps(call) for call in listed]
+    text = f"[{', '.join(entries)}]"
+    ends = [len("[" + ", ".join(entries[:n])) for n in range(1, len(entries) + 1)]
+    whole = [(call["name"], call["arguments"], None) for call in listed]
+    for end in range(len(text) + 1):
+        read = read_listed_calls(text[:end])
+        n_whole = sum(each <= end for each in ends)
+        is_read = end in ends or end == len(text)  # after a comma another call was to come
+        assert read == (whole[:n_whole] if is_read else None)
+    body = json.dumps(ARGUMENTS[1])
+    for end in range(len(body)):
+        assert read_named_call("f", body[:end]) == (None if end else ("f", {}))
+    assert read_named_call("f", body) == ("f", ARGUMENTS[1])

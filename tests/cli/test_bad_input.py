@@ -13,6 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mistral_chat.cli import start
+from mistral_chat.config import EngineConfig
+from mistral_chat.engine import start_up
+from mistral_chat.engine.group import Group, Place
+from mistral_chat.errors import TokenizerError
 from mistral_chat.model import hf
 from tests.conftest import ROOT, TINY, Finished, Run, command_env, random_weights, write_params
 
@@ -70,6 +75,12 @@ def _wrong_tensors(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS)
 
 
+def _nan_weights(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights["layers.1.attention.wo.weight"][3] = torch.nan
+    save_file(weights, folder / WEIGHTS)
+
+
 def _as_hf(**changes: Any) -> Callable[[Path], None]:
     """The same folder in Hugging Face's layout, with changes to config.json."""
 
@@ -124,12 +135,13 @@ def _params(**changes: Any) -> Callable[[Path], None]:
 
 BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (_no_params, ("params.json is missing",)),
+    (_nan_weights, ("scores are no numbers (NaN or infinite)", "weights are damaged")),
     (_no_weights, ("weights are missing",)),
     (_no_tokenizer, ("tokenizer is missing",)),
     (_two_tokenizers, ("2 tokenizers", "tekken.json", "tokenizer.model.v3")),
-    (_invalid_json, ("params.json", "not valid JSON")),
+    (_invalid_json, ("params.json", "not JSON")),
     (_json_list, ("params.json", "expected a JSON object")),
-    (_unreadable_json, ("params.json", "cannot be read")),
+    (_unreadable_json, ("params.json", "is a folder: expected a file")),
     (_truncated, (WEIGHTS, "truncated")),
     (_index_of_missing_file, ("index.json names consolidated-00001-of-00002.safetensors",)),
     (
@@ -158,9 +170,9 @@ BROKEN: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     ),
     (_hf_tokenizer_alone, ("tokenizer is missing", "tokenizer.json is never read")),
     (_params(moe={"num_experts": 8}), ("moe is not supported",)),
-    (_params(lora={"rank": 8}), ("lora is not supported",)),
+    (_params(lora={"rank": 8, "alpha": 2}), ("lora is not supported",)),
     (_params(vision_encoder={"hidden_size": 8}), ("vision_encoder is not supported",)),
-    (_params(model_type="mamba"), ("mamba is not supported",)),
+    (_params(model_type="mamba"), ("'mamba' is not supported",)),
     (_params(rotary="x"), ("rotary is not supported",)),
     (_params(dim=None), ("dim is missing",)),
     (_params(n_kv_heads=3), ("n_heads is 4", "multiple of n_kv_heads (3)")),
@@ -188,6 +200,36 @@ def test_broken_folder_is_named(
 ) -> None:
     breaks(broken_folder)
     _refused(run(broken_folder, *PROMPT), *said)
+
+
+def test_tokenizer_is_looked_for_before_any_weight_is_read(
+    monkeypatch: pytest.MonkeyPatch, broken_folder: Path
+) -> None:
+    def read_weights(*_: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(start_up, "load_runner", read_weights)
+    config = EngineConfig(model=broken_folder, device="cpu")
+    with pytest.raises(AssertionError, match="weights are read"):
+        start.load(config, Group(Place()), 0.0, quiet=True)
+    _no_tokenizer(broken_folder)
+    with pytest.raises(TokenizerError, match="tokenizer is missing"):
+        start.load(config, Group(Place()), 0.0, quiet=True)
+
+
+def test_tokenizer_that_is_missing_is_said_once_by_several_ranks(
+    run: Run, broken_folder: Path
+) -> None:
+    _no_tokenizer(broken_folder)
+    done = run(broken_folder, *PROMPT, torchrun=2)
+    assert done.code == 1
+    assert len(done.error_lines) == 1, done.err
+    assert "tokenizer is missing" in done.error_lines[0]
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "acme/" + "n" * 5000, "./" + "n/" * 2500])
+def test_folder_with_a_name_of_5000_letters_is_refused_in_one_line(run: Run, name: str) -> None:
+    _refused(run(name, *PROMPT), "...")
 
 
 def test_load_format_that_is_not_there_is_named(run: Run, broken_folder: Path) -> None:
@@ -223,7 +265,7 @@ def test_missing_device_is_named(run: Run, tiny_folder: Path) -> None:
 
 
 def test_too_little_memory_is_told_in_figures(run: Run, broken_folder: Path) -> None:
-    write_params(broken_folder, TINY, max_seq_len=2**40)
+    write_params(broken_folder, TINY, max_seq_len=None)
     done = run(broken_folder, *PROMPT, "--max_seq_len", 2**40)
     # 2 layers x (keys, values) x 2 heads x 16 x 4 bytes are 512 bytes a token
     needed = f"a context of {2**40:,} tokens {2**40 * 512 / 1e9:.2f} GB"
@@ -313,7 +355,7 @@ def _run_redirected(redirection: str, *words: str | Path) -> Finished:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=command_env(),
         cwd=ROOT,
         check=False,
@@ -349,7 +391,7 @@ def test_reader_that_closes_the_pipe_ends_all_quietly(tiny_folder: Path, n_ranks
         ["bash", "-c", script, sys.executable, *words, "--nproc_per_node", str(n_ranks)],
         stdin=subprocess.DEVNULL,
         capture_output=True,  # every rank holds stderr: that this returns means that all ended
-        timeout=90,
+        timeout=300,
         env=command_env(),
         cwd=ROOT,
         check=False,

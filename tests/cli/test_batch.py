@@ -17,12 +17,15 @@ import jsonschema
 import pytest
 
 from mistral_chat import LLM, SamplingParams
-from mistral_chat.cli import batch, batch_lines, batch_progress, flags, start
+from mistral_chat.cli import batch, batch_lines, batch_output, batch_progress, flags, start
 from mistral_chat.cli.main import main
 from mistral_chat.engine.group import PeerFailedError
+from mistral_chat.errors import OutputError
 from tests.conftest import ROOT, Run, command_env
+from tests.disk import Disk
 
 OPENAI = {"method": "POST", "url": "/v1/completions"}
+ASKED = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(autouse=True)
@@ -210,8 +213,9 @@ def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch_lines.Line]:
         ({"prompt": "a", "messages": []}, "expected either prompt or messages"),
         ({"prompt": "a", "tempratur": 1}, 'unknown field "tempratur"'),
         ({"prompt": 1}, "prompt is 1: expected a text"),
-        ({"messages": "a"}, 'messages are "a": expected a list of objects'),
-        ({"messages": ["a"]}, 'messages are ["a"]: expected a list of objects'),
+        ({"messages": "a"}, "messages are 'a': expected a list of objects"),
+        ({"messages": ["a"]}, "message 1 is 'a': expected an object"),
+        ({"messages": []}, "messages are empty: expected one at least"),
         ({"prompt": "a", "id": 1.5}, "id is 1.5: expected a text or a whole number"),
         ({"prompt": "a", "id": True}, "id is true: expected a text or a whole number"),
         ({"prompt": "a", "max_tokens": 1.0}, "max_tokens is 1.0: expected a whole number"),
@@ -229,7 +233,7 @@ def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch_lines.Line]:
         ({"prompt": "a", "json_object": 1}, "json_object is 1: expected true or false"),
         ({"prompt": "a", "json_object": True, "json_schema": {}}, "expected one of them"),
         ({"prompt": "a", "json_object": True, "stop": "}"}, "stop and a JSON schema: expected one"),
-        ({"messages": [], "json_schema": {}, "tools": [{}]}, "tools and a JSON schema"),
+        ({"messages": ASKED, "json_schema": {}, "tools": [{}]}, "tools and a JSON schema"),
         (
             {"custom_id": "a", "body": {"prompt": "a", "response_format": "text"}},
             'response_format is "text": expected the type text, json_object or json_schema',
@@ -267,6 +271,28 @@ def test_bad_line_is_named_and_the_rest_is_read(value: Any, said: str) -> None:
     assert bad.error is not None
     assert bad.error.startswith("line 2: ")
     assert said in bad.error
+
+
+CHAT_BODY = {"messages": ASKED, "max_tokens": 3, "response_format": {"type": "text"}}
+# What OpenAI's clients write of fields that nobody set.
+NULLS = ("stream_options", "reasoning_effort", "audio", "functions", "seed", "n", "stop", "tools",
+         "tool_choice", "logprobs", "prompt", "made_up")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_null_is_as_absent(name: str) -> None:
+    body = CHAT_BODY | {"response_format": {"type": "text", "json_schema": None}}
+    bare, line, inside, ours, mixed = _read(
+        {"custom_id": "a", "body": CHAT_BODY},
+        {"custom_id": "b", "body": CHAT_BODY, name: None},
+        {"custom_id": "c", "id": None, "body": body | {name: None}},
+        {"id": "d", "messages": ASKED, "max_tokens": 3, "json_object": False, name: None},
+        {"id": "e", "messages": ASKED, "max_tokens": 3, "json_object": False, "body": None,
+         "custom_id": None},
+    )  # fmt: skip
+    assert [x.error for x in (bare, line, inside, ours, mixed)] == [None] * 5
+    assert [x.id for x in (bare, line, inside, ours, mixed)] == ["a", "b", "c", "d", "e"]
+    assert line.question == inside.question == ours.question == mixed.question == bare.question
 
 
 @pytest.mark.parametrize(
@@ -390,7 +416,7 @@ def test_wrong_schema_of_the_flags_is_named_before_the_model_is_loaded(
     path.write_text('{"not": {}}')
     words = ["batch", str(_shape(tmp_path)), str(source), str(tmp_path / "out")]
     assert main([*words, "--json_schema", str(path)]) == 1
-    said = 'answers cannot be kept to this schema: Unimplemented keys: ["not"]'
+    said = 'answers cannot be kept to this schema: not supported: "not"'
     assert capsys.readouterr().err == f"mistral-chat: error: {path}: {said}\n"
     assert not (tmp_path / "out").exists()
 
@@ -446,7 +472,8 @@ def test_bad_lines_are_answered_with_their_error(
     code, records = _run(tiny_folder, tmp_path, *values)
     assert code == 1
     assert capfd.readouterr().err == (
-        "mistral-chat: error: 8 of 10 lines have an error, which their line of OUT says\n"
+        "mistral-chat: error: 8 of 10 lines have an error, which their line of OUT says; "
+        "--retry_errors tries them again\n"
     )
     assert len(records) == 10
     answered = [r["id"] for r in records if "text" in r]
@@ -455,10 +482,10 @@ def test_bad_lines_are_answered_with_their_error(
     for number, id_, said in (
         (1, 1, "not JSON"),
         (3, "long", "the prompt has 602 tokens and the context holds 512"),
-        (4, "role", "messages are not a conversation"),
-        (5, "picture", "a part of type 'image_url'"),
+        (4, "role", "message 1: role is 'nobody': expected system, developer, user"),
+        (5, "picture", "message 1: part 1 of content: type is 'image_url': expected text"),
         (6, "tool", "tool 1: not a function schema"),
-        (7, "none", ""),
+        (7, "none", "messages are empty"),
         (8, 2, "the id 2 is that of line 2 already"),
         (9, 1, "the id 1 is that of line 1 already"),
     ):
@@ -534,6 +561,113 @@ def test_answers_of_the_model_in_another_writing_are_kept(
     assert target.read_bytes() == before
 
 
+def test_errors_are_tried_again_when_asked_for(
+    tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = {"prompt": "a", "max_tokens": 2}
+    cut = {"prompt": "a", "json_object": True, "max_tokens": 4, "id": "cut"}
+    bad = ["{", good | {"id": "x"}, good | {"id": "x"}, good | {"id": 1.5}, cut, good]
+    _, records = _run(tiny_folder, tmp_path, *bad)
+    target = tmp_path / "out"
+    kept = [r for r in records if "error" not in r]
+    assert sorted(str(r["id"]) for r in kept) == ["6", "x"]
+    # IN is mended, its ids as well: what the errors called themselves is in it no more.
+    mended = [good | {"id": "one"}, good | {"id": "x"}, good | {"id": "y"}, good | {"id": 4},
+              cut | {"json_schema": {"const": 7}, "json_object": None}, good]  # fmt: skip
+    source = _write(tmp_path / "in", *mended)
+    words = ["batch", str(tiny_folder), str(source), str(target), "--quiet", "--temperature=0"]
+    assert main(words) == 1
+    assert "(where IN was mended: --retry_errors)" in capfd.readouterr().err
+    assert _records(target.read_text()) == records
+    target.chmod(0o640)
+    with target.open("ab") as file:
+        file.write(b'{"id": 6, "te')  # as a kill would leave it
+    (tmp_path / ".out.retry_errors").write_text("of a run that was killed")
+    assert main([*words, "--retry-errors"]) == 0
+    found = _records(target.read_text())
+    assert found[: len(kept)] == kept  # untouched, in their order, before what is new
+    assert _texts(found).keys() == {"one", "x", "y", 4, "cut", 6}
+    assert all("error" not in record for record in found)
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    before = target.read_bytes()
+    assert main([*words, "--retry_errors"]) == 0  # nothing is left to try again
+    assert target.read_bytes() == before
+
+
+def test_errors_that_stay_are_written_anew_once(tmp_path: Path) -> None:
+    source = _write(tmp_path / "in", "{", {"prompt": "a", "temperature": "hot"})
+    target = tmp_path / "link"
+    target.symlink_to("out")
+    words = ["batch", str(_shape(tmp_path)), str(source), str(target), "--quiet"]
+    for more in ([], ["--retry_errors"], ["--retry_errors"], []):
+        assert main([*words, *more]) == 1
+        assert [r["id"] for r in _records(target.read_text())] == [1, 2]
+    assert target.is_symlink()
+
+
+def test_kill_while_errors_are_taken_out_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
+    """The steps that the disk sees, one by one: at each the name holds one whole file."""
+    source = _write(tmp_path / "in", "{", "{", "{")
+    lines = batch_lines.read_lines(source.read_bytes(), flags.parse(["MODEL"]), None)
+    kept = {"id": 2, "text": "kept"}
+    target = tmp_path / "out"
+    calls = {name: getattr(os, name) for name in ("open", "write", "fsync", "rename", "close")}
+    whole = [_write(tmp_path / "old", {"id": 1, "error": "line 1: x"}, kept), _write(
+        tmp_path / "new", kept)]  # fmt: skip
+    wanted = [path.read_bytes() for path in whole]
+    seen: list[bytes] = []
+    target.write_bytes(wanted[0])
+    with (
+        batch_output.Output(str(target), source.stat()) as output,
+        pytest.MonkeyPatch.context() as p,
+    ):
+        for name, call in calls.items():
+
+            def look(*words: Any, call: Any = call, **named: Any) -> Any:
+                seen.append(target.read_bytes())
+                done = call(*words, **named)
+                seen.append(target.read_bytes())
+                return done
+
+            p.setattr(os, name, look)
+        assert output.resume(lines, "m", retry_errors=True) == ({2}, 0)
+    assert set(seen) == set(wanted)
+    assert seen.index(wanted[1]) > 4
+    assert target.read_bytes() == wanted[1]
+
+
+def test_record_is_on_the_disk_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That OUT's own bytes are synced, all of them, and the name of a new OUT."""
+    disk = Disk(monkeypatch)
+    source, target = _write(tmp_path / "in", "{"), tmp_path / "out"
+    with batch_output.Output(str(target), source.stat()) as output:
+        assert disk.knows_name_of(target)
+        for n in range(3):
+            output.write({"id": n, "text": "x" * n})
+            assert disk.has_all_of(target)
+    with batch_output.Output(str(target), source.stat()) as output:
+        output.write({"id": 3, "text": ""})
+        assert disk.has_all_of(target)
+
+
+def test_output_that_was_replaced_meanwhile_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = _write(tmp_path / "in", "{"), _write(tmp_path / "out", DONE)
+
+    def lock_late(_: int) -> bool:
+        target.rename(tmp_path / "gone")
+        _write(target, DONE)
+        return True
+
+    monkeypatch.setattr(batch_output, "lock", lock_late)
+    with pytest.raises(OutputError, match="another run has just replaced it"):
+        batch_output.Output(str(target), source.stat())
+
+
 def _shape(tmp_path: Path) -> Path:
     """A folder whose shape can be read, and whose weights cannot: they must not be asked for."""
     from tests.conftest import TINY, write_params
@@ -560,6 +694,7 @@ def _shape(tmp_path: Path) -> Path:
         (["in", "out", "--max_batch_size", "0"], 2, "--max_batch_size is '0'"),
         (["in", "out", "--top_p", "7"], 2, "--top_p is 7.0"),
         (["in", "locked"], 1, "another run is writing it"),
+        (["in", "-", "--retry_errors"], 2, "--retry_errors and OUT is -"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_model_is_loaded(
@@ -645,9 +780,9 @@ def test_signal_ends_at_once_and_keeps_finished_lines(
         _await_lines(target, 1)
         os.killpg(process.pid, number)
         asked = time.monotonic()
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == code
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 60
     assert err.startswith(b"mistral-chat: interrupted: ")
     assert err.count(b"\n") == 1
     assert _records(target.read_text())[0]["id"] == 1
@@ -676,7 +811,7 @@ def test_progress_is_for_terminals(
 @pytest.mark.parametrize("columns", [0, 5, 30, 45, 60, 200])
 def test_progress_never_wraps(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((columns, 24)))
-    progress = batch_progress.Progress(9, 3, 0, quiet=False)
+    progress = batch_progress.Progress(9, 3, 0, quiet=False, can_retry=True)
     for text in ("", "x" * 30, "x" * 300):
         line = progress._fitted(text)
         assert len(line) <= max(0, columns - 1)

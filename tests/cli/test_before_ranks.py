@@ -29,7 +29,6 @@ GOOD = {
 FORMS: dict[str, Callable[[Path, bytes], object]] = {
     "missing": lambda path, good: None,
     "folder": lambda path, good: path.mkdir(),
-    "fifo": lambda path, good: os.mkfifo(path),
     "endless": lambda path, good: path.symlink_to("/dev/zero"),
     "huge": lambda path, good: (path.touch(), os.truncate(path, 1 << 40)),
     "latin": lambda path, good: path.write_bytes(b"x = 'caf\xe9'\n" + good),
@@ -41,7 +40,6 @@ FORMS: dict[str, Callable[[Path, bytes], object]] = {
 SAID = {
     "missing": "does not exist",
     "folder": "is a folder",
-    "fifo": "is no regular file",
     "endless": "is no regular file",
     "huge": "has 1,099,511,627,776 bytes",
     "latin": "byte 0xe9 at offset 8",

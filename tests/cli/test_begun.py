@@ -125,7 +125,7 @@ def test_file_at_a_terminal_begins_a_chat(tiny_folder: Path, tmp_path: Path) -> 
     with chat_terminal(tmp_path, tiny_folder, *words, "--device", "cpu") as terminal:
         terminal.wait_for_prompt()
         assert terminal.rows[0] == "mistral-chat: starting tiny on cpu ..."
-        assert "notes.txt comes before the next message" in terminal.text.replace("\n", "")
+        assert "notes.txt comes before the next message" in terminal.text.replace("\n", " ")
         terminal.ask_and_wait("What do they say?")
         assert terminal.leave() == 0
     (kept,) = tmp_path.glob("mistral-chat/sessions/*.jsonl")

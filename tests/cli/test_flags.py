@@ -24,6 +24,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "system": ("Be brief", "Be brief"),
     "system_file": ("s.txt", Path("s.txt")),
     "tools": ("t.json", Path("t.json")),
+    "tools_env": ("MY_API_KEY", ("MY_API_KEY",)),
     "tool_timeout": ("2.5", 2.5),
     "json_schema": ("s.json", Path("s.json")),
     "max_tokens": ("5", 5),
@@ -44,7 +45,8 @@ VALUES: dict[str, tuple[str, Any]] = {
 SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes", "plain")
 NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
          "yes": ["--instruct", "--tools=x.py"], "tool_timeout": ["--instruct", "--tools=x.py"],
-         "logprobs": ["--json"], "resume": ["--instruct"]}  # fmt: skip
+         "tools_env": ["--instruct", "--tools=x.py"], "logprobs": ["--json"],
+         "resume": ["--instruct"]}  # fmt: skip
 _FIELDS = {"file": "files"}
 
 
@@ -270,6 +272,7 @@ def test_value_out_of_range_is_refused_by_name(
         (["--instruct", "--yes"], "--yes needs --tools FILE.py"),
         (["--instruct", "--tools", "x.json", "--yes"], "--yes needs --tools FILE.py"),
         (["--instruct", "--tool_timeout", "3"], "--tool_timeout needs --tools FILE.py"),
+        (["--instruct", "--tools=x.json", "--tools_env=A"], "--tools_env needs --tools FILE.py"),
         (["--instruct", "--tools=x.json", "--tool-timeout=3"], "--tool_timeout needs --tools"),
         (["--instruct", "--tools=x.py", "--tool_timeout=0"], "--tool_timeout is 0.0: expected"),
         (["--instruct", "--tools=x.py", "--tool_timeout=inf"], "--tool_timeout is inf: expected"),

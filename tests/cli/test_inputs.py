@@ -173,31 +173,59 @@ def test_stdin_is_left_for_ranks_as_it_was(monkeypatch: pytest.MonkeyPatch, data
         assert read_inputs(_options("x")) == first
 
 
-def test_pipe_of_a_shell_is_read_once_for_all() -> None:
-    """As with `--file <(command)`: ranks do not inherit it, and it could be read only once."""
+@pytest.mark.parametrize("flag", ["file", "system-file", "system_file", "json_schema", "config"])
+@pytest.mark.parametrize("equals", [False, True])
+def test_pipe_in_the_place_of_a_file_is_read_once_for_all(flag: str, equals: bool) -> None:
+    """As with `--file <(command)`: ranks do not inherit it, and it can be read only once."""
+    with _pipe(b"piped") as name:
+        word = [f"--{flag}={name}"] if equals else [f"--{flag}", name]
+        *_, kept = pipes.keep_pipes(["MODEL", "--instruct", *word], lambda _: None)
+        assert kept.startswith(f"--{flag}=") is equals
+        path = Path(kept.removeprefix(f"--{flag}="))
+        assert path.read_text() == path.read_text() == "piped"
+        cat = subprocess.run(["cat", path], capture_output=True, check=True)
+        assert cat.stdout == b"piped"
+
+
+@contextmanager
+def _pipe(data: bytes) -> Iterator[str]:
+    """What a shell's `<(command)` gives."""
     read, write = os.pipe()
-    os.write(write, b"piped")
+    os.write(write, data)
     os.close(write)
     try:
-        for word in (f"--file=/dev/fd/{read}", f"/proc/self/fd/{read}"):
-            kept = pipes.keep_pipes(["MODEL", "--file", word])[-1]
-            path = Path(kept.removeprefix("--file="))
-            assert kept.startswith("--file=") is word.startswith("--file=")
-            expected = "piped" if word.startswith("--file=") else ""  # it was read already
-            assert path.read_text() == path.read_text() == expected
-            cat = subprocess.run(["cat", path], capture_output=True, check=True)
-            assert cat.stdout.decode() == expected
+        yield f"/dev/fd/{read}"
     finally:
         os.close(read)
 
 
+def test_pipe_without_a_writer_is_waited_for_and_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    monkeypatch.setattr(pipes, "PATIENCE_S", 0.01)
+    writer = threading.Thread(target=path.write_bytes, args=[b"later"])
+    said: list[str] = []
+
+    def say(name: str) -> None:
+        said.append(name)
+        writer.start()
+
+    kept = pipes.keep_pipes(["--file", str(path)], say)
+    writer.join(60)
+    assert Path(kept[1]).read_bytes() == b"later"
+    assert said == [str(path)]
+
+
 def test_other_words_are_left_as_they_are(tmp_path: Path) -> None:
-    read, write = os.pipe()
-    with (tmp_path / "a").open("w") as file, open(read), open(write, "w"):  # noqa: PTH123
-        written = [f"/dev/fd/{file.fileno()}", f"/dev/fd/{write}"]
-        others = ["/dev/fd/0", "/dev/fd/987654", "/dev/fd/99999999999999999999"]
-        words = [*written, *others, "--prompt=/dev/fd/", "see /dev/fd/3", str(tmp_path)]
-        assert pipes.keep_pipes(words) == words
+    (tmp_path / "a").write_text("a")
+    with _pipe(b"not read") as pipe:
+        files = ["--file", str(tmp_path / "a"), "--file=", "--file", "/dev/fd/987654", "--file"]
+        texts = ["--instruct", pipe, "--prompt", pipe, f"--prompt={pipe}", f"--tools={pipe}"]
+        words = [*texts, *files]
+        assert pipes.keep_pipes(words, lambda _: None) == words
+        assert Path(pipe).read_text() == "not read"
 
 
 def test_terminal_without_a_prompt_is_a_chat(

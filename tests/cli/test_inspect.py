@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mistral_chat.chat.llm import LLM
 from mistral_chat.cli import inspect, inspect_text
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.memory import plan_memory
 from mistral_chat.engine.start_up import load_runner
-from mistral_chat.errors import NotEnoughMemoryError
+from mistral_chat.errors import NotEnoughMemoryError, TokenizerError
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.sharding import Shard
 from tests.conftest import ROOT, TINY, Run, command_env, make_folder, random_weights
@@ -60,6 +61,15 @@ def test_inspect_names_what_is_there(inspected: Inspect, tiny_folder: Path) -> N
                                  "dtypes": ["F32"]}  # fmt: skip
     assert result["tokenizer"] == {"file": "tokenizer.model.v3", "version": "v3 SentencePiece"}
     assert [plan["world_size"] for plan in result["plans"]] == [1, 2, 4]  # it has four heads
+
+
+def test_inspect_refuses_a_tokenizer_that_a_run_refuses(
+    inspected: Inspect, broken_folder: Path
+) -> None:
+    (broken_folder / "tokenizer.model.v3").rename(broken_folder / "tokenizer.model")
+    for use in (inspected, lambda folder, *_: LLM(folder, device="cpu")):
+        with pytest.raises(TokenizerError, match="rename it"):
+            use(broken_folder, "--device", "cpu")
 
 
 def test_inspect_counts_shards_and_pickles(inspected: Inspect, broken_folder: Path) -> None:
@@ -227,7 +237,7 @@ def test_inspect_gives_a_terminal_a_table(tiny_folder: Path) -> None:
     words = ["-m", "mistral_chat", "inspect", str(tiny_folder), "--device", "cpu"]
     env = command_env(TERM="xterm-256color", COLUMNS="140")
     child = pexpect.spawn(sys.executable, words, env=env, cwd=str(ROOT), encoding="utf-8",
-                          dimensions=(40, 140), timeout=60)  # type: ignore[arg-type]  # fmt: skip
+                          dimensions=(40, 140), timeout=300)  # type: ignore[arg-type]  # fmt: skip
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0

@@ -69,7 +69,7 @@ def test_wrong_schema_is_named_before_weights_are_loaded(
     path.write_text('{"not": {}}')
     done = run(broken_folder, *HOT, "--json_schema", path)
     assert (done.code, done.out) == (1, "")
-    said = 'answers cannot be kept to this schema: Unimplemented keys: ["not"]'
+    said = 'answers cannot be kept to this schema: not supported: "not"'
     assert done.err == f"mistral-chat: error: {path}: {said}\n"
 
 

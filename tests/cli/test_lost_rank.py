@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, command_env
+from tests.terminal import chat_terminal
 
 WITHIN_S = 10.0
 
@@ -72,7 +73,7 @@ def test_killed_rank_at_the_prompt_restores_the_terminal(tiny_folder: Path, tmp_
         ["-c", script, sys.executable, str(tiny_folder), "--instruct", "--nproc_per_node", "2"],
         encoding="utf-8",
         codec_errors="replace",
-        timeout=60,
+        timeout=300,
         cwd=str(ROOT),
         env=command_env(TERM="xterm", XDG_DATA_HOME=str(tmp_path)),  # type: ignore[arg-type]
     )
@@ -86,3 +87,36 @@ def test_killed_rank_at_the_prompt_restores_the_terminal(tiny_folder: Path, tmp_
     assert _gone(list(ranks.values()), since)
     child.expect("as before")
     child.close(force=True)
+
+
+def test_last_words_at_the_prompt_stand_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    words = [tiny_folder, "--instruct", "--nproc_per_node", "2", "--max_tokens", "3"]
+    # Only a terminal that says where its cursor is gets the bar at the bottom.
+    env = {"PROMPT_TOOLKIT_NO_CPR": ""}
+    with chat_terminal(tmp_path, *words, size=(80, 20), env=env) as terminal:
+        n_told = 0
+
+        def look(text: str) -> bool:
+            nonlocal n_told
+            while n_told < terminal.raw.count(b"\x1b[6n"):
+                n_told += 1
+                terminal.child.send(f"\x1b[{terminal.screen.cursor.y + 1};1R")
+            return "· 2 ranks ·" in text
+
+        terminal.wait_for(look)
+        terminal.send("hello\r")
+        terminal.wait_for("stopped at")
+        terminal.wait_for(lambda text: look(text) and " used, " in text)
+        terminal.send("half a draft")
+        terminal.wait_for("> half a draft")
+        _ranks(terminal.child.pid)[1].kill()
+        while terminal.read(1):
+            pass
+        rows = terminal.rows
+        at = rows.index("> half a draft")
+        assert rows[at + 1].startswith("mistral-chat: error: rank 1 ended unexpectedly")
+        (path,) = (tmp_path / "mistral-chat" / "sessions").iterdir()
+        said = "".join(rows[at + 1 :]).replace(" ", "")  # the terminal breaks it anywhere
+        assert "togoonwiththischat:" in said
+        assert said.endswith(f"--nproc_per_node2--max_tokens3--resume{path.stem}")
+        assert "2 ranks ·" not in "\n".join(rows[at:])

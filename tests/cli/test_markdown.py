@@ -60,7 +60,9 @@ PIECES = ["- a", "* b", "1. c", "2) d", "10. e", "  - n", "    deep", "```", "``
           ">", "# h", "---", "===", "***", "| a | b |", "|---|---|", "**b", "c** d", "x `y", "",
           "", "", "   three", "text", "\tTab", "- - x", "> - y", "<div>", "[x]: http://a", "[x]",
           "+ p", "   - o", "中文 🎉 wide " * 3, "long word " * 12, "-", "1.", "- ```", "  ```",
-          "  def f(): pass", "\\(a_1\\)", "![i](u)", "<a@b.c>", "1234567890" * 5]  # fmt: skip
+          "  def f(): pass", "\\(a_1\\)", "![i](u)", "<a@b.c>", "1234567890" * 5,
+          "\\[", "\\]", "$$", "$", "\\begin{align}", "\\end{align} x", "\\(", "a\\) b", "x\\\\",
+          "$$ a", "b $$", "$5 and $10", "| \\| | $a\\|b$ |", "\\", "\\{ *x* \\}"]  # fmt: skip
 
 
 class Window:
@@ -128,6 +130,25 @@ def test_any_text_streamed_is_the_rendering_of_the_whole(seed: int) -> None:
     assert window.rows == rendered(text, columns), text
 
 
+# What stands below an answer while it grows, such as what is typed meanwhile, leaves no trace.
+@pytest.mark.parametrize("seed", range(30))
+def test_lines_below_an_answer_go_with_its_end(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "\n".join(rng.choice(PIECES) for _ in range(rng.randint(0, 25)))
+    columns, rows = rng.choice([(80, 24), (30, 6), (20, 10), (12, 3), (9, 2)])
+    window = Window(columns, rows)
+    for piece in pieces(text, rng):
+        window.view.add(piece)
+        below = [f"below {n} " * rng.choice([1, 9]) for n in range(rng.randrange(4))]
+        window.view.show_below(below)
+        if below and rows > 8:
+            shown = without_end([row.rstrip() for row in window.screen.display])
+            assert shown[-1].startswith("below")
+    window.view.finish()
+    assert window.rows == rendered(text, columns), text
+    assert window.screen.cursor.x == 0
+
+
 # Colours of code that has scrolled away before a string in it was closed may differ; here all fits.
 def test_styles_streamed_are_those_of_the_whole() -> None:
     streamed, at_once = Window(100, 80), Window(100, 80)
@@ -183,6 +204,90 @@ def test_styles_suit_light_and_dark_windows() -> None:
 )
 def test_render(text: str, expected: list[str]) -> None:
     assert [line.plain for line in render(text, 80)] == expected
+
+
+FORMULAS = [r"\(a_1*b*c_2\)", r"\[ x*y*z \]", "$a*b*c$", "$ a*b*c $", "$$x*y*z$$",
+            r"\(f(x) = \{1\}\)",
+            r"\begin{pmatrix}a*b & c*d \\ 1\end{pmatrix}", r"$\$5*y*3$",
+            r"$\alpha_{*}^{*}\,$"]  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize(
+    "around",
+    ["{}", "so {}, *and* then", "- {}", "> {}", "# {}", "1. *x* {}",
+     "| a | b |\n|-|-|\n| {} | *b* |", "**{}**", "*a* {}\n{} *a*"],
+)  # fmt: skip
+def test_formula_in_a_line_stays_as_it_was_written(formula: str, around: str) -> None:
+    text = around.replace("{}", formula)
+    shown = "\n".join(line.plain for line in render(text, 100))
+    assert shown.count(formula) == text.count(formula)
+    assert "*and*" not in shown
+    assert "*x*" not in shown
+    assert "*a*" not in shown
+
+
+LINES = [
+    "a &= b_1 *c* \\\\",
+    "- d*e*f",
+    "# g",
+    "> h",
+    "1. i",
+    "=== ",
+    "+ \\frac{1}{2}",
+    "    j",
+    "| k |",
+]
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [("\\[", "\\]"), ("$$", "$$"), ("\\begin{align*}", "\\end{align*}"), ("$$ x", "y $$")],
+)
+@pytest.mark.parametrize("indent", ["", "> ", "   "])
+def test_formula_of_lines_stays_as_it_was_written(opening: str, closing: str, indent: str) -> None:
+    formula = [opening, *LINES, closing]
+    text = [
+        "1. *text*" if indent == "   " else "*text*",
+        *(indent + line for line in formula),
+        "",
+        "*end*",
+    ]
+    shown = [line.plain.rstrip() for line in render("\n".join(text), 100)]
+    margin = {"": "", "> ": "│ ", "   ": "    "}[indent]
+    at = shown.index(margin + opening)
+    assert shown[at : at + len(formula)] == [(margin + line).rstrip() for line in formula]
+    assert shown[0].endswith("text")
+    assert "*" not in shown[0]
+    assert shown[-1] == "end"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("$5 and $10, *so* $15", "$5 and $10, so $15"),
+        ("$5-$10 *a* US$3, A$4", "$5-$10 a US$3, A$4"),
+        ("costs 5$ or *6* $", "costs 5$ or 6 $"),
+        ("`\\(a*b*c\\)` $`a`*b*$", "\\(a*b*c\\) $ab$"),
+        ("\\(never *closed*", "\\(never closed"),
+        ("\\[ *a*\n\n*b*", "\\[ *a*\n\nb"),
+        ("a\\\nb\\", "a\\\nb\\"),
+        ("\\*a\\* *b*", "\\*a\\* b"),
+    ],
+)
+def test_what_is_no_formula(text: str, shown: str) -> None:
+    assert "\n".join(line.plain for line in render(text, 80)) == shown
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_backslash_is_lost(seed: int) -> None:
+    rng = random.Random(seed)
+    parts = [*FORMULAS, *LINES, "\\[", "\\]", "$$", "\\", "\\\\", "\\{", "\\_", "\\|", "`\\|`",
+             "*a*", "**", "\n", "\n\n", "\n- ", "\n> ",
+             "\n\n| a \\| b |\n|--|\n| c\\|d |\n\n", "\n```\n\\|\n```\n", " ", "x"]  # fmt: skip
+    text = "".join(rng.choice(parts) for _ in range(40))
+    shown = "".join(line.plain for line in render(text, 400))
+    assert shown.count("\\") == text.count("\\"), text
 
 
 def long_code() -> str:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import termios
+import time
 from pathlib import Path
 
 import psutil
@@ -82,18 +84,119 @@ def test_answers_of_plain_completion_stay_raw_text(roomy_folder: Path, tmp_path:
         assert terminal.leave() == 0
 
 
-def test_paste_of_300_lines_is_one_message(roomy_folder: Path, tmp_path: Path) -> None:
+def flat(text: str) -> str:
+    """What a screen says, wherever its lines break."""
+    return " ".join(text.split())
+
+
+def paste(lines: list[str]) -> str:
+    return f"\x1b[200~{chr(13).join(lines)}\x1b[201~"
+
+
+def test_long_pastes_are_marks_that_open_and_go_whole(roomy_folder: Path, tmp_path: Path) -> None:
     lines = [f"line {n} /undo 中文" for n in range(300)]
-    script = written(tmp_path, "seen")
-    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script) as terminal:
+    script = written(tmp_path, "one", "two", "three")
+    env = editor(tmp_path, f"cp $1 {tmp_path}/given; printf ' and more' >> $1")
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", script=script, env=env) as terminal:
+        # Several, with text around them, and one key that takes a whole one away.
         terminal.wait_for_prompt()
-        terminal.send(f"\x1b[200~{chr(13).join(lines)}\x1b[201~")
-        terminal.wait_for("line 299")
+        terminal.send(f"a{paste(lines)}b{paste(['x'] * 20)}\x7f{paste(['/y'] * 20)}c")
+        terminal.wait_for("> a[300 lines]b[20 lines]c")
+        terminal.send("\x1b[D\x1b[D\x1b[D_")  # the cursor steps over it
+        terminal.wait_for("> a[300 lines]_b[20 lines]c")
         terminal.send("\r")
         terminal.wait_for_answer()
-        terminal.wait_for("seen")
+        terminal.wait_for_prompt()
+        assert "line 299" not in terminal.text
+        # The history has it whole; a long text with a slash first is no command.
+        terminal.send(paste(["/usr/bin"] * 12))
+        terminal.wait_for("> [12 lines]")
+        terminal.send("\x0f")  # Ctrl-O opens it
+        terminal.wait_for(lambda text: text.count("/usr/bin") == 12)
+        terminal.child.sendintr()
+        terminal.wait_for_prompt()
+        terminal.send(paste(["/usr/bin"] * 12))
+        terminal.wait_for(lambda text: text.endswith("> [12 lines]"))
+        terminal.send("\x07")  # the editor has it whole, too
+        terminal.wait_for(lambda text: len(re.findall("lines]", text)) >= 3)
+        terminal.wait_for(lambda _: (tmp_path / "given").exists())
+        terminal.send("\r")
+        terminal.wait_for("two")
         assert terminal.leave() == 0
-    assert messages(tmp_path) == ["\n".join(lines), "seen"]
+    first = "\n".join(lines)
+    second = "\n".join(["/y"] * 20)
+    third = "\n".join(["/usr/bin"] * 12)
+    assert messages(tmp_path)[0] == f"a{first}_b{second}c"
+    assert messages(tmp_path)[2].startswith(third)
+    assert (tmp_path / "given").read_text().rstrip("\n") == third
+    kept = (tmp_path / "mistral-chat" / "history").read_text()
+    assert "line 299" in kept
+
+
+def test_what_is_typed_during_an_answer_waits_its_turn(roomy_folder: Path, tmp_path: Path) -> None:
+    script = written(tmp_path, LONG, "**two**", "**three**", LONG, "**five**")
+    words = [roomy_folder, "--instruct"]
+    with chat_terminal(tmp_path, *words, size=(80, 40), script=script, gap_s=0.01) as terminal:
+        terminal.ask("first")
+        terminal.wait_for(" 2. ")
+        terminal.child.send(f"{paste(['second', 'of two lines'])}\r/tokens\rthird\rhalf")
+        terminal.wait_for("queued: 3 messages")
+        terminal.wait_for("> half")
+        terminal.wait_for("60. the item")
+        terminal.wait_for("three")
+        terminal.wait_for("> half")
+        terminal.wait_for_prompt()
+        assert answer_rows(terminal, "second") == ["  of two lines", "two"]
+        assert answer_rows(terminal, "third") == ["three"]
+        assert "tokens in this chat" in terminal.text
+        assert terminal.text.endswith("> half")
+        assert terminal.text.count("half") == 1  # what stood below the answer has gone
+        # Ctrl-C in an answer has it stand at the prompt.
+        terminal.send("\r")
+        terminal.wait_for_answer()
+        terminal.wait_for(lambda text: text.count(" 2. ") == 2)
+        terminal.child.send("fifth\rand more")
+        terminal.wait_for("queued: fifth")
+        terminal.child.sendintr()
+        terminal.wait_for(lambda text: text.endswith("> fifth\n  and more"))
+        terminal.send("\r")
+        terminal.wait_for_answer()
+        terminal.wait_for("five")
+        terminal.ask("quit")
+        while terminal.read(1):
+            pass
+        terminal.child.close()
+        assert terminal.child.exitstatus == 0
+        (path,) = (tmp_path / "mistral-chat" / "sessions").iterdir()
+        command = f"{script} 0.01 {roomy_folder} --instruct --resume {path.stem}"
+        assert "mistral-chat: to go on with this chat: " in terminal.text
+        assert f"-m tests.scripts.scripted {command}" in terminal.text.replace("\n", "")
+    assert messages(tmp_path)[0::2] == [
+        "first", "second\nof two lines", "third", "half", "fifth\nand more"
+    ]  # fmt: skip
+
+
+def test_what_is_typed_while_loading_stands_at_the_prompt(
+    roomy_folder: Path, tmp_path: Path
+) -> None:
+    with chat_terminal(tmp_path, roomy_folder, "--instruct", size=(40, 24)) as terminal:
+        # The command has the terminal by now, or the test would not see what it is for.
+        fd = terminal.child.child_fd
+        deadline = time.monotonic() + 60
+        while termios.tcgetattr(fd)[3] & termios.ECHO:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        terminal.child.send("one\rtwo\r")
+        terminal.wait_for("> one\n  two")
+        terminal.wait_for_prompt()
+        rows = terminal.rows
+        assert [row for row in rows if "one" in row] == ["> one"]
+        # The greeting breaks between words.
+        assert "lists commands, Ctrl-D leaves." in flat(terminal.text)
+        terminal.child.sendintr()
+        assert terminal.leave() == 0
+        assert "to go on" not in terminal.text  # nothing was kept
+    assert not [*(tmp_path / "mistral-chat" / "sessions").iterdir()]
 
 
 def messages(data_home: Path) -> list[str]:
@@ -332,22 +435,29 @@ def test_message_that_does_not_fit_can_be_made_room_for(roomy_folder: Path, tmp_
         terminal.ask(f"third {long}")
         terminal.wait_for("Nothing is dropped by itself: /drop takes out")
         terminal.ask(f"fourth {long}")
-        terminal.wait_for("the message was not sent")
-        terminal.wait_for("/drop 2 takes out what was said first")
+        terminal.wait_for(lambda text: "the message was not sent. /drop 2 takes out" in flat(text))
+        # The draft stands there; a command is not glued to it, and it comes back after that.
         terminal.ask("/drop 5")
+        terminal.wait_for("> /drop 5")
         terminal.wait_for("there are 3 exchanges; nothing was dropped")
-        terminal.wait_for("> fourth word")
-        terminal.child.sendintr()
-        terminal.ask(f"fourth {long}")
-        terminal.wait_for(lambda text: text.count("/drop 2 takes out") == 2)
+        terminal.wait_for("this message was not sent yet")
         terminal.ask("/drop 2")
+        terminal.wait_for("> /drop 2")
         terminal.wait_for("dropped: the oldest 2 exchanges")
-        terminal.wait_for(lambda text: text.count("> fourth word") == 4)
+        terminal.wait_for_prompt()
         terminal.send("\r")
         terminal.wait_for("four")
-        terminal.ask(f"too long by itself {long * 3}")
-        terminal.wait_for("> too long by itself", 60)
+        # However long it is, the reason is to be seen below it.
         terminal.wait_for_prompt()
+        terminal.send(paste([f"too long by itself {n}" for n in range(300)]))
+        terminal.wait_for("> [300 lines]")
+        terminal.send("\x0f\r")
+        terminal.wait_for_answer()
+        terminal.wait_for_prompt()
+        terminal.wait_for(lambda text: text.endswith("the message was not sent"))
+        terminal.send("\x0f")
+        terminal.wait_for("too long by itself 299")
+        terminal.wait_for(lambda text: text.endswith("the message was not sent"))
         terminal.child.sendintr()
         assert terminal.leave() == 0
     begins = [message.split()[0] for message in history(tmp_path)]

@@ -16,6 +16,7 @@ from mistral_chat.cli.session_files import sessions_folder, summaries
 from mistral_chat.cli.sessions import Session
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import MistralChatError, OutputError, SessionError, UsageError
+from tests.disk import Disk
 
 AWKWARD = 'quotes " and \\, a line\nbreak, \u2028, ünï 🌍, \x1b[0m'
 
@@ -145,7 +146,7 @@ def test_session_goes_on_after_a_torn_line() -> None:
 
 CHANGES: list[tuple[str, Callable[[Session], None], list[str]]] = [
     ("undo", Session.undo, ["question 0", "answer 0"]),
-    ("clear", Session.clear, []),
+    ("clear", lambda s: s._write({"type": "clear"}), []),
     ("system", lambda s: s.set_system("new"), ["new", "question 0", "answer 0", "question 1",
                                                "answer 1"]),
 ]  # fmt: skip
@@ -467,3 +468,44 @@ def test_session_keeps_the_last_exchange_where_nothing_took_its_place(ends: str)
     assert conversation.messages == before
     assert unanswered == ("another" if ends == "killed" else None)
     assert replayed(session.id)[0].messages == before  # also the next time
+
+
+STEPS: list[tuple[str, Callable[[Session], None]]] = [
+    ("user", lambda s: s.add_user("q")),
+    ("answer", lambda s: s.add_answer("a", (1, 2), "stop")),
+    ("calls", lambda s: s.add_calls("", CALLS, None)),
+    ("result", lambda s: s.add_result(CALLS[0], "r")),
+    ("unsaid", Session.drop_last),
+    ("undo", Session.undo),
+    ("drop", lambda s: s.drop(1)),
+    ("clear", Session.clear),
+    ("system", lambda s: s.set_system("new")),
+]
+
+
+@pytest.mark.parametrize(("name", "step"), STEPS)
+def test_session_has_every_line_on_the_disk_before_anything_follows(
+    monkeypatch: pytest.MonkeyPatch, name: str, step: Callable[[Session], None]
+) -> None:
+    disk = Disk(monkeypatch)
+    session = make_session(1)
+    step(session)
+    assert disk.has_all_of(session.path), name
+    again = Session.open(session.id, "m")
+    step(again)
+    assert disk.has_all_of(session.path), name
+
+
+def test_session_that_is_new_has_its_name_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    session = Session.create("m", None)
+    for folder in (sessions_folder(), sessions_folder().parent):
+        assert folder.is_relative_to(tmp_path)
+        assert disk.knows_name_of(folder)  # made for the first chat
+    session.add_user("q")
+    assert disk.knows_name_of(session.path)
+    other = session.branch()
+    assert disk.knows_name_of(other.path)
+    assert disk.has_all_of(other.path)

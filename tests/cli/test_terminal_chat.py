@@ -3,13 +3,17 @@
 The model's answers are scripted; engine, templates, commands and files are the real ones.
 """
 
+import base64
 import errno
+import io
 import json
 import os
 import random
 import re
+import termios
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,8 @@ import pytest
 from prompt_toolkit.history import FileHistory
 
 from mistral_chat.chat.conversation import Conversation
-from mistral_chat.cli import one_shot, prompt
-from mistral_chat.cli.commands import Commands
+from mistral_chat.cli import printing, prompt
+from mistral_chat.cli.commands import ALIASES, Commands, LeaveError
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.prompt import unwrap_block
 from mistral_chat.cli.session_files import summaries
@@ -43,10 +47,12 @@ class Keys:
 
     def __init__(self) -> None:
         self.pressed = False
+        self.typed = ""
 
     def poll(self) -> tuple[bool, str]:
         pressed, self.pressed = self.pressed, False
-        return pressed, ""
+        typed, self.typed = self.typed, ""
+        return pressed, typed
 
 
 class Desk:
@@ -348,27 +354,25 @@ def test_plain_completion_refuses_what_only_a_chat_has(
     assert plain.talk.session is None
 
 
-@pytest.mark.parametrize(
-    ("typed", "text", "pressed"),
-    [
-        ("ab\x1b[A\x1bOB\x1b[1;5Cc", "abc", False),  # arrows
-        ("one\x1b\rtwo\r", "one\ntwo\n", False),
-        ("gone\x03stays é中", "stays é中", True),
-    ],
-)
-def test_keys_typed_during_an_answer_leave_their_letters(
-    monkeypatch: pytest.MonkeyPatch, typed: str, text: str, pressed: bool
-) -> None:
+def test_terminal_gives_keys_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, theirs = os.openpty()
     with os.fdopen(mine, "wb", buffering=0) as keys, os.fdopen(theirs) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         with QuietTerminal() as terminal:
-            keys.write(typed.encode())
-            assert terminal.poll() == (pressed, text)
+            keys.write("one\x1b[A é中\r\x7f".encode())
+            assert terminal.poll() == (False, "one\x1b[A é中\n\x7f")
+            keys.write(b"stays\x03 after")
+            assert terminal.poll() == (True, "stays after")
+        with QuietTerminal(signals=True) as terminal:  # what is typed while a model loads
+            local = termios.tcgetattr(stdin)[3]
+            assert local & (termios.ECHO | termios.ICANON | termios.ISIG) == termios.ISIG
+            terminal.hold_signals()
+            assert not termios.tcgetattr(stdin)[3] & termios.ISIG
+        assert termios.tcgetattr(stdin)[3] & termios.ECHO
 
 
 def test_message_whose_results_fill_the_context_stands_at_the_prompt_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     note = tmp_path / "note"
     note.write_text("from the file")
@@ -377,7 +381,7 @@ def test_message_whose_results_fill_the_context_stands_at_the_prompt_again(
     desk.talk._desk.run = lambda call: "word " * 300  # type: ignore[method-assign]
     desk.answer(ask(desk.model, [("f", {})]))
     desk.talk.say("Is it so?")
-    assert "this exchange is taken back" in capsys.readouterr().err
+    assert "this exchange is taken back" in desk.talk.draft.why
     assert desk.kept == desk.history == ([], {})
     assert (desk.talk.draft.text, desk.talk.files) == ("Is it so?", ["from the file"])
 
@@ -391,11 +395,144 @@ def test_exchange_comes_back_where_results_fill_the_context_of_the_one_in_its_pl
     desk.answer(ask(desk.model, [("f", {})]))
     desk.talk.say("Is it so?", replace_last=True)
     assert desk.kept == desk.history == before
-    assert desk.talk.draft == Draft("Is it so?", replace_last=True)
+    assert replace(desk.talk.draft, why="") == Draft("Is it so?", replace_last=True)
     desk.answer(say(desk.model, "two"))
     desk.talk.say("Is it so?", replace_last=True)
     assert desk.kept == desk.history
     assert [str(message.content) for message in desk.history[0]] == ["Is it so?", "two"]
+
+
+OSC52 = re.compile("\x1b]52;c;([^\x07]*)\x07")
+
+
+def copied(desk: Desk, command: str, capsys: pytest.CaptureFixture[str]) -> str | None:
+    """What a command puts on the clipboard of a terminal."""
+    sent: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(printing, "tell_terminal", sent.append)
+        patch.setattr("mistral_chat.cli.render.tell_terminal", sent.append)
+        desk.commands.run(command)
+    found = OSC52.search("".join(sent))
+    said = capsys.readouterr().err
+    assert ("copied" in said) == (found is not None)
+    return base64.b64decode(found[1]).decode() if found else None
+
+
+def test_copy_takes_what_is_in_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    desk = Desk(max_seq_len=600)
+    assert copied(desk, "/copy", capsys) is None
+    code = "text\n```py\na = 1\n```\nand\n\n- ~~~\n  b\n  c\n  ~~~\n"
+    for n, said in enumerate([code, "no block", "```\nx\n```"]):
+        desk.answer(say(desk.model, said))
+        desk.talk.say(f"question {n}")
+    capsys.readouterr()
+    assert copied(desk, "/copy", capsys) == "```\nx\n```"
+    assert copied(desk, "/copy code", capsys) == "x"
+    desk.commands.run("/undo")
+    assert copied(desk, "/copy", capsys) == "no block"
+    assert copied(desk, "/copy code", capsys) == "b\nc"  # of the last answer that has any
+    desk.commands.run("/undo")
+    assert desk.talk.session is not None
+    desk.talk.session.release()
+    assert copied(Desk(resume="latest"), "/copy", capsys) == code
+    desk.commands.run("/undo")
+    assert copied(desk, "/copy", capsys) is None
+    assert copied(desk, "/copy code", capsys) is None
+    desk.commands.run("/copy all")
+    assert "/copy takes nothing, or code; found all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_clear_begins_a_new_chat_and_leaves_the_kept_one_alone(system: str | None) -> None:
+    desk = Desk(system=system)
+    desk.commands.run("/clear")  # of a chat in which nothing was said
+    desk.answer(say(desk.model, "one"))
+    desk.talk.say("first")
+    old = desk.talk.session
+    assert old is not None
+    data, before = old.path.read_bytes(), desk.history
+    desk.commands.run("/clear")
+    assert desk.history[0] == before[0][:1] * (system is not None)
+    assert old.path.read_bytes() == data
+    other = Desk(resume=old.id)  # nobody holds it
+    assert other.history == before
+    desk.answer(say(desk.model, "two"))
+    desk.talk.say("second")
+    assert desk.kept == desk.history
+    assert old.path.read_bytes() == data
+    assert len(summaries()) == 2
+    unkept = Desk(resume=desk.talk.session.id if desk.talk.session else "", save=False)
+    unkept.commands.run("/clear")
+    assert unkept.talk.session is None
+
+
+def test_save_of_an_empty_chat_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk = Desk(system="Be brief.")
+    desk.commands.run(f"/save {tmp_path / 'chat.md'}")
+    assert "nothing to save" in capsys.readouterr().err
+    assert not (tmp_path / "chat.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("/qiut", "did you mean /quit?"),
+        ("/hepl", "did you mean /help?"),
+        ("/Exit", "did you mean /exit?"),
+        ("/cler", "did you mean /clear?"),
+        ("/xyzzy", "/help lists commands"),
+    ],
+)
+def test_misspelt_command_gets_a_suggestion(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk = Desk()
+    desk.commands.run(typed)
+    assert f"unknown command {typed}: {said}" in capsys.readouterr().err
+    assert desk.talk.draft.text == ""
+    # Of several lines it may be a message: it stays, and Enter sends it as one.
+    desk.commands.run(f"{typed}\nand more")
+    assert unwrap_block(desk.talk.draft.text) == f"{typed}\nand more"
+    assert f"unknown command {typed}: {said}" in desk.talk.draft.why
+
+
+@pytest.mark.parametrize("name", ["/exit", "/quit", "/q", "/bye"])
+def test_commands_that_leave(name: str) -> None:
+    with pytest.raises(LeaveError):
+        Desk().commands.run(name)
+
+
+@pytest.mark.parametrize("columns", [20, 33, 59, 60, 80, 200])
+def test_help_breaks_between_words(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk = Desk()
+    desk.commands.run("/?")
+    whole = capsys.readouterr().err
+    monkeypatch.setattr("mistral_chat.cli.commands.columns_of", lambda stream: columns)
+    desk.commands.run("/help")
+    shown = capsys.readouterr().err
+    assert shown.split() == whole.split()
+    assert max(map(len, shown.splitlines())) <= columns
+    for name in (*desk.commands.meanings, *ALIASES):
+        assert re.search(rf"(?:^|, ){re.escape(name)}(?:,| |$)", shown, re.MULTILINE), name
+
+
+def test_refused_message_stands_at_the_prompt_with_the_reason() -> None:
+    desk = Desk(max_seq_len=300)
+    for n in range(2):
+        desk.answer(say(desk.model, "word " * 40))
+        desk.talk.say(f"question {n}")
+    before = desk.kept
+    desk.talk.say("word " * 230)
+    assert desk.talk.draft.text == "word " * 230
+    assert "the message was not sent. /drop 2 takes out" in desk.talk.draft.why
+    assert desk.kept == desk.history == before
+    desk.talk.draft = Draft()
+    desk.talk.say("word " * 400)  # no command helps
+    assert desk.talk.draft.why.endswith("the message was not sent")
 
 
 def test_bottom_line_follows_what_is_taken_out() -> None:
@@ -434,12 +571,94 @@ def test_message_that_stands_at_the_prompt_again_is_no_command(text: str) -> Non
 
 
 def test_file_that_no_context_holds_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(one_shot, "MOST_FILE_BYTES", 1 << 20)
     desk = Desk()
-    for size, n_files in ((1 << 20, 1), ((1 << 20) + 1, 1)):
-        (tmp_path / "long").write_text("x" * size)
+    for size, n_files in ((1 << 20, 1), ((64 << 20) + 1, 1)):
+        with (tmp_path / "long").open("wb") as file:
+            file.write(b"x" * min(size, 1 << 20))
+            file.truncate(size)
         desk.commands.run(f"/file {tmp_path / 'long'}")
         assert len(desk.talk.files) == n_files
-    assert "more than 1 MiB, which no context holds" in capsys.readouterr().err
+    assert "long has 67,108,865 bytes: expected at most 67,108,864" in capsys.readouterr().err
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes the data directory one of a disk that takes nothing, from then on."""
+    opened, opened_file, mkdir = os.open, io.open, os.mkdir
+
+    def check(path: Any) -> None:
+        if Path(os.fsdecode(path)).is_relative_to(tmp_path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def open_to_read(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            check(path)
+        return opened(path, flags, *more, **named)
+
+    def open_file_to_read(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if set(mode) & set("wax+"):
+            check(path)
+        return opened_file(path, mode, *more, **named)
+
+    def make_none(path: Any, *more: Any, **named: Any) -> None:
+        if not os.path.isdir(path):  # noqa: PTH112
+            check(path)
+        mkdir(path, *more, **named)
+
+    def begin() -> None:
+        monkeypatch.setattr(os, "open", open_to_read)
+        monkeypatch.setattr(io, "open", open_file_to_read)  # which pathlib opens with
+        monkeypatch.setattr(os, "mkdir", make_none)
+
+    return begin
+
+
+@pytest.mark.parametrize("ends", [b"", b'{"role": "user", "conte', b"unanswered"])
+def test_chat_on_a_read_only_disk_is_opened_and_said_once_not_to_be_kept(
+    read_only: Callable[[], None], capsys: pytest.CaptureFixture[str], ends: bytes
+) -> None:
+    first = Desk()
+    first.answer(say(first.model, "one"))
+    first.talk.say("hello")
+    assert first.talk.session is not None
+    path = first.talk.session.path
+    first.talk.move_to(None)
+    if ends == b"unanswered":
+        Session.open(str(path), "m").add_user("and?")
+    else:
+        path.write_bytes(path.read_bytes() + ends)
+    before = path.read_bytes()
+    read_only()
+    desk = Desk(resume="latest")
+    for text in ("two", "three"):
+        desk.answer(say(desk.model, text))
+        desk.talk.say("more")
+    assert [str(m.content) for m in desk.history[0]] == [
+        "hello", "one", "more", "two", "more", "three"
+    ]  # fmt: skip
+    if ends == b"unanswered":
+        assert "its last message had no answer" in capsys.readouterr().err
+    else:
+        errors = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+        assert len(errors) == 1
+        assert "Read-only file system): this chat is not kept" in errors[0]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_new_chat_on_a_read_only_disk_goes_on_and_says_so_once(
+    read_only: Callable[[], None], capsys: pytest.CaptureFixture[str], is_first: bool
+) -> None:
+    if not is_first:
+        Session.create("m", None)  # the folder is there
+    read_only()
+    desk = Desk()
+    for text in ("two", "three"):
+        desk.answer(say(desk.model, text))
+        desk.talk.say("more")
+    assert len(desk.history[0]) == 4
+    errors = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert len(errors) == 1
+    assert "Read-only file system" in errors[0]

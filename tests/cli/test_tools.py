@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pexpect
@@ -79,7 +81,7 @@ class Script:
             [sys.executable, "-m", *self.words(answers, "--prompt", "Hi", *words)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=90,
+            timeout=300,
             env=command_env(),
             cwd=ROOT,
             check=False,
@@ -221,7 +223,7 @@ def test_interrupt_during_a_call_ends_with_130(
     ) as child:  # fmt: skip
         pid = wait_for(marker)
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=120)
     assert (child.returncode, out) == (130, "\n")
     assert "interrupted" in err
     wait_for_end(pid)
@@ -295,6 +297,43 @@ def test_calls_are_shown_asked_about_and_answered(
     text = saved.read_text()
     assert text.count("## Result of weather") == 4
     assert "third" not in text
+
+
+def test_always_is_for_one_function_and_every_other_is_asked_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+    functions: Any = SimpleNamespace(call=lambda call, _: ran.append(call.name) or "done")
+    desk = CallDesk(functions, yes=False, quiet=True, is_cancelled=lambda: False)
+    said: deque[str] = deque()
+    asked: list[str] = []
+
+    def ask(text: str) -> str:
+        asked.append(text)
+        return said.popleft()
+
+    monkeypatch.setattr(desk, "_ask", ask)
+
+    def call(name: str, *answers: str) -> str:
+        said.extend(answers)
+        result = desk.run(ToolCall("a" * 9, name, {}))
+        assert not said
+        return result
+
+    assert call("f", "always") == "done"
+    assert call("f") == "done"  # not asked
+    for name in ("g", "f2", "F", "ff"):
+        assert call(name, "n") == "error: the person refused this call"
+    assert call("g", "y") == "done"
+    assert call("g", "n") == "error: the person refused this call"  # y is for one call
+    assert call("g", "a") == "done"
+    assert call("f") == call("g") == "done"
+    assert call("h", "n") == "error: the person refused this call"
+    assert ran == ["f", "f", "g", "g", "f", "g"]
+    assert [text for text in asked if "any f of this chat" not in text] == asked[1:]
+    other = CallDesk(functions, yes=False, quiet=True, is_cancelled=lambda: False)
+    monkeypatch.setattr(other, "_ask", lambda _: "n")
+    assert other.run(ToolCall("a" * 9, "f", {})) == "error: the person refused this call"
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])

@@ -21,6 +21,7 @@ from mistral_chat.engine.engine import MOST_AT_ONCE, Engine, Prefill, Request, T
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.sampling import allowed_words
 from mistral_chat.engine.step import Chunk, Step
+from mistral_chat.errors import CheckpointError
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.few_rows import MOST_ROWS
 from tests.conftest import ROOT, command_env
@@ -101,6 +102,33 @@ def tokens_of(engine: Engine, requests: Sequence[Request]) -> list[list[Token]]:
         if isinstance(event, Token):
             said[index].append(event)
     return said
+
+
+class Breaking(Watched):
+    """A runner whose last norm becomes NaN after so many decode steps."""
+
+    n_steps = 5
+
+    def decode(self, step: Step, choosing: Any, uniforms: Any) -> Any:
+        self.n_steps -= 1
+        if self.n_steps == 0:
+            self.model.norm.data.fill_(torch.nan)
+        return super().decode(step, choosing, uniforms)
+
+
+@pytest.mark.parametrize("params", [GREEDY, HOT])
+def test_scores_that_become_nan_on_the_device_end_the_answer(params: SamplingParams) -> None:
+    runner = Breaking(make_model(), Group(Place()), max_batch_size=2, max_seq_len=64, chunk_size=8)
+    runner.open_decoder()
+    engine = Engine(runner)
+    engine._step_s = 1.0  # one step at once
+    params = replace(params, max_tokens=50)
+    requests = [Request(ids=draw_ids(9, seed), params=params) for seed in (0, 1)]
+    events = engine.generate_many(requests)
+    for _ in range(6):  # the prompts, and the first tokens of each
+        next(events)
+    with pytest.raises(CheckpointError, match="no numbers"):
+        list(events)
 
 
 def said_by(engine: Engine, request: Request) -> list[Token]:
@@ -550,7 +578,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         [sys.executable, *launcher, *free, "-m", "tests.scripts.decoding", str(out)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         env=command_env(),
         cwd=ROOT,
         check=False,

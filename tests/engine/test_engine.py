@@ -14,7 +14,7 @@ from mistral_chat.engine.engine import Engine, Prefill, Request, Token
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Step
-from mistral_chat.errors import ContextLengthError, PromptError
+from mistral_chat.errors import CheckpointError, ContextLengthError, PromptError
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.transformer import Span, Transformer
 
@@ -48,6 +48,20 @@ def make_model(args: TransformerArgs = ARGS) -> Transformer:
     model = Transformer(args)
     model.init_weights(3)
     return model
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "params",
+    [GREEDY, replace(GREEDY, temperature=1.0), replace(GREEDY, logprobs=3),
+     replace(GREEDY, prompt_logprobs=True)],
+)  # fmt: skip
+def test_scores_that_are_no_numbers_are_no_answer(bad: float, params: SamplingParams) -> None:
+    engine, runner = make_engine()
+    runner.model.norm.data[3] = bad
+    events = engine.generate(Request(ids=[5, 6, 7], params=params))
+    with pytest.raises(CheckpointError, match="no numbers"):
+        next(events)
 
 
 def make_engine(

@@ -60,7 +60,7 @@ def together(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
             [sys.executable, *launcher, *free, *script],
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=400,
             env=command_env(),
             cwd=ROOT,
             check=False,

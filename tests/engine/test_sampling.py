@@ -15,7 +15,11 @@ from mistral_chat.engine.sampling import (
     log_probability,
     probabilities,
 )
-from mistral_chat.kernels.sampling_reference import sample_reference, unpack_allowed
+from mistral_chat.kernels.sampling_reference import (
+    kept_probabilities,
+    sample_reference,
+    unpack_allowed,
+)
 
 VOCAB = 40
 ALMOST_ONE = 1 - 2**-24  # the largest number that is drawn
@@ -62,6 +66,21 @@ def test_probabilities_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float
         order = by_probability(full)
         n = next(n for n in range(1, VOCAB + 1) if sum(full[i] for i in order[:n]) >= top_p)
         assert got == set(order[:n])
+
+
+@pytest.mark.parametrize(("top_p", "n_kept"), [(0.25, 1), (0.5, 1), (0.75, 2), (0.875, 3)])
+def test_top_p_drops_what_comes_after_exactly_enough(top_p: float, n_kept: int) -> None:
+    wanted = [0.5, 0.25, 0.125, 0.0625, 0.0625]  # exact in float32, and so are their sums
+    logits = torch.tensor(wanted).log2() * math.log(2)
+    assert torch.softmax(logits, 0).tolist() == wanted
+    assert (logits - logits.max()).exp().tolist() == [2 * p for p in wanted]
+    assert kept(probabilities(logits, SamplingParams(top_p=top_p, temperature=1))) == set(
+        range(n_kept)
+    )
+    settings = torch.tensor([[1.0, top_p, 0.0, 0.0]])
+    allowed = allowed_words(len(wanted), [])[None]
+    of_kernels = kept_probabilities(logits[None], allowed, settings)[0]
+    assert kept(of_kernels) == set(range(n_kept))
 
 
 @pytest.mark.parametrize("min_p", [0.01, 0.2, 0.9, 1.0])

@@ -46,7 +46,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Any:
             for rank in range(world_size)
         ]
         try:
-            errors = [process.communicate(timeout=90)[1] for process in started]
+            errors = [process.communicate(timeout=300)[1] for process in started]
         finally:
             for process in started:  # the others would wait for one that has failed
                 process.kill()

@@ -58,7 +58,7 @@ def some_allowed(n_rows: int, vocab_size: int, seed: int = 1) -> Tensor:
 
 
 def run_kernel(logits: Tensor, allowed: Tensor, params: Tensor, uniforms: Tensor) -> list[int]:
-    out = torch.full((len(logits),), -1, device=DEVICE)
+    out = torch.full((len(logits),), -7, device=DEVICE)
     sample(*(x.to(DEVICE) for x in (logits, allowed, params, uniforms)), out)
     ids: list[int] = out.tolist()
     return ids
@@ -201,6 +201,23 @@ def test_sample_of_equals_is_uniform(vocab_size: int) -> None:
     params = torch.tensor([PLAIN, (0.1, 0.5, 0.0, 0.0), (9.0, 1.0, 1.0, 0.0), (1.0, 0.5, 0.5, 1.0)])
     assert run_kernel(*rows, params, uniforms) == ids
     assert sample_reference(*rows, params, uniforms).tolist() == ids
+
+
+@pytest.mark.parametrize("vocab_size", [5, 1000, 32801])
+@pytest.mark.parametrize("setting", [GREEDY, PLAIN, (0.5, 0.3, 0.2, 4.0)])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_sample_chooses_nothing_from_what_is_no_number(
+    vocab_size: int, setting: tuple[float, ...], bad: float
+) -> None:
+    logits = draw_logits(4, vocab_size)
+    logits[1, vocab_size - 1] = bad
+    logits[2] = bad
+    logits[3, vocab_size - 2] = bad  # which is not allowed: that row is as good as ever
+    allowed = torch.ones(4, vocab_size, dtype=torch.bool)
+    allowed[3, vocab_size - 2] = False
+    args = logits, pack(allowed), one_row_each(setting, 4), torch.full((4,), 0.5)
+    for ids in (run_kernel(*args), sample_reference(*args).tolist()):
+        assert [id_ >= 0 for id_ in ids] == [True, False, False, True]
 
 
 def test_sample_reads_rows_any_stride_apart() -> None:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import re
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.args import TransformerArgs, read_args
+from mistral_chat.model.end_ids import read_end_ids
 from mistral_chat.model.sharding import Shard, placements
 
 # Mistral-Large-Instruct-2407, as its params.json has it.
@@ -206,8 +210,8 @@ def test_read_args_names_folder_and_what_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("", "not valid JSON"),
-        ('{"dim": 8', "not valid JSON"),
+        ("", "not JSON"),
+        ('{"dim": 8', "not JSON"),
         ("[1, 2]", "found a list"),
         ("null", "found a NoneType"),
         (json.dumps(SMALL | {"dim": -8}), "params.json: dim is -8"),
@@ -222,7 +226,7 @@ def test_read_args_names_the_file_that_it_cannot_use(tmp_path: Path, text: str, 
 
 def test_read_args_refuses_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_bytes(b'{"dim": "\xff"}')
-    with pytest.raises(CheckpointError, match=r"params.json: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"params.json is not UTF-8 text"):
         read_args(tmp_path)
 
 
@@ -240,8 +244,124 @@ def test_read_args_refuses_a_config_of_another_shape(tmp_path: Path, load_format
     assert "hidden_size" not in message  # equal
 
 
-def test_read_args_compares_a_config_of_mistrals_layout_in_sizes_alone(tmp_path: Path) -> None:
+def test_read_args_compares_what_a_config_of_mistrals_layout_says_and_no_more(
+    tmp_path: Path,
+) -> None:
     write(tmp_path, SMALL)
-    config = {"architectures": ["Other"], "hidden_size": 8, "rms_norm_eps": 1.0, "moe": {}}
+    config = {"architectures": ["Other"], "hidden_size": 8, "rms_norm_eps": 1e-5, "moe": {}}
     write(tmp_path, config, "config.json")
     assert read_args(tmp_path) == TransformerArgs(**SMALL)
+
+
+@pytest.mark.parametrize(
+    ("params", "config", "said"),
+    [
+        ({}, {"rope_theta": 1e4}, "rope_theta is 1000000.0 in params.json, rope_theta is 10000.0"),
+        ({"rope_theta": 1e4}, {"rope_theta": 1e6}, "rope_theta is 10000.0 in params.json"),
+        ({}, {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0 in config.json"),
+        ({"sliding_window": 4}, {"rope_theta": 1e6}, "rope_theta is 10000.0 in params.json"),
+        ({}, {"rms_norm_eps": 1e-6}, "norm_eps is 1e-05 in params.json, rms_norm_eps is 1e-06"),
+        ({}, {"tie_word_embeddings": True}, "tied_embeddings is False in params.json"),
+        ({"tied_embeddings": True}, {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({}, {"sliding_window": 4}, "sliding_window is None in params.json, sliding_window is 4"),
+        ({"sliding_window": 4}, {"sliding_window": None}, "sliding_window is 4 in params.json"),
+        ({"_sliding_window": [4, None]}, {"sliding_window": 8}, "sliding_window is 8 in config"),
+        ({}, {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}, None),
+        ({"sliding_window": 4}, {"rope_theta": 1e4, "sliding_window": 4}, None),
+        ({"_sliding_window": [4, None]}, {"sliding_window": 4}, None),
+        ({"sliding_window": None}, {"sliding_window": None}, None),
+    ],
+)
+def test_read_args_names_what_params_and_config_say_differently(
+    tmp_path: Path, params: dict[str, Any], config: dict[str, Any], said: str | None
+) -> None:
+    write(tmp_path, SMALL | params)
+    write(tmp_path, config, "config.json")
+    if said is None:
+        read_args(tmp_path)
+        return
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        read_args(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("window", "said", "theta"),
+    [(None, None, 1e6), (4, None, 1e4), ([4, None], None, 1e4), ([None], None, 1e6),
+     (4, 1e6, 1e6), (None, 5e5, 5e5)],
+)  # fmt: skip
+def test_theta_follows_from_the_window_where_params_do_not_say_it(
+    window: Any, said: float | None, theta: float
+) -> None:
+    params = SMALL | {"sliding_window": window, "rope_theta": said}
+    assert TransformerArgs.from_dict(params).theta == theta
+
+
+# What mistral-finetune writes, and null for every key there is: both ask for nothing.
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"lora": {"enable": False, "rank": 16, "dropout": 0.0, "scaling": 2.0}},
+        {"lora": {"enable": True, "rank": 64, "scaling": 2.0}},  # merged, unless tensors say not
+        {"lora": {"rank": 64, "scaling": 2.0}},
+        {"moe": {}, "vision_encoder": False},
+        {"moe": {"enable": False}},
+    ],
+)
+def test_from_dict_takes_what_asks_for_nothing(asked: dict[str, Any]) -> None:
+    assert TransformerArgs.from_dict(SMALL | asked) == TransformerArgs(**SMALL)
+
+
+def test_from_dict_takes_null_for_any_key_that_may_be_absent() -> None:
+    optional = {f.name: None for f in fields(TransformerArgs)[8:]}
+    others = ("moe", "lora", "yarn", "vision_encoder", "quantization", "use_biases", "causal",
+              "_sliding_window", "max_position_embeddings", "a_key_of_tomorrow")  # fmt: skip
+    nulls = optional | dict.fromkeys(others)
+    assert TransformerArgs.from_dict(SMALL | nulls) == TransformerArgs(**SMALL)
+
+
+@pytest.mark.parametrize("value", [10**7, 2**63, 10**29, -(10**29), 1e300, 10**400])
+@pytest.mark.parametrize("name", [*REQUIRED, "rope_theta", "max_seq_len", "sliding_window"])
+def test_absurd_numbers_are_refused_in_one_short_line(name: str, value: float) -> None:
+    if name == "max_seq_len" and value == 10**7:
+        value = 10**12
+    if name in ("rope_theta", "sliding_window") and value == 10**7:
+        return
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=f"{name} is ") as caught:
+        TransformerArgs.from_dict(SMALL | {name: value})
+    assert len(str(caught.value)) < 200
+    assert time.monotonic() - started < 60  # a table of ten million layers takes longer
+
+
+@pytest.mark.parametrize("value", [[2], 2, [2, 3], 0, None, []])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_end_ids_are_what_the_folder_says(tmp_path: Path, name: str, value: Any) -> None:
+    write(tmp_path, SMALL)
+    write(tmp_path, {"eos_token_id": value}, name)
+    read_args(tmp_path)
+    wanted = value if isinstance(value, list) else [] if value is None else [value]
+    assert read_end_ids(tmp_path, 11) == frozenset(wanted)
+
+
+@pytest.mark.parametrize("value", [11, -1, [2, 11], "2", True, 2.0, {"id": 2}, [None], [[2]]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_read_args_refuses_end_ids_that_the_model_does_not_have(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    write(tmp_path, SMALL)
+    write(tmp_path, {"eos_token_id": value}, name)
+    with pytest.raises(CheckpointError, match=f"{name}: eos_token_id is .* from 0 to 10"):
+        read_args(tmp_path)
+
+
+def test_read_args_says_of_a_folder_that_it_cannot_be_looked_into(tmp_path: Path) -> None:
+    name = "n" * 5000
+    with pytest.raises(CheckpointError, match=r"cannot be read \(File name too long\)"):
+        read_args(tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_args(tmp_path / "nul\0")
+    write(tmp_path, SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # root may look into anything
+        with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)"):
+            read_args(tmp_path)

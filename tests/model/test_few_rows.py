@@ -167,7 +167,7 @@ class Meeting:
     """Sums over ranks that are threads of this process, in rank order."""
 
     def __init__(self, world_size: int) -> None:
-        self.barrier = threading.Barrier(world_size, timeout=20)
+        self.barrier = threading.Barrier(world_size, timeout=120)
         self.parts: list[Tensor | None] = [None] * world_size
 
     def sum(self, rank: int, part: Tensor) -> Tensor:

@@ -188,6 +188,23 @@ def test_a_failure_is_told_while_another_thread_hangs(
         thread.join(60)
 
 
+def test_abandon_after_an_interrupt_before_all_threads_were_started(tmp_path: Path) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    reading = Reading(Transformer(ARGS), read_headers(tmp_path), n_threads=2)
+    reading.threads = [threading.Thread(target=print)]
+    reading.abandon()
+
+
+def test_a_fifo_that_took_the_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
+    write_shards(tmp_path, random_weights(ARGS))
+    headers = read_headers(tmp_path)
+    path = headers.tensors["norm.weight"].path
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="no regular file any more"):
+        Reading(Transformer(ARGS), headers).start()
+
+
 def test_load_weights_names_file_and_tensor_when_a_read_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +294,7 @@ def test_load_weights_takes_little_more_memory_than_the_share(
         text=True,
         check=True,
         cwd=ROOT,
-        timeout=100,
+        timeout=300,
     )
     grown, share = map(int, done.stdout.split())
     # Buffers have 2 x 2 MiB; the rest is what allocator, page tables and headers take. Reading an

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 STARTS = 77
-SLOW = ("torch", "transformers", "rich", "prompt_toolkit", "mistral_common.tokens", "numpy")
+SLOW = ("torch", "transformers", "rich", "prompt_toolkit", "mistral_common.tokens")
 
 
 def _run(argv: list[str]) -> dict[str, Any]:

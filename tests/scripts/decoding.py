@@ -27,7 +27,7 @@ ODD = TransformerArgs(
     dim=40, n_layers=2, head_dim=12, hidden_dim=88, n_heads=9, n_kv_heads=3,
     norm_eps=1e-5, vocab_size=131,
 )  # fmt: skip
-SHAPES = {"odd": ODD, "window": replace(ODD, sliding_window=5)}
+SHAPES = {"odd": ODD, "window": replace(ODD, sliding_window=5, rope_theta=1e6)}
 
 
 def requests() -> list[Request]:

@@ -10,16 +10,17 @@ import time
 
 from mistral_chat.engine.lifeline import Lifeline
 
-SECRET = b"sixteen bytes...."[:16]
-
 
 def main(role: str, *numbers: str) -> None:
     if role == "lead":
-        listener = socket.create_server(("127.0.0.1", 0))
-        print(listener.getsockname()[1], flush=True)
-        lifeline = Lifeline.lead(listener, int(numbers[0]), SECRET)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            print(listener.getsockname()[1], flush=True)
+            accepted = [listener.accept()[0] for _ in range(int(numbers[0]) - 1)]
+        lifeline = Lifeline({connection.recv(1)[0]: connection for connection in accepted})
     else:
-        lifeline = Lifeline.follow(("127.0.0.1", int(numbers[0])), int(numbers[1]), SECRET)
+        connection = socket.create_connection(("127.0.0.1", int(numbers[0])))
+        connection.sendall(bytes([int(numbers[1])]))
+        lifeline = Lifeline({0: connection})
     print("ready", flush=True)
     for line in sys.stdin:
         if line == "close\n":

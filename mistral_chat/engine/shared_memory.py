@@ -1,0 +1,98 @@
+"""GPU memory that all ranks of a node can write, through torch's symmetric memory.
+
+torch finds a group by its name and tells the steps of meeting apart by a number that counts up over
+all groups of a process. A process that opens a second model would therefore wait for ever, with
+Python's lock, for keys that its new ranks, which begin at 0, do not know: here each meeting begins
+at 0 on every rank, and each group has a name of its own. Knows nothing of what is written there.
+"""
+
+import re
+import secrets
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import (
+    ProcessGroup,
+    _register_process_group,
+    _SymmetricMemory,
+    _unregister_process_group,
+)
+
+from mistral_chat.engine.notes import Notes, NotesStore
+
+__all__ = ["SharedMemory"]
+
+_TURN = threading.Lock()  # torch counts meetings, and names its sockets, by process
+_COUNTED = re.compile(r"([^/]+)/(\d+)(?=/|$)")
+
+
+class _MeetingStore(NotesStore):
+    """A store in which the numbers of torch's exchanges begin at 0 in each meeting."""
+
+    def __init__(self, notes: Notes, prefix: str) -> None:
+        super().__init__(notes, prefix)
+        self._first: dict[str, int] = {}
+
+    def name(self, key: str) -> str:
+        """A key as all ranks know it: `CUDASymmetricMemory/17/1` may be .../2/1 elsewhere."""
+
+        def renumber(found: re.Match[str]) -> str:
+            what, number = found[1], int(found[2])
+            return f"{what}/{number - self._first.setdefault(what, number)}"
+
+        return super().name(_COUNTED.sub(renumber, key, count=1))
+
+
+class SharedMemory:
+    """Zeroed memory on this rank's GPU, and where the others' lies in this address space.
+
+    Every rank makes one of the same size at the same time, and calls `meet` once all could.
+
+    Args:
+        n_bytes: a multiple of 8.
+        device: this rank's GPU.
+
+    Raises:
+        RuntimeError: a machine or container without memory of that kind.
+    """
+
+    def __init__(self, n_bytes: int, device: torch.device) -> None:
+        self._memory = _SymmetricMemory.empty_strided_p2p(
+            (n_bytes // 8,), (1,), torch.int64, device
+        )
+        self._handle: _SymmetricMemory | None = None
+
+    def meet(self, notes: Notes, rank: int, world_size: int, number: int) -> Tensor:
+        """Map the others' memory.
+
+        Args:
+            notes: how ranks tell each other.
+            rank: this one.
+            world_size: of them.
+            number: of this memory among those of `notes`, the same on all ranks.
+
+        Returns:
+            (world_size,) int64 on the device: where each rank's begins.
+
+        Raises:
+            RuntimeError: it cannot be mapped here, as in a container that forbids handing it on.
+        """
+        name: Any = f"mistral_chat-{secrets.token_hex(8)}"
+        with _TURN:
+            store = _MeetingStore(notes, f"shared-memory-{number}/")
+            group = ProcessGroup(store, rank, world_size)
+            group._set_group_name(name)
+            _register_process_group(name, group)
+            try:
+                self._handle = _SymmetricMemory.rendezvous(self._memory, name)
+            finally:
+                _unregister_process_group(name)
+        self._memory.zero_()
+        torch.cuda.synchronize(self._memory.device)
+        return torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=self._memory.device)
+
+    def close(self) -> None:
+        """Unmap; nothing may write there any more."""
+        del self._memory, self._handle

@@ -1,0 +1,60 @@
+"""A program may open as many LLMs with ranks as it likes, and nothing of a closed one stays."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mistral_chat import LLM
+from tests.conftest import ROOT, command_env
+from tests.scripts.llms import GREEDY
+
+ALLOCATOR_KB = 8_000
+N_IN_A_ROW = 4  # 20 have been tried (tests/gpu has them): each takes seconds on a busy machine
+
+
+def run_llms(
+    device: str, n_in_a_row: int, folder: Path, broken: Path, timeout_s: float = 170
+) -> list[dict[str, Any]]:
+    """What `tests/scripts/llms.py` said, which must end well."""
+    words = [device, str(n_in_a_row), str(folder), str(broken)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.scripts.llms", *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=command_env(),
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_llms(said: list[dict[str, Any]], n_in_a_row: int, wanted: list[int]) -> None:
+    """Every LLM gave the right tokens, and the last left no more behind than the second."""
+    row, rest = said[:n_in_a_row], {one["step"]: one for one in said[n_in_a_row:]}
+    assert [one["said"] for one in row] == [wanted] * n_in_a_row
+    assert rest["failed"]["error"] == "CheckpointError"
+    for turn in range(3):
+        assert rest[f"two at once, {turn}"]["said"] == [wanted] * 2
+    assert rest["the one left"]["said"] == [wanted]
+    assert rest["closed"]["error"] == "UsageError"
+    second, last = row[1]["held"], rest["at the end"]["held"]
+    assert [one["held"]["threads"] for one in row] == [row[0]["held"]["threads"]] * n_in_a_row
+    assert last["threads"] == second["threads"]
+    assert last["files"] == second["files"]
+    assert last["tasks"] <= second["tasks"]
+    assert [one["held"]["shared"] for one in row] + [last["shared"]] == [0] * (n_in_a_row + 1)
+    # The allocator's arenas; a group's sums alone take 4 MiB, and a model more.
+    assert row[-1]["held"]["resident_kb"] <= second["resident_kb"] + ALLOCATOR_KB
+
+
+def test_llms_with_ranks_one_after_another_and_at_once(
+    tiny_folder: Path, broken_folder: Path
+) -> None:
+    (broken_folder / "consolidated.safetensors").unlink()
+    with LLM(tiny_folder, device="cpu", dtype="float32", max_seq_len=128) as alone:
+        wanted = list(alone.generate("Hello", GREEDY)[0].token_ids)
+    check_llms(run_llms("cpu", N_IN_A_ROW, tiny_folder, broken_folder), N_IN_A_ROW, wanted)
