@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mistral_chat.errors import UsageError
+from mistral_chat.errors import UsageError, shown
 from mistral_chat.files import read_toml
 
 __all__ = ["EngineConfig", "Preset", "SamplingParams", "read_preset"]
@@ -25,7 +25,7 @@ HOTTEST = 1e30  # it divides in float32, where a banned token's logit over infin
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise UsageError(f"--{name} is {value!r}: expected {expected}")
+        raise UsageError(f"--{name} is {shown(value)}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,15 @@ class EngineConfig:
                 "that has a [model] table"
             )
 
+    def require_positions(self, known: int | None) -> None:
+        """Refuse a context that is longer than the model's; None is one that is not known.
+
+        Raises:
+            UsageError: it is longer.
+        """
+        if self.max_seq_len and known and self.max_seq_len > known:
+            raise UsageError(f"--max_seq_len {self.max_seq_len}: the model knows {known} positions")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -162,12 +171,16 @@ def read_preset(path: Path) -> Preset:
     Raises:
         UsageError: no such file, not TOML, or a table it does not know.
     """
-    tables = read_toml(path, UsageError, pipes=True)
+    try:
+        tables = read_toml(path, UsageError, pipes=True)
+    except UsageError as error:
+        raise UsageError(f"--config {error}") from error
     names = {"model": "shape", "run": "run", "generation": "generation"}
     assert set(names.values()) == {f.name for f in fields(Preset)}
     for name, table in tables.items():
         if name not in names or not isinstance(table, dict):
             raise UsageError(
-                f"--config {path}: found {name!r}, expected the tables [model], [run], [generation]"
+                f"--config {path}: found {shown(name)}, expected the tables [model], [run], "
+                f"[generation]"
             )
     return Preset(**{names[name]: table for name, table in tables.items()})

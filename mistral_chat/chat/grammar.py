@@ -1,22 +1,24 @@
 """Answers that are JSON of a schema, by construction: which token may come next.
 
 llguidance follows the schema through an answer's bytes; here it is given the tokenizer and the
-schema. Knows nothing of sampling or of how an answer is run.
+schema. Knows nothing of sampling or of how an answer is run. Imports torch only for an answer, so
+that a schema can be judged before ranks are started.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from torch import Tensor
 
 from mistral_chat.chat.schema_grammar import compile_schema, read_schema
-from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.engine.engine import TokenMask
 from mistral_chat.errors import PromptError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mistral_chat.chat.tokenizer import Tokenizer
 
 __all__ = ["ANY_OBJECT", "Grammar", "GrammarMask", "choose_grammar", "read_grammar"]
 
@@ -31,7 +33,7 @@ class _Vocabulary(TokenizerWrapper):
         vocab_size: of the model.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: "Tokenizer", vocab_size: int) -> None:
         banned = {*tokenizer.banned_ids(vocab_size, tools=False), *tokenizer.end_ids}
         special = {i for i in range(vocab_size) if i in banned or tokenizer.is_special(i)}
         self.is_tokenizer_wrapper = True  # what LLTokenizer looks for
@@ -59,7 +61,7 @@ class Grammar:
         self._where = where
         self._lark = compile_schema(schema, where)
 
-    def mask(self, tokenizer: Tokenizer, vocab_size: int) -> "GrammarMask":
+    def mask(self, tokenizer: "Tokenizer", vocab_size: int) -> "GrammarMask":
         """The masks of one answer, at its beginning.
 
         Args:
@@ -73,8 +75,10 @@ class Grammar:
         return GrammarMask(matcher, vocab_size, self._where)
 
 
-class GrammarMask(TokenMask):
+class GrammarMask:
     """What the tokens of one answer may be; the end token exactly where the JSON is complete.
+
+    It is the engine's `TokenMask`.
 
     Args:
         matcher: at the beginning of an answer.
@@ -91,7 +95,7 @@ class GrammarMask(TokenMask):
         self._where = where
         self._check()
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> "Tensor":
         """What the next token may be.
 
         Returns:
@@ -101,6 +105,8 @@ class GrammarMask(TokenMask):
             PromptError: following the schema takes more than llguidance's limits, or no text
                 goes on from here.
         """
+        import torch
+
         data = bytearray(self._matcher.compute_bitmask())
         self._check()
         # where nothing but the end may come, llguidance appends an empty word
@@ -146,10 +152,10 @@ def choose_grammar(json_schema: Mapping[str, Any] | None, json_object: bool) -> 
     return None if json_schema is None else Grammar(json_schema)
 
 
-_made: WeakKeyDictionary[Tokenizer, dict[int, LLTokenizer]] = WeakKeyDictionary()
+_made: WeakKeyDictionary["Tokenizer", dict[int, LLTokenizer]] = WeakKeyDictionary()
 
 
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
+def _vocabulary(tokenizer: "Tokenizer", vocab_size: int) -> LLTokenizer:
     """A tokenizer's vocabulary for llguidance, made once: half a second for 131,072 ids."""
     made = _made.setdefault(tokenizer, {})
     if vocab_size not in made:

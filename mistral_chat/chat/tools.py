@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonschema.exceptions import SchemaError
 from jsonschema.validators import Draft7Validator
@@ -24,9 +24,11 @@ from mistral_chat.chat.call_text import (
     read_listed_calls,
     read_named_call,
 )
-from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.errors import PromptError, shown
 from mistral_chat.files import read_json
+
+if TYPE_CHECKING:
+    from mistral_chat.chat.tokenizer import Tokenizer
 
 __all__ = [
     "MAX_DEPTH",
@@ -140,7 +142,7 @@ def _refusal(function: Function) -> str | None:
 
 
 def parse_tool_calls(
-    tokenizer: Tokenizer, ids: Sequence[int], seed: int
+    tokenizer: "Tokenizer", ids: Sequence[int], seed: int
 ) -> tuple[ToolCall, ...] | None:
     """The calls in an answer.
 
@@ -185,12 +187,12 @@ def _split(ids: Sequence[int], at: int | None) -> list[list[int]]:
     return parts
 
 
-def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def _decode(tokenizer: "Tokenizer", ids: Sequence[int]) -> str:
     detokenizer = tokenizer.detokenizer(continues=True)
     return "".join(map(detokenizer.add, ids)) + detokenizer.flush()
 
 
-def _named_call(tokenizer: Tokenizer, ids: Sequence[int]) -> list[WrittenCall] | None:
+def _named_call(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[WrittenCall] | None:
     head_ids, *bodies = _split(ids, tokenizer.args_id)
     named, *id_parts = _split(head_ids, tokenizer.call_id_id)
     name = _decode(tokenizer, named)

@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli import flags, start
-from mistral_chat.cli.batch_lines import Line, asks_json, is_torn, read_lines, read_source
-from mistral_chat.cli.batch_output import Output, error_record
+from mistral_chat.cli.batch_lines import Line, asks_json, check_source, read_lines, read_source
+from mistral_chat.cli.batch_output import Output, check_target, error_record
 from mistral_chat.cli.batch_progress import Progress
-from mistral_chat.cli.texts import read_text_file
-from mistral_chat.cli.words import OwnFlag, read_own, whole_from
-from mistral_chat.engine.launch import launched_rank
+from mistral_chat.cli.begun import Begun, say_what_starts
+from mistral_chat.cli.inputs import Offered, read_offered
+from mistral_chat.cli.pipes import keep_pipe
+from mistral_chat.cli.suggestions import require_model
+from mistral_chat.cli.words import OwnFlag, read_own, split, whole_from
+from mistral_chat.engine.launch import launched_rank, launched_ranks
 from mistral_chat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
-    from mistral_common.protocol.instruct.tool_calls import Tool
-
     from mistral_chat.chat.answer import Answer
-    from mistral_chat.chat.grammar import Grammar
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import Group
 
@@ -86,7 +86,7 @@ class Asked:
     retry_errors: bool = False
 
 
-def run(words: Sequence[str], started: float) -> int:
+def run(words: Sequence[str], begun: Begun) -> int:
     """Run the command on this rank; the code to end with."""
     own, rest = read_own(words, _OWN, flags.shared(*_SHARED))
     rank = launched_rank()
@@ -95,16 +95,31 @@ def run(words: Sequence[str], started: float) -> int:
             print(HELP, end="")
         return 0
     asked = _read(rest, own.get("max_batch_size"), retry_errors="retry_errors" in own)
-    code = start.launch(asked.options, ["batch", *words])
-    if code is not None:
-        return code
-    return _follow(asked.options) if rank else _lead(asked, started)
+    if rank is None:  # ranks that are started do not inherit a shell's pipe
+        source = keep_pipe(asked.source, lambda _: None)
+        words = [source if word == asked.source else word for word in words]
+        asked = replace(asked, source=source)
+    if rank:
+        start.launch(asked.options, ["batch", *words])
+        return _follow(asked.options)
+    options = asked.options
+    require_model(options.engine.model)
+    say_what_starts(options, begun)
+    check_source(asked.source)
+    check_target(asked.target)
+    from mistral_chat.cli.checks import check_model
+
+    if not begun.by_us:
+        n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
+        check_model(options.engine, n_ranks)
+    offered = read_offered(options)
+    with begun.handed_on():
+        code = start.launch(options, ["batch", *words])
+    return _lead(asked, offered, begun) if code is None else code
 
 
 def _read(words: Sequence[str], at_once: int | None, *, retry_errors: bool) -> Asked:
-    cut = words.index("--") if "--" in words else len(words)
-    places = [*(w for w in words[:cut] if not w.startswith("--")), *words[cut + 1 :]]
-    given = [word for word in words[:cut] if word.startswith("--")]
+    given, places = split(words)
     # Weights at random need no folder, but then the shape comes from --config.
     has_shape = any(word.startswith("--config=") for word in given)
     if len(places) != 3 and not (len(places) == 2 and has_shape):
@@ -138,22 +153,15 @@ def _follow(options: flags.Options) -> int:
     return start.follow(replace(options.engine, max_batch_size=n_slots))
 
 
-def _lead(asked: Asked, started: float) -> int:
+def _lead(asked: Asked, offered: Offered, begun: Begun) -> int:
     """Rank 0: read IN and OUT, load if anything is left to do, answer."""
     options = asked.options
-    system = options.system
-    if options.system_file is not None:
-        system = read_text_file(options.system_file)
-    for name, text in (("system", system), *(("stop", stop) for stop in options.sampling.stop)):
-        if text and is_torn(text):
-            raise PromptError(f"--{name} is not UTF-8 text: expected UTF-8 on the command line")
     data, source_stat = read_source(asked.source)
-    lines = read_lines(data, options, system)
+    lines = read_lines(data, options, offered.system)
     if not lines:
         raise PromptError(
             f"{asked.source}: nothing to answer: expected a JSON object on every line"
         )
-    tools, grammar = _read_defaults(options)
     with Output(asked.target, source_stat) as output:
         done, n_errors = output.resume(lines, _model_name(options), retry_errors=asked.retry_errors)
         progress = Progress(
@@ -169,39 +177,18 @@ def _lead(asked: Asked, started: float) -> int:
                 continue
             output.write(error_record(line, line.error or ""))
             progress.count(answered=False, failed=True)
-        if not _answer(asked, todo, tools, grammar, output, progress, started):
+        if not _answer(asked, todo, offered, output, progress, begun):
             return FAILED
     return progress.finish()
-
-
-def _read_defaults(options: flags.Options) -> tuple[list["Tool"], "Grammar | None"]:
-    """Tools and grammar of the lines that bring none of their own.
-
-    Raises:
-        PromptError: a file that cannot be read as that.
-    """
-    tools: list[Tool] = []
-    if options.tools is not None:
-        from mistral_chat.chat.tools import read_tools
-
-        tools = read_tools(options.tools)
-    if not asks_json(options):
-        return tools, None
-    from mistral_chat.chat.grammar import choose_grammar, read_grammar
-
-    if options.json_schema is not None:
-        return tools, read_grammar(options.json_schema)
-    return tools, choose_grammar(None, json_object=True)
 
 
 def _answer(
     asked: Asked,
     lines: Sequence[Line],
-    tools: Sequence["Tool"],
-    grammar: "Grammar | None",
+    offered: Offered,
     output: Output,
     progress: Progress,
-    started: float,
+    begun: Begun,
 ) -> bool:
     """Load the model and answer lines; with none there is nothing to load, on any rank.
 
@@ -233,14 +220,15 @@ def _answer(
         return True
     config = replace(options.engine, max_batch_size=n_slots)
     try:
-        loaded = start.load(config, group, started, quiet=options.quiet)
+        loaded = start.load(config, group, begun.at, quiet=options.quiet)
     except PeerFailedError:
         return False
     progress.begin()
     with start.parting(group):
         engine = Engine(loaded.runner)
         questions = (line.question for line in lines if line.question is not None)
-        for number, event in answer_many(engine, loaded.tokenizer, questions, tools, grammar):
+        answers = answer_many(engine, loaded.tokenizer, questions, offered.tools, offered.grammar)
+        for number, event in answers:
             line = lines[number]
             if isinstance(event, Answer):
                 record = _record(line, event, asked, loaded.load_s, engine)

@@ -3,14 +3,16 @@
 Reads all of them before there is a model, so imports nothing heavy. Knows nothing of OUT.
 """
 
+import errno
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mistral_chat import errors
 from mistral_chat.chat.batch import Question
@@ -19,8 +21,9 @@ from mistral_chat.cli import flags
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import PromptError, UsageError
 
-__all__ = ["Line", "asks_json", "is_torn", "read_lines", "read_source", "shown"]
+__all__ = ["Line", "asks_json", "check_source", "read_lines", "read_source", "shown"]
 
+MOST_BYTES = 1 << 30
 _WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
 _NUMBERS = ("temperature", "top_p", "min_p")
 _SAMPLING = (*_WHOLE, *_NUMBERS, "stop")
@@ -66,17 +69,56 @@ class _LineError(Exception):
     """What is wrong with a line of IN."""
 
 
+def check_source(source: str) -> None:
+    """Refuse an IN that cannot be read, as far as can be told without reading: it may be a pipe.
+
+    Raises:
+        PromptError: not there, a folder or a device, or no permission.
+    """
+    if source == "-":
+        if sys.stdin is None:
+            raise PromptError("IN is - and stdin is closed: expected lines on stdin")
+        return
+    path = Path(source)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
+        raise _cannot_read(source, error) from error
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise PromptError(f"{source} is a device: expected a file or a pipe of JSON lines")
+
+
+def _cannot_read(source: str, error: Exception) -> PromptError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return PromptError(f"{source}: cannot be read ({reason})")
+
+
 def read_source(source: str) -> tuple[bytes, os.stat_result]:
-    """All of IN, and what kind of file it is."""
+    """All of IN, and what kind of file it is.
+
+    Raises:
+        PromptError: it cannot be read, or is more than memory or any machine's time is for.
+    """
     try:
         if source != "-":
             with Path(source).open("rb") as file:
-                return file.read(), os.fstat(file.fileno())
+                return _read_all(file, source), os.fstat(file.fileno())
         if sys.stdin is None:
             raise PromptError("IN is - and stdin is closed: expected lines on stdin")
-        return sys.stdin.buffer.read(), os.fstat(sys.stdin.fileno())
+        return _read_all(sys.stdin.buffer, "stdin"), os.fstat(sys.stdin.fileno())
     except OSError as error:
-        raise PromptError(f"{source}: cannot be read ({error.strerror})") from error
+        raise _cannot_read(source, error) from error
+
+
+def _read_all(file: BinaryIO, where: str) -> bytes:
+    data = file.read(MOST_BYTES + 1)  # what is behind a pipe may never end
+    if len(data) > MOST_BYTES:
+        raise PromptError(f"{where} has more than {MOST_BYTES >> 30} GiB: divide it")
+    return data
 
 
 def read_lines(data: bytes, options: flags.Options, system: str | None) -> list[Line]:

@@ -4,6 +4,7 @@ It is its own journal: a run that finds it goes on with the lines that it lacks.
 again are lines that it lacks: their errors are taken out first. Knows nothing of models.
 """
 
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from mistral_chat.cli.durable import sync_folder
 from mistral_chat.cli.locks import lock
 from mistral_chat.errors import OutputError, UsageError
 
-__all__ = ["Output", "error_record"]
+__all__ = ["Output", "check_target", "error_record"]
 
 _RECORD_START = b'{"id": '
 _ERROR_LINE = re.compile(r"line (\d+): ")
@@ -30,6 +31,32 @@ def error_record(line: Line, error: str) -> dict[str, Any]:
     """The record of a line that has an error, which names the line."""
     named = error if _ERROR_LINE.match(error) else f"line {line.number}: {error}"
     return {"id": line.id, "error": named}
+
+
+def check_target(target: str) -> None:
+    """Refuse an OUT that cannot be written, as far as its name tells; nothing is made.
+
+    Raises:
+        OutputError: a folder, no such folder, or no permission.
+    """
+    if target == "-":
+        if sys.stdout is None:
+            raise OutputError("stdout is closed: expected somewhere to write the answers to")
+        return
+    path = Path(target)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        place = path if path.exists() else path.parent
+        place.stat()
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+
+
+def _cannot_write(target: str, error: OSError) -> OutputError:
+    return OutputError(f"{target}: cannot be written ({error.strerror})")
 
 
 class Output:
@@ -70,7 +97,7 @@ class Output:
             if is_new and self._is_file:
                 sync_folder(path.parent)
         except OSError as error:
-            raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
+            raise _cannot_write(target, error) from error
 
     def __enter__(self) -> "Output":
         return self
@@ -149,7 +176,7 @@ class Output:
                 os.ftruncate(self._fd, end)
                 os.fsync(self._fd)
         except OSError as error:
-            raise OutputError(f"{self._target}: cannot be written ({error.strerror})") from error
+            raise _cannot_write(self._target, error) from error
         return done, n_errors
 
     def _take_out(self, places: Collection[int]) -> None:

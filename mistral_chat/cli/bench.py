@@ -5,13 +5,20 @@ Drives the engine as a chat does, so its figures are those that a person sees.
 
 import json
 import platform
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistral_chat import __version__
 from mistral_chat.cli import flags, start
+from mistral_chat.cli.begun import Begun, say_what_starts
+from mistral_chat.cli.inputs import read_offered
+from mistral_chat.cli.suggestions import require_model
 from mistral_chat.cli.words import OwnFlag, read_own, whole_from
+from mistral_chat.engine.launch import launched_rank, launched_ranks
 from mistral_chat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,17 +97,15 @@ class Asked:
     as_json: bool = False
 
 
-def run(words: list[str], started: float) -> int:
+def run(words: list[str], begun: Begun) -> int:
     """Run the command on this rank; the code to end with."""
-    from mistral_chat.engine.launch import launched_rank
-
     values, rest = read_own(words, _OWN, flags.shared(*_SHARED))
     if values is None:
         if launched_rank() in (None, 0):
             print(HELP, end="")
         return 0
     asked = Asked(**values)
-    options = flags.parse(rest)
+    options = flags.parse(rest, takes_text=False)
     if asked.cold and not asked.loading:
         raise UsageError("--cold belongs to --loading")
     if asked.peer and asked.loading != (asked.peer == "safetensors"):
@@ -112,13 +117,27 @@ def run(words: list[str], started: float) -> int:
         from mistral_chat.cli import plot
 
         plot.check(asked.plot)
+    if asked.shard_of and launched_rank() is not None:
+        raise UsageError("--shard_of measures one process: expected no torchrun")
+    if not (launched_rank() or begun.by_us):
+        _check(options, asked, begun)
     if not asked.shard_of:
-        code = start.launch(options, ["bench", *words])
+        with begun.handed_on():
+            code = start.launch(options, ["bench", *words])
         if code is not None:
             return code
-    elif launched_rank() is not None:
-        raise UsageError("--shard_of measures one process: expected no torchrun")
-    return _measure(options, asked, started)
+    return _measure(options, asked, begun.at)
+
+
+def _check(options: flags.Options, asked: Asked, begun: Begun) -> None:
+    """All that can be judged without torch."""
+    require_model(options.engine.model)
+    say_what_starts(options, begun)
+    from mistral_chat.cli.checks import check_model
+
+    in_all = (options.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
+    check_model(options.engine, asked.shard_of or in_all, needs_text=bool(options.json_schema))
+    read_offered(options)
 
 
 def _measure(options: flags.Options, asked: Asked, started: float) -> int:
@@ -144,6 +163,7 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     about = {
         "device": _device_name(device),
         "model": str(options.engine.model or "dummy weights"),
+        "version": __version__,
         "commit": _commit(),
         "command": " ".join(["mistral-chat", *sys.argv[1:]]),
         "world_size": group.world_size,
@@ -217,18 +237,15 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
 
 
 def _start(runner: "Runner", *moments: float) -> dict[str, float]:
-    """Seconds from the process's start on; what was measured in between is left out.
+    """Seconds from the command's start on; what was measured in between is left out.
 
     Weights are read while kernels are made ready: the two are parts of `load_s` that overlap.
     """
-    import psutil
-
     started, imported, torch_imported, joined, loading, loaded = moments
-    before = time.time() - psutil.Process().create_time() - (time.monotonic() - started)
     start_up = runner.start_up
     assert start_up is not None
     return {
-        "python_s": before + imported - started,
+        "python_s": imported - started,
         "import_s": torch_imported - imported,
         "process_group_s": joined - torch_imported,
         "load_s": loaded - loading,
@@ -263,15 +280,17 @@ def _memory(runner: "Runner") -> dict[str, int]:
 
 
 def _commit() -> str | None:
-    """The checkout that runs, if it is one."""
-    import subprocess
-    from pathlib import Path
-
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or None
+    """That of the checkout that this package is the root of; of no repository around it."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--show-toplevel", "--short", "HEAD"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # no git here
+        return None
+    top, _, commit = done.stdout.strip().rpartition("\n")
+    return commit if done.returncode == 0 and Path(top).resolve() == root else None
 
 
 def _device_name(device: "torch.device") -> str:

@@ -47,6 +47,8 @@ def _text(result: dict[str, Any]) -> str:
     from rich.console import Console
     from rich.table import Table
 
+    from mistral_chat.cli.bench_tables import build_of
+
     table = Table(title="loading")
     for name in ("", "s", "GB/s"):
         table.add_column(name, justify="left" if not name else "right")
@@ -64,7 +66,7 @@ def _text(result: dict[str, Any]) -> str:
     console = Console(highlight=False)
     with console.capture() as capture:
         console.print(
-            f"{result['device']}, {result['world_size']} rank(s), commit {result['commit']}\n"
+            f"{result['device']}, {result['world_size']} rank(s), {build_of(result)}\n"
             f"{result['files']} file(s), {result['files_bytes'] / 1e9:.2f} GB, "
             f"{'not in' if result['cold'] else 'in'} the system's cache; "
             f"{result['threads_a_rank']} thread(s) a rank\n"

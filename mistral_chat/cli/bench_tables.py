@@ -10,7 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["text_of"]
+__all__ = ["build_of", "text_of"]
+
+
+def build_of(result: dict[str, Any]) -> str:
+    """Which build measured: its checkout's commit, else its version."""
+    return f"commit {result['commit']}" if result["commit"] else f"version {result['version']}"
 
 
 def text_of(result: dict[str, Any], verify_context: int) -> str:
@@ -42,8 +47,8 @@ def _lines(result: dict[str, Any]) -> str:
     share = f", one rank's share of {result['shard_of']}" if result["shard_of"] else ""
     return (
         f"{result['device']}, {result['world_size']} rank(s){share}, {result['dtype']}, "
-        f"{result['threads']} thread(s) a rank, torch {result['torch']}, commit "
-        f"{result['commit']}\n"
+        f"{result['threads']} thread(s) a rank, torch {result['torch']}, "
+        f"{build_of(result)}\n"
         f"decode: {result['path']}\n"
         f"ceilings of a rank: reads {result['read_gb_per_s']:.1f} GB/s, products "
         f"{result['product_tflop_per_s']:.3g} TFLOP/s\n"

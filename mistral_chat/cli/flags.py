@@ -6,7 +6,7 @@ values that look like flags, suggestions for misspelt names. Imports nothing hea
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from mistral_chat.cli import words
 from mistral_chat.cli.parser import make_parser
 from mistral_chat.cli.presets import values_of
-from mistral_chat.cli.words import wants_help
+from mistral_chat.cli.words import split, wants_help
 from mistral_chat.config import (
     COMPLETION_MAX_TOKENS,
     DEVICES,
@@ -25,7 +25,7 @@ from mistral_chat.config import (
     SamplingParams,
     read_preset,
 )
-from mistral_chat.errors import UsageError
+from mistral_chat.errors import CheckpointError, UsageError, shown
 
 __all__ = ["COMMANDS", "Options", "help_text", "normalize", "parse", "shared", "wants_help"]
 
@@ -57,20 +57,20 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number") from None
 
 
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number") from None
 
 
 def _one_of(*choices: str) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is none of {', '.join(choices)}")
         return text
 
     return convert
@@ -210,20 +210,23 @@ def normalize(argv: Sequence[str]) -> list[str]:
     )
 
 
-def parse(words: Sequence[str]) -> Options:
+def parse(words: Sequence[str], *, takes_text: bool = True) -> Options:
     """Read normalized words of the main job.
+
+    Args:
+        words: of the command line.
+        takes_text: a word after MODEL is the prompt.
 
     Raises:
         UsageError: a value of the wrong kind or out of its range, or flags that exclude each other.
     """
-    given = vars(make_parser(_GROUPS, "mistral-chat", positional=True).parse_args(list(words)))
-    models = given.pop("model", [])
+    # argparse takes no words that stand in several places among flags.
+    flags, typed = split(words)
+    given = vars(make_parser(_GROUPS, "mistral-chat", positional=False).parse_args(flags))
+    models, texts = typed[:1], typed[1:]
     given = {name: _put_back_dashes(value) for name, value in given.items()}
-    if len(models) > 1:
-        raise UsageError(
-            f"found {len(models)} words ({' '.join(map(repr, models))}); expected one MODEL: "
-            f"a text belongs in --prompt"
-        )
+    if texts:
+        given["prompt"] = _read_text(texts, given if takes_text else None)
     preset = read_preset(given["config"]) if "config" in given else Preset()
     values = values_of(preset, given.get("config"), _FLAGS) | given
     load_format = values.get("load_format", "auto")
@@ -239,10 +242,10 @@ def parse(words: Sequence[str]) -> Options:
     if values.get("logprobs"):
         sampling = replace(sampling, logprobs=values["logprobs"])
     if models and "/" in models[0]:
-        from mistral_chat.cli.repository import cached_folder, is_repository
+        from mistral_chat.cli.repository import is_repository
 
         if is_repository(models[0]):
-            engine = replace(engine, model=cached_folder(models[0]))
+            engine = replace(engine, model=_cached(models[0]))
     names = ("nproc_per_node", "instruct", "prompt", "system", "system_file", "tools", "json",
              "json_schema", "json_object", "yes", "tool_timeout",
              "stats", "quiet", "plain", "resume")  # fmt: skip
@@ -254,6 +257,34 @@ def parse(words: Sequence[str]) -> Options:
         tools_env=tuple(values.get("tools_env", ())),
         **{name: values[name] for name in names if name in values},
     )
+
+
+def _cached(repo: str) -> Path:
+    from mistral_chat.cli.repository import cached_folder
+    from mistral_chat.cli.suggestions import near_model
+
+    try:
+        return cached_folder(repo)
+    except CheckpointError as error:
+        near = near_model(repo)
+        if near in (None, repo):
+            raise
+        raise CheckpointError(f"{error}; or did you mean {near}?") from error
+
+
+def _read_text(texts: Sequence[str], given: Mapping[str, Any] | None) -> str:
+    """The prompt that stands after MODEL; None for the flags is a command that takes none."""
+    found = shown(" ".join(texts), 100)
+    if given is None:
+        raise UsageError(f"found {found} after MODEL: expected one MODEL and flags")
+    if len(texts) > 1:
+        raise UsageError(
+            f"found {len(texts)} words after MODEL: expected one MODEL and one text, which is "
+            f"quoted: mistral-chat MODEL {found}"
+        )
+    if "prompt" in given:
+        raise UsageError(f"found the text {found} after MODEL and --prompt: expected one of them")
+    return texts[0]
 
 
 def _put_back_dashes(value: Any) -> Any:
@@ -272,7 +303,7 @@ def _check(values: dict[str, Any]) -> None:
             if name in values:
                 raise UsageError(f"--{name} needs --instruct: a plain completion has no template")
     if "resume" in values and "prompt" in values:
-        raise UsageError("--resume goes on with a chat at a terminal: leave --prompt out")
+        raise UsageError("--resume goes on with a chat at a terminal: leave the prompt out")
     for name in ("json_schema", "json_object"):
         for other in ("tools", "stop", "json_schema"):
             if name in values and other in values and name != other:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli import flags
+from mistral_chat.cli.suggestions import require_model
 from mistral_chat.cli.words import OwnFlag, read_own, whole_from
 from mistral_chat.errors import NotEnoughMemoryError, UsageError
 
@@ -76,12 +77,13 @@ def run(words: Sequence[str]) -> int:
             print(HELP, end="")
         return 0
     asked = Asked(**values)
-    options = flags.parse(rest)
+    options = flags.parse(rest, takes_text=False)
     config = replace(options.engine, max_batch_size=asked.max_batch_size)
     if asked.gpu_memory is not None and config.device == "cpu":
         raise UsageError("--gpu_memory and --device cpu: expected one of them")
     if not leads:
         return 0
+    require_model(config.model)
     result = _inspect(config, options.nproc_per_node, asked.gpu_memory)
     from mistral_chat.cli import inspect_text
 
@@ -98,16 +100,10 @@ def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None
     import torch
 
     from mistral_chat.engine.start_up import choose_device, choose_dtype
-    from mistral_chat.model.args import TransformerArgs, read_args
+    from mistral_chat.model.args import args_of
 
-    if config.model is not None:
-        args = read_args(config.model, config.load_format)
-    else:
-        args = TransformerArgs.from_dict(config.shape or {})
-    if config.max_seq_len and args.max_seq_len and config.max_seq_len > args.max_seq_len:
-        raise UsageError(
-            f"--max_seq_len {config.max_seq_len}: the model knows {args.max_seq_len} positions"
-        )
+    args = args_of(config)
+    config.require_positions(args.max_seq_len)
     if gpu_memory is not None:
         device = torch.device("cuda")
         dtype = torch.bfloat16 if config.dtype == "auto" else choose_dtype(config.dtype, device)

@@ -9,17 +9,25 @@ import contextlib
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
 from mistral_chat.cli import flags, printing, start
-from mistral_chat.engine.launch import is_launched, launched_rank, set_up_environment
-from mistral_chat.errors import MistralChatError, OutputError, UsageError
+from mistral_chat.cli.begun import Begun, say_what_starts
+from mistral_chat.cli.pipes import keep_pipes
+from mistral_chat.engine.launch import (
+    is_launched,
+    launched_rank,
+    launched_ranks,
+    set_up_environment,
+)
+from mistral_chat.errors import MistralChatError, OutputError, UsageError, shown
 
 if TYPE_CHECKING:
-    from mistral_common.protocol.instruct.tool_calls import Tool
+    from mistral_chat.cli.inputs import Inputs
 
 __all__ = ["main"]
 
@@ -43,24 +51,50 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    started = time.monotonic()
+    begun = Begun.now()
     set_up_environment()
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    with _noting_interrupts() as was_interrupted:
+        try:
+            return _leave(_command(words, begun))
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except Exception as error:
+            if was_interrupted():
+                return INTERRUPTED
+            if isinstance(error, BrokenPipeError):
+                return _leave(0)
+            if not isinstance(error, MistralChatError):
+                raise
+            _say_once(error)
+            return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[Callable[[], bool]]:
+    """Note that Ctrl-C was pressed: what it breaks off may fail with an error of its own.
+
+    Such as an extension module that is being imported. Whoever answers has a handler of his own.
+    """
+    pressed = False
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    # Ignored where a shell started this in the background; another's where a program called it.
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, on_signal)
     try:
-        return _leave(_command(words, started))
-    except BrokenPipeError:
-        return _leave(0)
-    except UsageError as error:
-        _say_once(error)
-        return WRONG_USAGE
-    except MistralChatError as error:
-        _say_once(error)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        yield lambda: pressed
+    finally:
+        if is_ours and signal.getsignal(signal.SIGINT) is on_signal:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(code: int) -> int:
@@ -84,14 +118,16 @@ def _say_once(error: MistralChatError) -> None:
         printing.error(error)
 
 
-def _command(words: list[str], started: float) -> int:
+def _command(words: list[str], begun: Begun) -> int:
+    if launched_rank() is None:
+        words = keep_pipes(words, _say_that_it_waits("--quiet" not in words))
     command = words[0] if words and words[0] in flags.COMMANDS else None
     if command == "bench":
         from mistral_chat.cli import bench
 
-        return bench.run(words[1:], started)
+        return bench.run(words[1:], begun)
     if command == "demo":
-        return _demo(words[1:], started)
+        return _demo(words[1:], begun)
     if command == "download":
         from mistral_chat.cli import download
 
@@ -103,13 +139,33 @@ def _command(words: list[str], started: float) -> int:
     if command == "batch":
         from mistral_chat.cli import batch
 
-        return batch.run(words[1:], started)
+        return batch.run(words[1:], begun)
+    _refuse_misspelt_command(words)
     normalized = flags.normalize(words)
     if not words or flags.wants_help(normalized):
         return _help(None, code=0 if words else WRONG_USAGE)
     if "--version" in normalized:
         return _print_version()
-    return _main_job(flags.parse(normalized), words, started)
+    return _main_job(flags.parse(normalized), words, begun)
+
+
+def _refuse_misspelt_command(words: Sequence[str]) -> None:
+    if words and not words[0].startswith("-"):
+        from mistral_chat.cli.suggestions import near_command
+
+        if near := near_command(words[0], flags.COMMANDS):
+            raise UsageError(
+                f"{shown(words[0])} is neither a command nor a folder: did you mean "
+                f"mistral-chat {near}?"
+            )
+
+
+def _say_that_it_waits(speaks: bool) -> Callable[[str], None]:
+    def say(pipe: str) -> None:
+        if speaks:
+            printing.note(f"mistral-chat: waiting for {shown(pipe)} to end, which is a pipe")
+
+    return say
 
 
 def _help(command: str | None, code: int = 0) -> int:
@@ -124,7 +180,7 @@ def _print_version() -> int:
     return 0
 
 
-def _demo(words: list[str], started: float) -> int:
+def _demo(words: list[str], begun: Begun) -> int:
     only_path = "--path" in words
     words = [word for word in words if word != "--path"]
     normalized = flags.normalize(words)
@@ -140,12 +196,13 @@ def _demo(words: list[str], started: float) -> int:
     if only_path:
         print(folder)
         return 0
-    words = [str(folder), "--instruct", *words]
+    own = [str(folder), "--instruct"]
     if options.nproc_per_node is None and launched_rank() is None:
         # Two ranks of one GPU cannot speak through NCCL; two of a CPU can through gloo.
         on_gpus = options.engine.device != "cpu" and visible_gpus()
-        words.append(f"--nproc_per_node={min(2, on_gpus) if on_gpus else 2}")
-    return _main_job(flags.parse(flags.normalize(words)), words, started)
+        own.append(f"--nproc_per_node={min(2, on_gpus) if on_gpus else 2}")
+    words = [*own, *words]
+    return _main_job(flags.parse(flags.normalize(words)), words, begun)
 
 
 def _demo_progress(quiet: bool) -> Callable[[str], None]:
@@ -156,47 +213,48 @@ def _demo_progress(quiet: bool) -> Callable[[str], None]:
     return show
 
 
-def _main_job(options: flags.Options, words: list[str], started: float) -> int:
-    code = start.launch(options, words)
+def _main_job(options: flags.Options, words: list[str], begun: Begun) -> int:
+    if rank := launched_rank():
+        start.launch(options, words)
+        return start.follow(options.engine)
+    if sys.stdout is None:
+        raise OutputError("stdout is closed: expected somewhere to write the answer to")
+    from mistral_chat.cli.suggestions import require_model
+
+    require_model(options.engine.model)
+    say_what_starts(options, begun)
+    from mistral_chat.cli.checks import check_model
+    from mistral_chat.cli.inputs import read_inputs
+
+    if not begun.by_us:
+        n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
+        check_model(options.engine, n_ranks)
+    inputs = read_inputs(options, for_ranks=rank is None)
+    with begun.handed_on():
+        code = start.launch(options, words)
     if code is not None:
         return code
-    if launched_rank():
-        return start.follow(options.engine)
     with contextlib.ExitStack() as held:
-        return _lead(options, started, held)
+        return _lead(options, inputs, begun, held)
 
 
-def _lead(options: flags.Options, started: float, held: contextlib.ExitStack) -> int:
-    """Rank 0: read the prompt, load, answer; what is held is let go afterwards."""
-    from mistral_chat.cli import one_shot, texts
+def _lead(
+    options: flags.Options, inputs: "Inputs", begun: Begun, held: contextlib.ExitStack
+) -> int:
+    """Rank 0: load, then answer or chat; what is held is let go afterwards."""
     from mistral_chat.cli.going_on import typed_command
     from mistral_chat.cli.terminal import QuietTerminal
     from mistral_chat.cli.terminal_state import TerminalState
 
-    if sys.stdout is None:
-        raise OutputError("stdout is closed: expected somewhere to write the answer to")
-    prompt = one_shot.read_prompt(options)
     typed = typed_command(launched=launched_rank() is not None)
     before = TerminalState()
     # What is typed from now on waits for the prompt, unseen.
-    terminal = held.enter_context(QuietTerminal(signals=True)) if prompt is None else None
-    if options.resume is not None:
-        from mistral_chat.cli.sessions import Session
-
-        if prompt is not None:
-            raise UsageError("--resume goes on with a chat at a terminal: stdin is none")
-        session = Session.open(options.resume, "")
-        if options.save:
-            session.hold()  # a chat that is not there, or open elsewhere, needs no model
-            session.release()
-    system = options.system
-    if options.system_file is not None:
-        system = texts.read_text_file(options.system_file)
+    is_chat = inputs.prompt is None
+    terminal = held.enter_context(QuietTerminal(signals=True)) if is_chat else None
 
     from mistral_chat.chat.chat import Chat
     from mistral_chat.chat.functions import PythonFunctions
-    from mistral_chat.chat.grammar import choose_grammar, read_grammar
-    from mistral_chat.chat.tools import read_tools
+    from mistral_chat.cli import one_shot
     from mistral_chat.cli.calls import print_line
     from mistral_chat.cli.repl import chat_at_terminal
     from mistral_chat.cli.terminal_chat import TerminalChat
@@ -205,7 +263,7 @@ def _lead(options: flags.Options, started: float, held: contextlib.ExitStack) ->
     from mistral_chat.engine.launch import current_group
 
     functions: PythonFunctions | None = None
-    tools: list[Tool] = []
+    tools = inputs.offered.tools
     if options.tools is not None and options.tools.suffix == ".py":
         on_printed = (lambda line: None) if options.quiet else print_line
         functions = PythonFunctions(
@@ -213,11 +271,6 @@ def _lead(options: flags.Options, started: float, held: contextlib.ExitStack) ->
         )
         atexit.register(functions.close)  # should this process be killed, it ends them, too
         tools = functions.tools
-    elif options.tools is not None:
-        tools = read_tools(options.tools)
-    grammar = choose_grammar(None, options.json_object)
-    if options.json_schema is not None:
-        grammar = read_grammar(options.json_schema)
     group = current_group()
     talk: TerminalChat | None = None
 
@@ -229,7 +282,7 @@ def _lead(options: flags.Options, started: float, held: contextlib.ExitStack) ->
     start.end_on_signals(lambda code: end_process("", code), signal.SIGTERM, signal.SIGHUP)
     try:
         loaded = start.load(
-            options.engine, group, started, quiet=options.quiet, stats=options.stats
+            options.engine, group, begun.at, quiet=options.quiet, stats=options.stats
         )
     except PeerFailedError:
         return FAILED
@@ -238,16 +291,19 @@ def _lead(options: flags.Options, started: float, held: contextlib.ExitStack) ->
             Engine(loaded.runner),
             loaded.tokenizer,
             instruct=options.instruct,
-            system=system,
+            system=inputs.offered.system,
             tools=tools,
-            grammar=grammar,
+            grammar=inputs.offered.grammar,
         )
-        if prompt is not None:
+        if inputs.prompt is not None:
             run = functions if options.yes else None
-            return one_shot.answer_once(chat, options, prompt, loaded.load_s, run)
+            return one_shot.answer_once(chat, options, inputs.prompt, loaded.load_s, run)
         assert terminal is not None
         terminal.hold_signals()
         talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
+        talk.files = list(inputs.files)
+        for path in options.files if not options.quiet else ():
+            printing.note(f"{path} comes before the next message")
         try:
             chat_at_terminal(talk, quiet=options.quiet)
         finally:

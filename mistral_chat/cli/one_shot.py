@@ -1,4 +1,4 @@
-"""One prompt, one answer: from a flag, files and a pipe, to stdout as text or as JSON."""
+"""One prompt, one answer: to stdout, as text or as JSON."""
 
 import signal
 import sys
@@ -13,46 +13,11 @@ from mistral_chat.cli import render
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.one_shot_calls import answer_with_functions
 from mistral_chat.cli.terminal import QuietTerminal, in_foreground, is_terminal
-from mistral_chat.cli.texts import read_text_file, text_of
-from mistral_chat.errors import OutputError, PromptError, ToolError
+from mistral_chat.errors import OutputError, ToolError
 
-__all__ = ["answer_once", "read_prompt", "report", "report_figures"]
+__all__ = ["answer_once", "report", "report_figures"]
 
 INTERRUPTED = 130
-
-
-def read_prompt(options: Options) -> str | None:
-    """The prompt: files, then stdin unless it is a terminal, then --prompt.
-
-    Each part loses one line end at its end; parts are joined by a blank line.
-
-    Returns:
-        the prompt; None where stdin is a terminal and there is no --prompt: a chat.
-
-    Raises:
-        PromptError: nothing to answer, or a part that cannot be read as UTF-8.
-    """
-    texts = (("prompt", options.prompt), ("system", options.system))
-    for name, text in (*texts, *(("stop", stop) for stop in options.sampling.stop)):
-        if text and any("\udc80" <= character <= "\udcff" for character in text):
-            raise PromptError(f"--{name} is not UTF-8 text: expected UTF-8 on the command line")
-    at_terminal = is_terminal(sys.stdin)
-    if at_terminal and options.prompt is None:
-        if options.json:
-            raise PromptError("--json answers one prompt: give --prompt, or text on stdin")
-        if options.files:
-            raise PromptError("--file is put before a prompt: give --prompt, or text on stdin")
-        return None
-    parts = [read_text_file(path) for path in options.files]
-    if sys.stdin is not None and not at_terminal:
-        parts.append(text_of(sys.stdin.buffer.read(), "stdin"))
-    if options.prompt is not None:
-        parts.append(options.prompt)
-    parts = [part for part in parts if part]
-    if not parts:
-        where = "is closed" if sys.stdin is None else "is empty"
-        raise PromptError(f"nothing to answer: stdin {where} and there is no --prompt")
-    return "\n\n".join(parts)
 
 
 def answer_once(

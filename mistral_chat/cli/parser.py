@@ -33,9 +33,9 @@ def make_parser(
     """
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} {'MODEL ' if positional else ''}[flags]",
+        usage=f"{prog} {'MODEL ' if positional else ''}[PROMPT] [flags]",
         description=(
-            "Talk to a Mistral model. Without a prompt, at a terminal: a chat. With --prompt, or "
+            "Talk to a Mistral model. Without a prompt, at a terminal: a chat. With a prompt, or "
             "with text on stdin: one answer on stdout."
             if positional
             else "The same on the embedded model, a chat on 2 ranks; --path prints its folder."
@@ -55,7 +55,7 @@ def make_parser(
         ),
     )
     if positional:
-        where = "a model's folder, or a downloaded repository (owner/name)"
+        where = "a model's folder, or a downloaded repository (owner/name); PROMPT is --prompt"
         parser.add_argument("model", nargs="*", metavar="MODEL", help=where)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)

@@ -35,10 +35,12 @@ def draw(result: dict[str, Any], path: str) -> None:
     """
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
+    from mistral_chat.cli.bench_tables import build_of
+
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     figure.suptitle(
         f"{result['device']}, {result['world_size']} rank(s), {result['dtype']}, "
-        f"torch {result['torch']}, commit {result['commit']}"
+        f"torch {result['torch']}, {build_of(result)}"
     )
     decode, first = figure.subplots(1, 2)
     for batch in sorted({row["batch"] for row in result["decode"]}):

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mistral_chat.chat.chat import Answer
 from mistral_chat.cli.printing import clean, draw, drawn, error, note, say, tell_terminal
@@ -16,6 +16,9 @@ from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.loading import Loading, OnLoading
 from mistral_chat.engine.runner import Runner
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "answer_json",
@@ -68,7 +71,7 @@ def start_line(runner: Runner, load_s: float) -> str:
     start_up = runner.start_up
     assert start_up is not None
     before = load_s - start_up.load_s - runner.group.meet_s
-    parts = [f"Python and torch {before:.2f} s"]
+    parts = [f"processes, Python and torch {before:.2f} s"]
     if runner.group.world_size > 1:
         parts.append(f"meeting of ranks {runner.group.meet_s:.2f} s")
     parts.append(f"checks {start_up.check_s:.2f} s")
@@ -124,6 +127,15 @@ def _rounded(value: float | None) -> float | None:
 
 
 @contextmanager
+def _cursor_shown(console: "Console") -> Iterator[None]:
+    """Show the cursor afterwards: Ctrl-C may come when it is hidden and the bar not yet begun."""
+    try:
+        yield
+    finally:
+        console.show_cursor()
+
+
+@contextmanager
 def loading_bar(*, quiet: bool) -> Iterator[OnLoading]:
     """A line for each node on stderr, in bytes and GB/s, while weights load; ranks that stall.
 
@@ -144,7 +156,8 @@ def loading_bar(*, quiet: bool) -> Iterator[OnLoading]:
     from rich.progress import Progress, TaskID
 
     columns = byte_columns("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with _cursor_shown(console), Progress(*columns, console=console, transient=True) as progress:
         tasks: dict[int, TaskID] = {}
 
         def show(loading: Loading) -> None:

@@ -4,13 +4,21 @@ Looks at names and at this machine's disk; nothing here touches the network.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mistral_chat.errors import CheckpointError, DownloadError
 from mistral_chat.files import is_there
 
-__all__ = ["cached_folder", "choose_files", "home_of", "is_name", "is_repository"]
+__all__ = [
+    "cached_folder",
+    "cached_repositories",
+    "choose_files",
+    "home_of",
+    "is_name",
+    "is_repository",
+    "is_tokenizer",
+]
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 MOST_LETTERS = 96  # huggingface_hub's own limit
@@ -25,6 +33,11 @@ def is_name(word: str) -> bool:
 def is_repository(word: str) -> bool:
     """Whether MODEL can only be meant as a repository: owner/name, and no path that exists."""
     return is_name(word) and not is_there(Path(word))
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a file's name is that of a tokenizer of Mistral's."""
+    return _TOKENIZER.fullmatch(name) is not None
 
 
 def cached_folder(repo: str) -> Path:
@@ -58,9 +71,19 @@ def cached_folder(repo: str) -> Path:
 
 def home_of(repo: str) -> Path:
     """Where huggingface_hub's cache keeps a repository: blobs, snapshots and refs."""
+    return _cache() / f"models--{repo.replace('/', '--')}"
+
+
+def cached_repositories() -> Iterator[str]:
+    """Names of the repositories of models in huggingface_hub's cache."""
+    for path in _cache().glob("models--*--*"):
+        yield path.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _cache() -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE).expanduser()
 
 
 def _is_whole(folder: Path) -> bool:

@@ -12,14 +12,16 @@ import secrets
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mistral_chat.chat.conversation import Conversation
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli import session_files
 from mistral_chat.cli.durable import make_folder, sync_folder
 from mistral_chat.cli.locks import lock
 from mistral_chat.errors import SessionError
+
+if TYPE_CHECKING:
+    from mistral_chat.chat.conversation import Conversation
 
 __all__ = ["Session"]
 
@@ -194,7 +196,7 @@ class Session:
         """Keep another system prompt."""
         self._write({"type": "system", "content": system})
 
-    def replay(self, conversation: Conversation, *, save: bool = True) -> str | None:
+    def replay(self, conversation: "Conversation", *, save: bool = True) -> str | None:
         """Bring a conversation to where the session is.
 
         Args:

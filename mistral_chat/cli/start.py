@@ -197,7 +197,7 @@ class Loaded:
     Args:
         runner: its share of the weights, and the way to the other ranks.
         tokenizer: the model's.
-        load_s: seconds from the process's start.
+        load_s: seconds from the command's start.
     """
 
     runner: "Runner"
@@ -213,7 +213,7 @@ def load(
     Args:
         config: what to load; the same on every rank.
         group: all ranks.
-        started: when the process did, in `time.monotonic()`.
+        started: when the command was, in `time.monotonic()`.
         quiet: no bar and no notice.
         stats: say what the start took.
 

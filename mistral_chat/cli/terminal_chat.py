@@ -14,6 +14,7 @@ from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
 from mistral_chat.cli import render
 from mistral_chat.cli.answer_view import make_view
+from mistral_chat.cli.begun import name_of
 from mistral_chat.cli.calls import CallDesk
 from mistral_chat.cli.chat_text import last_exchange, shorten
 from mistral_chat.cli.draft import Draft
@@ -73,9 +74,7 @@ class TerminalChat:
             functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
         )
         self._pressed = False  # Ctrl-C, since the last answer began
-        self._model = (
-            options.engine.model.resolve().name if options.engine.model else "dummy weights"
-        )
+        self._model = name_of(options.engine.model)
 
     # The session.
 

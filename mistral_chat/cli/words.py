@@ -12,7 +12,7 @@ from typing import Any
 
 from mistral_chat.errors import UsageError
 
-__all__ = ["OwnFlag", "normalize", "read_own", "wants_help", "whole_from"]
+__all__ = ["OwnFlag", "normalize", "read_own", "split", "wants_help", "whole_from"]
 
 
 def normalize(
@@ -84,6 +84,14 @@ def wants_help(words: Sequence[str]) -> bool:
 
 def _before_dashes(words: Sequence[str]) -> Sequence[str]:
     return words[: words.index("--")] if "--" in words else words
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Normalized words as flags, and what is none, each in its order."""
+    before = _before_dashes(words)
+    flags = [word for word in before if word.startswith("--")]
+    others = [word for word in before if not word.startswith("--")]
+    return flags, [*others, *words[len(before) + 1 :]]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ __all__ = [
     "current_group",
     "is_launched",
     "launched_rank",
+    "launched_ranks",
     "launched_ranks_here",
     "place",
     "set_up_environment",
@@ -53,6 +54,11 @@ def launched_rank() -> int | None:
 def launched_ranks_here() -> int:
     """How many ranks the launcher started on this node."""
     return _number("LOCAL_WORLD_SIZE", _number("WORLD_SIZE"))
+
+
+def launched_ranks() -> int:
+    """How many ranks there are on all nodes; one where no launcher started this process."""
+    return _number("WORLD_SIZE") if is_launched() else 1
 
 
 def _number(

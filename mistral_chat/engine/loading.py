@@ -92,7 +92,12 @@ class Watch:
         self._count = 0
 
     def __enter__(self) -> "Watch":
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # such as Ctrl-C: the block is not entered, and not left
+            self._ended.set()
+            self._reading.abandon()
+            raise
         return self
 
     def __exit__(

@@ -17,8 +17,8 @@ from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.loading import OnLoading, Watch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
 from mistral_chat.engine.runner import Runner, StartUp, why_no_decoder
-from mistral_chat.errors import CheckpointError, DeviceError, UsageError
-from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, read_args
+from mistral_chat.errors import DeviceError
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, args_of
 from mistral_chat.model.checkpoint import Headers, check_tensors, read_headers
 from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
@@ -88,22 +88,12 @@ def chunk_size_of(config: EngineConfig, device: torch.device) -> int:
     return config.chunk_size or (2048 if device.type == "cuda" else 256)
 
 
-def _shape(config: EngineConfig) -> TransformerArgs:
-    if config.model is not None:
-        return read_args(config.model, config.load_format)
-    assert config.shape is not None
-    try:
-        return TransformerArgs.from_dict(config.shape)
-    except CheckpointError as error:
-        raise CheckpointError(f"--config, table [model]: {error}") from error
-
-
 def _begin(
     config: EngineConfig, group: Group, make: Callable[[TransformerArgs], AnyTransformer]
 ) -> tuple[AnyTransformer, Plan, Reading | None]:
     """Check, plan, make the empty model and begin to read its weights, or draw them."""
     with group.together():
-        args = replace(_shape(config), max_batch_size=config.max_batch_size)
+        args = replace(args_of(config), max_batch_size=config.max_batch_size)
         shard = Shard(args, group.shards, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)
@@ -117,10 +107,7 @@ def _begin(
     if headers is None and told is not None:
         headers = Headers.from_json(told)
     with group.together():
-        if config.max_seq_len and args.max_seq_len and config.max_seq_len > args.max_seq_len:
-            raise UsageError(
-                f"--max_seq_len {config.max_seq_len}: the model knows {args.max_seq_len} positions"
-            )
+        config.require_positions(args.max_seq_len)
         most = config.max_seq_len or args.max_seq_len or DEFAULT_MAX_SEQ_LEN
         plan = plan_memory(
             shard,

@@ -28,7 +28,7 @@ from mistral_chat.engine.launch import (
 )
 from mistral_chat.engine.start_up import load_runner
 from mistral_chat.engine.step_guard import StepGuard, interrupts_held_back
-from mistral_chat.errors import MistralChatError, RankLostError, UsageError
+from mistral_chat.errors import MistralChatError, RankLostError, UsageError, one_line
 
 __all__ = ["Session", "serve"]
 
@@ -186,7 +186,7 @@ def main() -> None:
     except PeerFailedError:
         sys.exit(1)
     except MistralChatError as error:
-        print(f"mistral-chat: error: {error}", file=sys.stderr)
+        print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     sys.stdout.flush()
     sys.stderr.flush()

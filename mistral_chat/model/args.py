@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mistral_chat.config import LoadFormat
+from mistral_chat.config import EngineConfig, LoadFormat
 from mistral_chat.errors import CheckpointError, named, shown
 from mistral_chat.files import is_there, read_json
 from mistral_chat.model import hf
 from mistral_chat.model.end_ids import read_end_ids
 
-__all__ = ["TransformerArgs", "read_args"]
+__all__ = ["TransformerArgs", "args_of", "read_args"]
 
 # A folder that says nothing about its context: what Mistral's dense models have at least had
 # since 7B v0.2. --max_seq_len may go beyond it, since nothing says that the model does not.
@@ -194,6 +194,21 @@ def _check_whole(name: str, value: object, least: int, most: int) -> None:
             f"{name} is {shown(value)}: expected a whole number of at least {least} and at most "
             f"{most:,}"
         )
+
+
+def args_of(config: EngineConfig) -> TransformerArgs:
+    """The shape of what is to be loaded: its folder's or, for dummy weights, a preset's.
+
+    Raises:
+        CheckpointError: as `read_args`, or a preset's table that is no shape.
+    """
+    if config.model is not None:
+        return read_args(config.model, config.load_format)
+    assert config.shape is not None
+    try:
+        return TransformerArgs.from_dict(config.shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"--config, table [model]: {error}") from error
 
 
 def read_args(folder: Path, load_format: LoadFormat = "auto") -> TransformerArgs:

@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mistral_chat.config import LoadFormat
 from mistral_chat.errors import CheckpointError, named, shown
@@ -20,6 +18,9 @@ from mistral_chat.model import hf
 from mistral_chat.model.args import read_json_object
 from mistral_chat.model.sharding import Placement
 from mistral_chat.model.stored import FLOATS, StoredTensor, read_header
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Headers",
@@ -274,6 +275,6 @@ def check_tensors(folder: Path, headers: Headers, table: dict[str, Placement]) -
         raise CheckpointError(f"{folder}: {'; '.join(faults[:MOST_FAULTS])}{more}")
 
 
-def local_bytes(table: Iterable[Placement], dtype: torch.dtype) -> int:
+def local_bytes(table: Iterable[Placement], dtype: "torch.dtype") -> int:
     """Bytes of one rank's weights in a type."""
     return sum(math.prod(p.local_shape) for p in table) * dtype.itemsize

@@ -1,7 +1,8 @@
 """What one file of weights says it holds: the header of a safetensors or a torch.save file.
 
 The formats' own libraries judge the files, of which no data is read; where each tensor lies is
-worked out here, since we read slices. Knows nothing of models.
+worked out here, since we read slices. Knows nothing of models. Imports torch only for its own
+files, so that the others are judged before ranks are started.
 """
 
 import io
@@ -10,14 +11,15 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from mistral_chat.errors import CheckpointError, named, one_line, shown
 from mistral_chat.files import decode_text, open_regular, parse_json
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["FLOATS", "StoredTensor", "read_header"]
 
@@ -26,11 +28,12 @@ MOST_DIMENSIONS = 8
 MOST_RECORDS = 100_000  # of a torch.save file, with 256 bytes of its pickle for each
 LOCAL_HEADER_BYTES = 30  # of a zip file's record, before its name
 
+# Types that weights may be stored in: torch's names of them, and bytes.
 FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
 }
 
 
@@ -51,9 +54,13 @@ class StoredTensor:
     offset: int
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """Type as torch has it; a KeyError where it is not a float."""
-        return FLOATS[self.dtype]
+        import torch
+
+        dtype = getattr(torch, FLOATS[self.dtype][0])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
 
 Found = tuple[dict[str, StoredTensor], list[str]]
@@ -95,8 +102,8 @@ def _safetensors_header(path: Path, fd: int, size: int) -> Found:
             continue
         tensor, n_bytes = _entry(path, name, entry, 8 + length)
         tensors[name] = tensor
-        dtype = FLOATS.get(tensor.dtype)
-        if dtype is not None and n_bytes != math.prod(tensor.shape) * dtype.itemsize:
+        known = FLOATS.get(tensor.dtype)
+        if known is not None and n_bytes != math.prod(tensor.shape) * known[1]:
             faults.append(
                 f"{path.name}: {named(name)} has {n_bytes:,} bytes, which is not its shape "
                 f"{list(tensor.shape)} in {tensor.dtype}"
@@ -146,6 +153,7 @@ def _pickle_header(path: Path, fd: int, size: int) -> Found:
     places come from the file's directory, since torch computes them as torch.save lays them out,
     and not every file is as that left it.
     """
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode  # the documented way to load headers
 
     try:
@@ -168,11 +176,13 @@ def _pickle_header(path: Path, fd: int, size: int) -> Found:
 def _placed(path: Path, state: Any, places: dict[int | None, "_Record"]) -> Found:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path.name}: found a {type(state).__name__}, expected a dict")
-    names = {dtype: name for name, dtype in FLOATS.items()}
+    import torch
+
+    names = {getattr(torch, dtype): name for name, (dtype, _) in FLOATS.items()}
     tensors = {}
     faults = []
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{path.name}: {shown(name)} is no tensor with a name")
         record = places.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", None))
         begin = int(tensor.storage_offset()) * tensor.dtype.itemsize

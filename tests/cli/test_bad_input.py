@@ -305,7 +305,7 @@ def test_context_beyond_the_model_is_refused(run: Run, tiny_folder: Path) -> Non
         (["--prompt", "--instruct"], "--prompt needs a value"),
         (["--instruct=yes"], "takes no value"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
-        (["a second word"], "expected one MODEL"),
+        (["a", "b"], "expected one MODEL and one text"),
         (["--json_object", "--stop", "x"], "--stop and --json_object"),
     ],
 )

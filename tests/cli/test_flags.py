@@ -104,7 +104,7 @@ def without_heavy(tmp_path: Path) -> dict[str, str]:
         (["demo", "--promt", "x"], 2),
         (["bench", "MODEL", "--dtyp", "auto"], 2),
         (["bench", "--help"], 0),
-        (["./nowhere", "--prompt", "x"], 1),
+        (["/nowhere", "--prompt", "x"], 1),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -165,10 +165,25 @@ def test_misspelt_flag_suggests_the_right_one(name: str) -> None:
         _parse(f"--{typed}", "x")
 
 
-@pytest.mark.parametrize("word", ["--xyzzy", "-x", "-", "--", "---prompt"])
+@pytest.mark.parametrize(
+    "text", ["Hello, world", "42", "None", "[a]", "# x", "", "a=b", "é\n", "-"]
+)
+def test_text_after_the_model_is_the_prompt(text: str) -> None:
+    options = _parse(text, "--max_tokens", "3")
+    assert (options.prompt, options.engine.model) == (text, Path("MODEL"))
+    assert _parse("--max_tokens", "3", text).prompt == text
+    assert _parse("--", text).prompt == text
+
+
+@pytest.mark.parametrize("word", ["--xyzzy", "-x", "---prompt", "-"])
 def test_word_that_is_no_flag_is_never_taken_for_one(word: str) -> None:
     with pytest.raises(UsageError, match=r"unknown flag|expected one MODEL"):
         _parse(word, "x")
+
+
+def test_commands_without_a_prompt_take_no_text() -> None:
+    with pytest.raises(UsageError, match="found 'x' after MODEL: expected one MODEL and flags"):
+        flags.parse(["MODEL", "x"], takes_text=False)
 
 
 @pytest.mark.parametrize("abbreviated", ["--promp", "--max_tok", "--sys", "--tem"])
@@ -265,7 +280,9 @@ def test_value_out_of_range_is_refused_by_name(
         (["--instruct", "--tools=x.py", "--tool_timeout=x"], "'x' is no number"),
         (["--stats", "--quiet"], "--stats and --quiet"),
         (["--json_schema", "x", "--json_object"], "--json_schema and --json_object"),
-        (["again"], "expected one MODEL"),
+        (["again", "--prompt", "x"], "found the text 'again' after MODEL and --prompt"),
+        (["Why", "is", "it?"], "quoted: mistral-chat MODEL 'Why is it?'"),
+        (["x" * 5000, "y"], "expected one MODEL and one text"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(words: list[str], said: str) -> None:

@@ -1,6 +1,5 @@
 """One prompt in, one answer out: streams, codes and figures, by the real command."""
 
-import io
 import json
 import os
 import signal
@@ -13,10 +12,9 @@ from typing import Any, Literal
 import pytest
 
 from mistral_chat.chat.answer import Answer, Usage
-from mistral_chat.cli import flags, one_shot, render
+from mistral_chat.cli import flags, render
 from mistral_chat.cli.terminal import is_fancy
 from mistral_chat.config import SamplingParams
-from mistral_chat.errors import PromptError
 from tests.conftest import ROOT, Run, command_env
 
 KEYS = {"text", "finish_reason", "tool_calls", "seed", "usage", "timings", "model", "world_size"}
@@ -24,78 +22,6 @@ KEYS = {"text", "finish_reason", "tool_calls", "seed", "usage", "timings", "mode
 
 def _options(*words: str) -> flags.Options:
     return flags.parse(flags.normalize(["MODEL", *words]))
-
-
-def _set_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    stdin = SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False)
-    monkeypatch.setattr("sys.stdin", stdin)
-
-
-def test_prompt_is_files_then_stdin_then_flag(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in "ab":
-        (tmp_path / name).write_text(f"file {name}\n")
-    _set_stdin(monkeypatch, b"piped\n\n")
-    words = [f"--file={tmp_path / name}" for name in "ab"]
-    prompt = one_shot.read_prompt(_options(*words, "--prompt", "asked\n"))
-    assert prompt == "file a\n\nfile b\n\npiped\n\n\nasked\n"
-
-
-def test_prompt_alone_is_left_as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    _set_stdin(monkeypatch, b"")
-    assert one_shot.read_prompt(_options("--prompt", "  x \n")) == "  x \n"
-
-
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (b"caf\xe9", "stdin is not UTF-8 text: byte 0xe9 at offset 3"),
-        ("café".encode("utf-16"), "stdin is not UTF-8 text: byte 0xff at offset 0"),
-        (b"a\0b", "stdin holds a NUL byte at offset 1"),
-        (b"", "stdin is empty"),
-        (b"\r\n", "stdin is empty"),
-    ],
-)
-def test_stdin_that_is_no_prompt_is_named(
-    monkeypatch: pytest.MonkeyPatch, data: bytes, said: str
-) -> None:
-    _set_stdin(monkeypatch, data)
-    with pytest.raises(PromptError, match=said):
-        one_shot.read_prompt(_options())
-
-
-def test_closed_stdin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", None)
-    assert one_shot.read_prompt(_options("--prompt", "x")) == "x"
-    with pytest.raises(PromptError, match="stdin is closed"):
-        one_shot.read_prompt(_options())
-
-
-@pytest.mark.parametrize("data", [b"caf\xe9", b"a\0b"])
-def test_file_that_is_no_text_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: bytes
-) -> None:
-    _set_stdin(monkeypatch, b"")
-    path = tmp_path / "prompt"
-    path.write_bytes(data)
-    with pytest.raises(PromptError, match=str(path)):
-        one_shot.read_prompt(_options("--file", str(path), "--prompt", "x"))
-
-
-def test_terminal_without_a_prompt_is_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    assert one_shot.read_prompt(_options()) is None
-    assert one_shot.read_prompt(_options("--prompt", "x")) == "x"
-
-
-@pytest.mark.parametrize("words", [["--json"], ["--file", "x"]])
-def test_terminal_without_a_prompt_is_refused_for_one_shot_flags(
-    monkeypatch: pytest.MonkeyPatch, words: list[str]
-) -> None:
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    with pytest.raises(PromptError, match="give --prompt"):
-        one_shot.read_prompt(_options(*words))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +171,7 @@ def test_help_is_printed_once(run: Run, words: list[str]) -> None:
 def test_no_words_at_all_shows_usage(run: Run) -> None:
     done = run()
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("usage: mistral-chat MODEL [flags]")
+    assert done.err.startswith("usage: mistral-chat MODEL [PROMPT] [flags]")
 
 
 def test_word_that_is_a_command_needs_a_dot_to_be_a_folder(run: Run) -> None:

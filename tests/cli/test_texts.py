@@ -1,6 +1,5 @@
 """Files that a person names are read in one way: byte order marks, pipes, bounds, line ends."""
 
-import io
 import os
 import sys
 import threading
@@ -12,7 +11,8 @@ import pytest
 
 from mistral_chat.chat.grammar import read_grammar
 from mistral_chat.chat.tools import read_tools
-from mistral_chat.cli import flags, one_shot
+from mistral_chat.cli import flags
+from mistral_chat.cli.inputs import read_inputs
 from mistral_chat.cli.texts import read_text_file, text_of
 from mistral_chat.config import read_preset
 from mistral_chat.errors import PromptError
@@ -125,8 +125,11 @@ def test_every_part_of_a_prompt_is_read_alike(
     tmp_path: Path, pipe: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x").write_bytes(BOM + b"of a file\n")
-    stdin = io.TextIOWrapper(io.BytesIO(BOM + b"of stdin\n"))
+    (tmp_path / "stdin").write_bytes(BOM + b"of stdin\n")
+    stdin = (tmp_path / "stdin").open()
     monkeypatch.setattr(sys, "stdin", stdin)
     words = ["MODEL", "--file", str(tmp_path / "x"), "--file", str(pipe(BOM + b"of a pipe\n"))]
     options = flags.parse(flags.normalize([*words, "--prompt", "of a flag"]))
-    assert one_shot.read_prompt(options) == "of a file\n\nof a pipe\n\nof stdin\n\nof a flag"
+    with stdin:
+        prompt = read_inputs(options).prompt
+    assert prompt == "of a file\n\nof a pipe\n\nof stdin\n\nof a flag"
