@@ -22,6 +22,7 @@ from mistral_chat.config import SamplingParams
 from mistral_chat.engine.engine import Engine, Prefill
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Step
+from mistral_chat.engine.step_guard import StepGuard
 from mistral_chat.errors import ContextLengthError, PromptError
 from tests.scripts.tokenizers import WITH_MARKS, byte_ids, encode, tokenizer
 
@@ -35,9 +36,10 @@ class Scripted(Runner):
     def __init__(self, made: Tokenizer, max_seq_len: int, vocab_size: int) -> None:
         device = torch.device("cpu")
         args = SimpleNamespace(vocab_size=vocab_size)
-        self.model: Any = SimpleNamespace(args=args, device=device)
-        self.cache: Any = SimpleNamespace(n_slots=1)
+        self._model: Any = SimpleNamespace(args=args, device=device)
+        self._cache: Any = SimpleNamespace(n_slots=1)
         self.group: Any = SimpleNamespace(world_size=1)
+        self.guard = StepGuard(1)
         self.max_seq_len = max_seq_len
         self.chunk_size = 16
         self.decoder = None

@@ -32,8 +32,14 @@ def run_llms(
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check_llms(said: list[dict[str, Any]], n_in_a_row: int, wanted: list[int]) -> None:
-    """Every LLM gave the right tokens, and the last left no more behind than the second."""
+def check_llms(
+    said: list[dict[str, Any]], n_in_a_row: int, wanted: list[int], more_files: int = 0
+) -> None:
+    """Every LLM gave the right tokens, and the last left no more behind than the second.
+
+    Args:
+        more_files: how many more open files than after the second LLM are no fault.
+    """
     row, rest = said[:n_in_a_row], {one["step"]: one for one in said[n_in_a_row:]}
     assert [one["said"] for one in row] == [wanted] * n_in_a_row
     assert rest["failed"]["error"] == "CheckpointError"
@@ -44,7 +50,7 @@ def check_llms(said: list[dict[str, Any]], n_in_a_row: int, wanted: list[int]) -
     second, last = row[1]["held"], rest["at the end"]["held"]
     assert [one["held"]["threads"] for one in row] == [row[0]["held"]["threads"]] * n_in_a_row
     assert last["threads"] == second["threads"]
-    assert last["files"] == second["files"]
+    assert last["files"] <= second["files"] + more_files
     assert last["tasks"] <= second["tasks"]
     assert [one["held"]["shared"] for one in row] + [last["shared"]] == [0] * (n_in_a_row + 1)
     # The allocator's arenas; a group's sums alone take 4 MiB, and a model more.
