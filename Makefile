@@ -50,9 +50,11 @@ test: install
 test-faults: install
 	$(BIN)/python -m tests.scripts.faults
 
-# On a machine with GPUs, with the torch that is installed there.
+# On a machine with GPUs, with the torch that is installed there. Most of the time goes to compiling
+# kernels, on one core a process of tests.
 test-gpu:
-	$(PYTHON) -m pytest -q -m gpu tests/gpu
+	$(PYTHON) -m pytest -q -m "gpu and not alone" --numprocesses 4 --dist worksteal tests/gpu
+	$(PYTHON) -m pytest -q -m "gpu and alone" tests/gpu
 
 bench: install
 	$(BIN)/mistral-chat bench "$$($(BIN)/mistral-chat demo --path)" --device cpu --contexts 128,512 \

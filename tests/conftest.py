@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -100,6 +100,17 @@ def roomy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a context for long texts and answers; read only."""
     folder = tmp_path_factory.mktemp("models") / "roomy"
     return make_folder(folder, replace(TINY, max_seq_len=ROOMY_SEQ_LEN))
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that runs in this process fails the test where it would load a model."""
+    from mistral_chat.cli import start
+
+    def load(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(start, "load", load)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+RANK_0_SPEAKS_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,13 +111,18 @@ def _leave(code: int) -> int:
 
 
 def _say_once(error: MistralChatError) -> None:
-    """Every rank reads the same flags; rank 0 says what is wrong with them."""
+    """Every rank reads the same flags; rank 0 says what is wrong with them.
+
+    The others leave it the time to: the first rank that ends has torchrun end all.
+    """
     try:
         speaks = launched_rank() in (None, 0)
     except UsageError:  # the launcher's variables are what is wrong
         speaks = True
     if speaks:
         printing.error(error)
+    else:
+        time.sleep(RANK_0_SPEAKS_S)
 
 
 def _command(words: list[str], begun: Begun) -> int:

@@ -97,8 +97,13 @@ class Lifeline:
             connection.settimeout(None)
             _keep_alive(connection)
         self._some_end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         if connections:
+            selector = selectors.DefaultSelector()
+            for rank, connection in connections.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
+            self._thread = threading.Thread(
+                target=self._watch, args=(selector,), name="lifeline", daemon=True
+            )
             self._thread.start()
 
     @property
@@ -152,11 +157,9 @@ class Lifeline:
         """Wait until another end has gone; False where time was up before."""
         return self._some_end.wait(timeout_s)
 
-    def _watch(self) -> None:
+    def _watch(self, selector: selectors.BaseSelector) -> None:
         heard = {rank: _Heard() for rank in self._connections}
-        with selectors.DefaultSelector() as selector:
-            for rank, connection in self._connections.items():
-                selector.register(connection, selectors.EVENT_READ, rank)
+        with selector:
             while selector.get_map():
                 for key, _ in selector.select():
                     rank = key.data

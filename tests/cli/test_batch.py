@@ -408,13 +408,14 @@ def test_flags_give_the_schema_of_lines_that_have_none(tiny_folder: Path, tmp_pa
     assert not texts["free"].lstrip().startswith('"')
 
 
+@pytest.mark.usefixtures("nothing_loaded")
 def test_wrong_schema_of_the_flags_is_named_before_the_model_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = _write(tmp_path / "in", {"prompt": "a"})
     path = tmp_path / "schema.json"
     path.write_text('{"not": {}}')
-    words = ["batch", str(_shape(tmp_path)), str(source), str(tmp_path / "out")]
+    words = ["batch", str(tiny_folder), str(source), str(tmp_path / "out")]
     assert main([*words, "--json_schema", str(path)]) == 1
     said = 'answers cannot be kept to this schema: not supported: "not"'
     assert capsys.readouterr().err == f"mistral-chat: error: {path}: {said}\n"
@@ -525,6 +526,7 @@ def test_torn_line_is_cut_off_and_run_again(tiny_folder: Path, tmp_path: Path, t
     assert second["id"] == 2
 
 
+@pytest.mark.usefixtures("nothing_loaded")
 @pytest.mark.parametrize(
     ("held", "said"),
     [
@@ -541,12 +543,16 @@ def test_torn_line_is_cut_off_and_run_again(tiny_folder: Path, tmp_path: Path, t
     ],
 )
 def test_out_of_something_else_is_refused_and_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], held: list[Any], said: str
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    held: list[Any],
+    said: str,
 ) -> None:
     source = _write(tmp_path / "in", {"prompt": "a"}, {"prompt": "b"})
     target = _write(tmp_path / "out", *held)
     before = target.read_bytes()
-    assert main(["batch", str(_shape(tmp_path)), str(source), str(target)]) == 1
+    assert main(["batch", str(tiny_folder), str(source), str(target)]) == 1
     assert said in capsys.readouterr().err
     assert target.read_bytes() == before
 
@@ -595,11 +601,12 @@ def test_errors_are_tried_again_when_asked_for(
     assert target.read_bytes() == before
 
 
-def test_errors_that_stay_are_written_anew_once(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("nothing_loaded")
+def test_errors_that_stay_are_written_anew_once(tiny_folder: Path, tmp_path: Path) -> None:
     source = _write(tmp_path / "in", "{", {"prompt": "a", "temperature": "hot"})
     target = tmp_path / "link"
     target.symlink_to("out")
-    words = ["batch", str(_shape(tmp_path)), str(source), str(target), "--quiet"]
+    words = ["batch", str(tiny_folder), str(source), str(target), "--quiet"]
     for more in ([], ["--retry_errors"], ["--retry_errors"], []):
         assert main([*words, *more]) == 1
         assert [r["id"] for r in _records(target.read_text())] == [1, 2]
@@ -668,16 +675,7 @@ def test_output_that_was_replaced_meanwhile_is_not_written(
         batch_output.Output(str(target), source.stat())
 
 
-def _shape(tmp_path: Path) -> Path:
-    """A folder whose shape can be read, and whose weights cannot: they must not be asked for."""
-    from tests.conftest import TINY, write_params
-
-    folder = tmp_path / "shape"
-    folder.mkdir(exist_ok=True)
-    write_params(folder, TINY)
-    return folder
-
-
+@pytest.mark.usefixtures("nothing_loaded")
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -698,6 +696,7 @@ def _shape(tmp_path: Path) -> Path:
     ],
 )
 def test_what_cannot_be_is_refused_before_the_model_is_loaded(
+    tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -705,14 +704,13 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
     code: int,
     said: str,
 ) -> None:
-    folder = _shape(tmp_path)
     monkeypatch.chdir(tmp_path)
     _write(Path("in"), {"prompt": "a"})
     Path("link").symlink_to("in")
     Path("empty").write_text(" \n\n")
     with Path("locked").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert main(["batch", str(folder), *words]) == code
+        assert main(["batch", str(tiny_folder), *words]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mistral-chat: error: ")
     assert said in line
@@ -745,12 +743,15 @@ def test_two_ranks_answer_the_same_and_find_nothing_left(
 
 
 def test_rank_that_cannot_load_says_so_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     load = Mock(side_effect=PeerFailedError("rank 1 has failed"))
     monkeypatch.setattr(start, "load", load)
     source = _write(tmp_path / "in", {"prompt": "a"})
-    words = ["batch", str(_shape(tmp_path)), str(source), str(tmp_path / "out"), "--device=cpu"]
+    words = ["batch", str(tiny_folder), str(source), str(tmp_path / "out"), "--device=cpu"]
     assert main(words) == 1
     assert capfd.readouterr() == ("", "")
     assert load.call_count == 1

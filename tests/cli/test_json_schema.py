@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 
 from mistral_chat.cli import flags
+from mistral_chat.cli.main import main
 from mistral_chat.errors import UsageError
 from tests.conftest import Run
 
@@ -61,16 +62,15 @@ def test_cut_answer_says_so_and_stays(run: Run, tiny_folder: Path, words: tuple[
     assert done.err == f"mistral-chat: error: {said}\n"
 
 
+@pytest.mark.usefixtures("nothing_loaded")
 def test_wrong_schema_is_named_before_weights_are_loaded(
-    run: Run, broken_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (broken_folder / "consolidated.safetensors").unlink()
     path = tmp_path / "wrong.json"
     path.write_text('{"not": {}}')
-    done = run(broken_folder, *HOT, "--json_schema", path)
-    assert (done.code, done.out) == (1, "")
+    assert main([str(tiny_folder), *HOT, "--json_schema", str(path)]) == 1
     said = 'answers cannot be kept to this schema: not supported: "not"'
-    assert done.err == f"mistral-chat: error: {path}: {said}\n"
+    assert capsys.readouterr() == ("", f"mistral-chat: error: {path}: {said}\n")
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_commands_change_the_chat(tiny_folder: Path, tmp_path: Path) -> None:
         type_line("/set temperature 0", "temperature 0.0")
         type_line("/set temperature warm", "error: /set temperature")
         type_line("first", "stopped at")
-        type_line(f"/file {note}", "comes before the next message")
+        type_line(f"/file {note}", r"comes\s+before\s+the\s+next\s+message")
         type_line("second", "stopped at")
         type_line("/tokens", r"\d+ tokens in this chat, .* \d+ of 512 left")
         type_line("/stats", r"3 tokens, .* tokens/s")

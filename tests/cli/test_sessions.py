@@ -478,7 +478,6 @@ STEPS: list[tuple[str, Callable[[Session], None]]] = [
     ("unsaid", Session.drop_last),
     ("undo", Session.undo),
     ("drop", lambda s: s.drop(1)),
-    ("clear", Session.clear),
     ("system", lambda s: s.set_system("new")),
 ]
 

@@ -128,6 +128,7 @@ def test_few_tokens_of_one_sequence_are_scored_as_one_by_one() -> None:
         torch.testing.assert_close(logits, torch.stack(single[:n]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.alone
 def test_memory_does_not_grow_over_10_000_steps() -> None:
     runner = make_runner(SHAPES["windows"], torch.bfloat16, decoder=True, slots=2)
     params = [SamplingParams(max_tokens=800, temperature=0.7, seed=n, ignore_eos=True)

@@ -107,18 +107,19 @@ def test_sliding_window_and_chunks_agree_on_a_gpu() -> None:
     assert max(abs(a - b) for a, b in zip(whole[0], chunked[0], strict=True)) < 5e-4
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_llms_with_ranks_one_after_another_and_at_once(folder: Path, tmp_path: Path) -> None:
-    """LLMS=20 opens as many in a row."""
+    """LLMS=20 opens as many in a row: resident memory grows up to the third, and no more."""
     if N_GPUS < 2:
         pytest.skip(f"{N_GPUS} GPUs")
-    n_in_a_row = int(os.environ.get("LLMS", "3"))
+    n_in_a_row = int(os.environ.get("LLMS", "4"))
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     (broken / "consolidated.safetensors").unlink()
     with LLM(folder, device="cpu", dtype="float32", max_seq_len=128) as alone:
         wanted = list(alone.generate("Hello", GREEDY)[0].token_ids)
     said = run_llms("cuda", n_in_a_row, folder, broken, timeout_s=160 + 20 * n_in_a_row)
-    check_llms(said, n_in_a_row, wanted, more_files=NCCL_SOCKETS)
+    check_llms(said, n_in_a_row, wanted, settled=2, more_files=NCCL_SOCKETS)
     row = [one["held"]["device_bytes"] for one in said[:n_in_a_row]]
     assert row[-1] <= row[1] + 2**22  # a peer's addresses, 512 bytes each, torch never frees
 

@@ -147,6 +147,7 @@ class Run:
         def take_terminal() -> None:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(HUP, signal.SIG_DFL)  # which nohup had these tests ignore
 
         self.shell = subprocess.Popen(
             ["sh", "-c", '"$@"; echo "code $?"; exec sleep 600', "sh", *command],
