@@ -122,7 +122,7 @@ def broken_folder(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def embedded_folder() -> Path:
     """The embedded model, converted on first use."""
-    from mistral_chat.cli.embedded import embedded_model
+    from mistral_chat.cli.hub.embedded import embedded_model
 
     return embedded_model()
 

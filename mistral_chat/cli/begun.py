@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from mistral_chat.cli import printing
-from mistral_chat.cli.terminal import is_terminal
+from mistral_chat.cli.console import printing
+from mistral_chat.cli.console.terminal import is_terminal
 from mistral_chat.engine.launch import launched_rank, launched_ranks
 from mistral_chat.errors import one_line
 

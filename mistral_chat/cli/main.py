@@ -4,7 +4,6 @@ Flags are checked before anything heavy is imported; errors become one line and 
 nowhere else.
 """
 
-import atexit
 import contextlib
 import os
 import signal
@@ -13,26 +12,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from mistral_chat import __version__
-from mistral_chat.cli import flags, printing, start
-from mistral_chat.cli.begun import Begun, say_what_starts
+from mistral_chat.cli import flags
+from mistral_chat.cli.begun import Begun
+from mistral_chat.cli.codes import INTERRUPTED, WRONG_USAGE, code_of
+from mistral_chat.cli.console import printing
 from mistral_chat.cli.pipes import keep_pipes
 from mistral_chat.engine.launch import (
     is_launched,
     launched_rank,
-    launched_ranks,
     set_up_environment,
 )
-from mistral_chat.errors import MistralChatError, OutputError, UsageError, shown
-
-if TYPE_CHECKING:
-    from mistral_chat.cli.inputs import Inputs
+from mistral_chat.errors import MistralChatError, UsageError, shown
 
 __all__ = ["main"]
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 RANK_0_SPEAKS_S = 5.0
 
 
@@ -72,7 +67,7 @@ def _run(argv: Sequence[str] | None) -> int:
             if not isinstance(error, MistralChatError):
                 raise
             _say_once(error)
-            return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+            return code_of(error)
 
 
 @contextmanager
@@ -130,21 +125,21 @@ def _command(words: list[str], begun: Begun) -> int:
         words = keep_pipes(words, _say_that_it_waits("--quiet" not in words))
     command = words[0] if words and words[0] in flags.COMMANDS else None
     if command == "bench":
-        from mistral_chat.cli import bench
+        from mistral_chat.cli.bench import run as bench
 
         return bench.run(words[1:], begun)
     if command == "demo":
         return _demo(words[1:], begun)
     if command == "download":
-        from mistral_chat.cli import download
+        from mistral_chat.cli.hub import download
 
         return download.run(words[1:])
     if command == "inspect":
-        from mistral_chat.cli import inspect
+        from mistral_chat.cli.inspect import run as inspect
 
         return inspect.run(words[1:])
     if command == "batch":
-        from mistral_chat.cli import batch
+        from mistral_chat.cli.batch import run as batch
 
         return batch.run(words[1:], begun)
     _refuse_misspelt_command(words)
@@ -153,7 +148,9 @@ def _command(words: list[str], begun: Begun) -> int:
         return _help(None, code=0 if words else WRONG_USAGE)
     if "--version" in normalized:
         return _print_version()
-    return _main_job(flags.parse(normalized), words, begun)
+    from mistral_chat.cli.talk import run as talk
+
+    return talk.run(flags.parse(normalized), words, begun)
 
 
 def _refuse_misspelt_command(words: Sequence[str]) -> None:
@@ -195,7 +192,7 @@ def _demo(words: list[str], begun: Begun) -> int:
         return _help("demo")
     options = flags.parse(["MODEL", "--instruct", *normalized])
 
-    from mistral_chat.cli.embedded import embedded_model
+    from mistral_chat.cli.hub.embedded import embedded_model
     from mistral_chat.engine.launch import visible_gpus
 
     show_bar = not options.quiet and launched_rank() in (None, 0)
@@ -209,7 +206,9 @@ def _demo(words: list[str], begun: Begun) -> int:
         on_gpus = options.engine.device != "cpu" and visible_gpus()
         own.append(f"--nproc_per_node={min(2, on_gpus) if on_gpus else 2}")
     words = [*own, *words]
-    return _main_job(flags.parse(flags.normalize(words)), words, begun)
+    from mistral_chat.cli.talk import run as talk
+
+    return talk.run(flags.parse(flags.normalize(words)), words, begun)
 
 
 def _demo_progress(quiet: bool) -> Callable[[str], None]:
@@ -218,101 +217,3 @@ def _demo_progress(quiet: bool) -> Callable[[str], None]:
             printing.note(f"mistral-chat: {line}")
 
     return show
-
-
-def _main_job(options: flags.Options, words: list[str], begun: Begun) -> int:
-    if rank := launched_rank():
-        start.launch(options, words)
-        return start.follow(options.engine)
-    if sys.stdout is None:
-        raise OutputError("stdout is closed: expected somewhere to write the answer to")
-    from mistral_chat.cli.suggestions import require_model
-
-    require_model(options.engine.model)
-    say_what_starts(options, begun)
-    from mistral_chat.cli.checks import check_model
-    from mistral_chat.cli.inputs import read_inputs
-
-    if not begun.by_us:
-        n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
-        check_model(options.engine, n_ranks)
-    inputs = read_inputs(options, for_ranks=rank is None)
-    with begun.handed_on():
-        code = start.launch(options, words)
-    if code is not None:
-        return code
-    with contextlib.ExitStack() as held:
-        return _lead(options, inputs, begun, held)
-
-
-def _lead(
-    options: flags.Options, inputs: "Inputs", begun: Begun, held: contextlib.ExitStack
-) -> int:
-    """Rank 0: load, then answer or chat; what is held is let go afterwards."""
-    from mistral_chat.cli.going_on import typed_command
-    from mistral_chat.cli.terminal import QuietTerminal
-    from mistral_chat.cli.terminal_state import TerminalState
-
-    typed = typed_command(launched=launched_rank() is not None)
-    before = TerminalState()
-    # What is typed from now on waits for the prompt, unseen.
-    is_chat = inputs.prompt is None
-    terminal = held.enter_context(QuietTerminal(signals=True)) if is_chat else None
-
-    from mistral_chat.chat.chat import Chat
-    from mistral_chat.chat.functions import PythonFunctions
-    from mistral_chat.cli import one_shot
-    from mistral_chat.cli.calls import print_line
-    from mistral_chat.cli.repl import chat_at_terminal
-    from mistral_chat.cli.terminal_chat import TerminalChat
-    from mistral_chat.engine.engine import Engine
-    from mistral_chat.engine.group import PeerFailedError
-    from mistral_chat.engine.launch import current_group
-
-    functions: PythonFunctions | None = None
-    tools = inputs.offered.tools
-    if options.tools is not None and options.tools.suffix == ".py":
-        on_printed = (lambda line: None) if options.quiet else print_line
-        functions = PythonFunctions(
-            options.tools, options.tool_timeout, on_printed, options.tools_env
-        )
-        atexit.register(functions.close)  # should this process be killed, it ends them, too
-        tools = functions.tools
-    group = current_group()
-    talk: TerminalChat | None = None
-
-    def say_how_to_go_on() -> None:
-        if talk is not None:
-            talk.say_how_to_go_on(typed)
-
-    end_process = start.end_with(group, last_words=say_how_to_go_on, terminal=before)
-    start.end_on_signals(lambda code: end_process("", code), signal.SIGTERM, signal.SIGHUP)
-    try:
-        loaded = start.load(
-            options.engine, group, begun.at, quiet=options.quiet, stats=options.stats
-        )
-    except PeerFailedError:
-        return FAILED
-    with start.parting(group):
-        chat = Chat(
-            Engine(loaded.runner),
-            loaded.tokenizer,
-            instruct=options.instruct,
-            system=inputs.offered.system,
-            tools=tools,
-            grammar=inputs.offered.grammar,
-        )
-        if inputs.prompt is not None:
-            run = functions if options.yes else None
-            return one_shot.answer_once(chat, options, inputs.prompt, loaded.load_s, run)
-        assert terminal is not None
-        terminal.hold_signals()
-        talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
-        talk.files = list(inputs.files)
-        for path in options.files if not options.quiet else ():
-            printing.note(f"{path} comes before the next message")
-        try:
-            chat_at_terminal(talk, quiet=options.quiet)
-        finally:
-            say_how_to_go_on()
-    return 0

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from mistral_chat.cli import printing
+from mistral_chat.cli.codes import FAILED, code_of
+from mistral_chat.cli.console import printing
 from mistral_chat.cli.flags import Options
 from mistral_chat.engine import parent
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
@@ -23,7 +24,7 @@ from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
-    from mistral_chat.cli.terminal_state import TerminalState
+    from mistral_chat.cli.console.terminal_state import TerminalState
     from mistral_chat.config import EngineConfig
     from mistral_chat.engine.group import Group
     from mistral_chat.engine.runner import Runner
@@ -40,7 +41,6 @@ __all__ = [
     "tokenizer_of",
 ]
 
-FAILED, WRONG_USAGE = 1, 2
 ONE_SPEAKS_S = 2.0
 
 
@@ -72,7 +72,7 @@ def launch(options: Options, words: Sequence[str]) -> int | None:
 
 def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
     """Start ranks and wait for them; the code to end with."""
-    from mistral_chat.cli.terminal_state import TerminalState
+    from mistral_chat.cli.console.terminal_state import TerminalState
     from mistral_chat.engine.launcher import run_ranks
 
     terminal = TerminalState()
@@ -109,7 +109,7 @@ def follow(config: "EngineConfig") -> int:
     """Any rank but 0: serve rank 0 until it ends; the code to end with."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as our own launcher has it
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
-    from mistral_chat.cli.terminal_state import TerminalState
+    from mistral_chat.cli.console.terminal_state import TerminalState
 
     terminal = TerminalState()
     from mistral_chat.engine.group import PeerFailedError
@@ -129,7 +129,7 @@ def follow(config: "EngineConfig") -> int:
         return FAILED
     except MistralChatError as error:  # this rank is the one to say it
         printing.error(error)
-        return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+        return code_of(error)
     return 0
 
 
@@ -150,7 +150,7 @@ def end_with(
     Returns:
         ends the process in the same way, with a message (or none) and a code.
     """
-    from mistral_chat.cli.terminal_state import TerminalState
+    from mistral_chat.cli.console.terminal_state import TerminalState
 
     before = terminal or TerminalState()
     ending: list[int] = []  # the thread that ends the process
@@ -222,7 +222,7 @@ def load(
         MistralChatError: this rank cannot; the others end without a word.
     """
     from mistral_chat.chat.tokenizer_file import find_tokenizer
-    from mistral_chat.cli import render
+    from mistral_chat.cli.console import render
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.start_up import load_runner
     from mistral_chat.model.args import read_args

@@ -16,7 +16,8 @@ from mistral_common.protocol.instruct.tool_calls import Function, Tool
 from mistral_chat import LLM, Answer, SamplingParams
 from mistral_chat.chat.batch import answer_many
 from mistral_chat.chat.messages import encode_messages, read_messages
-from mistral_chat.cli import batch_lines, flags
+from mistral_chat.cli import flags
+from mistral_chat.cli.batch import lines as batch_lines
 from mistral_chat.errors import MistralChatError, PromptError, UsageError, one_line
 from tests.scripts.tokenizers import WITH_MARKS, tokenizer
 

@@ -13,8 +13,9 @@ from typing import Any
 import pexpect
 import pytest
 
-from mistral_chat.cli import bench_tables, main
+from mistral_chat.cli import main
 from mistral_chat.cli.begun import HANDED_ON, OWN_START_S, Begun, name_of
+from mistral_chat.cli.bench import tables as bench_tables
 from mistral_chat.errors import MistralChatError
 from mistral_chat.model.checkpoint import read_headers
 from mistral_chat.model.loading import Reading

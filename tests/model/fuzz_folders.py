@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from mistral_chat.chat.llm import LLM
-from mistral_chat.cli import inspect
+from mistral_chat.cli.inspect import run as inspect
 from mistral_chat.config import EngineConfig, LoadFormat, SamplingParams
 from mistral_chat.errors import MistralChatError, one_line
 from mistral_chat.model.args import TransformerArgs

@@ -76,7 +76,7 @@ AFTER: dict[str, tuple[str, Callable[[Any], None]]] = {
     "loading": ("mistral_chat.model.loading", finish_late),
     "prefill": ("mistral_chat.model.transformer", step_late),
     "decode": ("mistral_chat.model.transformer", step_late),
-    "call": ("mistral_chat.cli.terminal_chat", call),
+    "call": ("mistral_chat.cli.talk.terminal_chat", call),
 }
 
 

@@ -1,0 +1,1 @@
+"""`mistral-chat batch`: many prompts, a JSON line each."""

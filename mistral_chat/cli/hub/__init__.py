@@ -1,0 +1,1 @@
+"""Models that are not in a folder yet: the hub, its cache, and the embedded model."""

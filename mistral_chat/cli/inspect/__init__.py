@@ -1,0 +1,1 @@
+"""`mistral-chat inspect`: what a folder holds, and which GPUs it fits."""

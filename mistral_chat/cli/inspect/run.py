@@ -1,0 +1,258 @@
+"""`mistral-chat inspect`: what a model is, and what each rank would hold of it; loads nothing.
+
+Every figure of memory is `engine.memory.plan_memory`'s, which refuses or admits a run too.
+"""
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistral_chat.cli import flags
+from mistral_chat.cli.suggestions import require_model
+from mistral_chat.cli.words import OwnFlag, read_own, whole_from
+from mistral_chat.errors import NotEnoughMemoryError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mistral_chat.config import EngineConfig
+    from mistral_chat.engine.memory import Plan
+    from mistral_chat.model.args import TransformerArgs
+
+__all__ = ["run"]
+
+WORLD_SIZES = (1, 2, 4, 8)
+NO_LIMIT = 1 << 62
+HELP = """usage: mistral-chat inspect MODEL [flags]
+
+Say what a model is and what each rank would hold of it, without loading a weight. Ranks beyond
+this machine's GPUs are taken to have GPUs like them.
+
+  --gpu_memory SIZE    assume GPUs with this much free, such as 80GB or 141GB
+  --max_batch_size N   sequences held at once (1)
+  --json               one JSON object on stdout instead of text
+  and of the main job: --nproc_per_node (1, 2, 4 and 8) --device --dtype --max_seq_len --config
+  --load_format
+"""
+_UNITS = {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10,
+          "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
+    if not match or match[2] not in _UNITS:
+        raise ValueError
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+_OWN = {
+    "gpu_memory": OwnFlag(_bytes, "bytes with a unit, such as 141GB"),
+    "max_batch_size": whole_from(1),
+    "json": OwnFlag(name="as_json"),
+}
+_SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the command's own flags ask for."""
+
+    gpu_memory: int | None = None
+    max_batch_size: int = 1
+    as_json: bool = False
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command; the code to end with."""
+    from mistral_chat.engine.launch import launched_rank
+
+    values, rest = read_own(words, _OWN, flags.shared(*_SHARED))
+    leads = launched_rank() in (None, 0)
+    if values is None:
+        if leads:
+            print(HELP, end="")
+        return 0
+    asked = Asked(**values)
+    options = flags.parse(rest, takes_text=False)
+    config = replace(options.engine, max_batch_size=asked.max_batch_size)
+    if asked.gpu_memory is not None and config.device == "cpu":
+        raise UsageError("--gpu_memory and --device cpu: expected one of them")
+    if not leads:
+        return 0
+    require_model(config.model)
+    result = _inspect(config, options.nproc_per_node, asked.gpu_memory)
+    from mistral_chat.cli.inspect import text as inspect_text
+
+    print(json.dumps(result) if asked.as_json else inspect_text.text_of(result))
+    return 0
+
+
+def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None) -> dict[str, Any]:
+    """All there is to say, as `--json` says it.
+
+    Raises:
+        MistralChatError: what a run would refuse this folder or these flags with.
+    """
+    import torch
+
+    from mistral_chat.engine.start_up import choose_device, choose_dtype
+    from mistral_chat.model.args import args_of
+
+    args = args_of(config)
+    config.require_positions(args.max_seq_len)
+    if gpu_memory is not None:
+        device = torch.device("cuda")
+        dtype = torch.bfloat16 if config.dtype == "auto" else choose_dtype(config.dtype, device)
+    else:
+        device = choose_device(config.device, 0)
+        dtype = choose_dtype(config.dtype, device)
+    shape = asdict(args)
+    del shape["max_batch_size"]
+    free, n_devices = _free(device, gpu_memory)
+    return {
+        "model": str(config.model or "dummy weights"),
+        "parameters": args.n_params,
+        "shape": shape,
+        "weights": _weights(config, args),
+        "tokenizer": _tokenizer(config.model, args.vocab_size),
+        "device": device.type,
+        "assumed_gpu_bytes": gpu_memory,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_batch_size": config.max_batch_size,
+        "plans": [
+            _plan_ranks(args, world_size, config, device, dtype, free)
+            for world_size in _world_sizes(args, n_ranks, n_devices)
+        ],
+    }
+
+
+def _weights(config: "EngineConfig", args: "TransformerArgs") -> dict[str, Any] | None:
+    """The files of weights, their headers held against the shape; None where there are none."""
+    from mistral_chat.model.checkpoint import check_tensors, find_weights, read_headers
+    from mistral_chat.model.sharding import Shard, placements
+
+    folder = config.model
+    if folder is None or config.load_format == "dummy":
+        return None
+    headers = read_headers(folder, config.load_format)
+    check_tensors(folder, headers, placements(Shard(args), headers.layout))
+    files = find_weights(folder, config.load_format)
+    return {
+        "layout": "pth" if files[0].suffix == ".pth" else headers.layout,
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "dtypes": sorted({tensor.dtype for tensor in headers.tensors.values()}),
+    }
+
+
+def _tokenizer(folder: Path | None, vocab_size: int) -> dict[str, str] | None:
+    if folder is None:
+        return None
+    from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.chat.tokenizer_file import find_tokenizer
+
+    version = Tokenizer.from_folder(folder, vocab_size).version  # as a run takes it
+    return {"file": find_tokenizer(folder).name, "version": version}
+
+
+def _free(
+    device: "torch.device", gpu_memory: int | None
+) -> tuple[Callable[[int, int], int], int | None]:
+    """What a rank of so many may take, and how many devices there are; None: as many as wanted."""
+    import torch
+
+    from mistral_chat.engine.memory import free_bytes
+
+    if gpu_memory is not None:
+        return lambda rank, world_size: gpu_memory, None
+    if device.type == "cpu":
+        host = free_bytes(device, 1)
+        return lambda rank, world_size: host // world_size, None
+    gpus = [free_bytes(torch.device("cuda", n), 1) for n in range(torch.cuda.device_count())]
+    # More ranks than GPUs run on several machines, which are taken to be like this one.
+    return lambda rank, world_size: gpus[rank % len(gpus)], len(gpus)
+
+
+def _world_sizes(
+    args: "TransformerArgs", n_ranks: int | None, n_devices: int | None
+) -> Sequence[int]:
+    if n_ranks is not None:
+        return [n_ranks]
+    most = min(args.n_heads, args.hidden_dim, args.vocab_size, n_devices or max(WORLD_SIZES))
+    return [n for n in WORLD_SIZES if n <= most]
+
+
+def _plan_ranks(
+    args: "TransformerArgs",
+    world_size: int,
+    config: "EngineConfig",
+    device: "torch.device",
+    dtype: "torch.dtype",
+    free: Callable[[int, int], int],
+) -> dict[str, Any]:
+    """One number of ranks: what each holds for the context that a run would take."""
+    from mistral_chat.engine.memory import LEAST_SEQ_LEN, plan_memory
+    from mistral_chat.engine.start_up import chunk_size_of
+    from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
+    from mistral_chat.model.sharding import Shard
+
+    most = args.max_seq_len or DEFAULT_MAX_SEQ_LEN
+    asked = config.max_seq_len
+
+    def plan(rank: int, room: int, max_seq_len: int | None) -> "Plan":
+        return plan_memory(
+            Shard(args, world_size, rank),
+            dtype=dtype,
+            device=device,
+            free=room,
+            n_slots=config.max_batch_size,
+            chunk_size=min(chunk_size_of(config, device), max_seq_len or most),
+            max_seq_len=max_seq_len,
+        )
+
+    def fits(rank: int, room: int, max_seq_len: int | None) -> int | None:
+        try:
+            return plan(rank, room, max_seq_len).max_seq_len
+        except NotEnoughMemoryError:
+            return None
+
+    def longest(rank: int, room: int) -> int:
+        """The largest --max_seq_len that a run is not refused with; 0 for none."""
+        contexts = range(2, most + 1)
+        n = bisect_left(contexts, True, key=lambda n: fits(rank, room, n) is None)
+        return contexts[n - 1] if n else 0
+
+    rooms = [free(rank, world_size) for rank in range(world_size)]
+    planned = [fits(rank, room, asked) for rank, room in enumerate(rooms)]
+    fitting = [n for n in planned if n is not None]
+    all_fit = len(fitting) == world_size
+    context = min(fitting) if all_fit else asked or min(most, LEAST_SEQ_LEN)
+    ranks = []
+    for rank, (room, fitted) in enumerate(zip(rooms, planned, strict=True)):
+        needs = plan(rank, NO_LIMIT, asked)
+        kv = context * needs.kv_per_token
+        at_most = longest(rank, room) if asked or fitted is None else fitted
+        ranks.append(
+            {
+                "rank": rank,
+                "weights_bytes": needs.weights,
+                "kv_bytes": kv,
+                "kv_bytes_per_token": needs.kv_per_token,
+                "workspace_bytes": needs.workspace,
+                "free_bytes": room,
+                "fits": fitted is not None,
+                "missing_bytes": max(0, needs.weights + kv + needs.workspace - room),
+                "longest_context": at_most,
+            }
+        )
+    return {
+        "world_size": world_size,
+        "fits": all_fit,
+        "context": context,
+        "longest_context": min(row["longest_context"] for row in ranks),
+        "ranks": ranks,
+    }

@@ -1,0 +1,117 @@
+"""A chat's messages as text for people: a line each, a file, the clipboard.
+
+Knows nothing of terminals but the sequence that fills a clipboard.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mistral_common.protocol.instruct.messages import (
+    AssistantMessage,
+    ToolMessage,
+    UserMessage,
+)
+
+from mistral_chat.chat.conversation import Conversation, Message, calls_of
+from mistral_chat.chat.tools import UNREADABLE, ToolCall
+from mistral_chat.cli.console.printing import clean, wrap
+from mistral_chat.errors import OutputError
+
+__all__ = [
+    "call_line",
+    "clipboard_sequence",
+    "last_exchange",
+    "shorten",
+    "two_columns",
+    "visible",
+    "write_markdown",
+]
+
+
+def shorten(text: str, width: int = 70) -> str:
+    """A text on one line, cut where it is long, and nothing in it that a terminal would obey."""
+    line = clean(" ".join(text.split()))
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def two_columns(rows: Mapping[str, str], columns: int, least: int) -> str:
+    """Names and their meanings, broken between words; one below the other in a narrow window.
+
+    Args:
+        rows: meaning by name.
+        columns: of the window.
+        least: columns that two columns take.
+    """
+    width = max(map(len, rows))
+    lines: list[str] = []
+    for name, meaning in rows.items():
+        if columns >= least:
+            lines += wrap(f"{name:{width}}  {meaning}", columns, width + 2)
+        else:
+            lines += [*wrap(name, columns), *wrap(f"  {meaning}", columns)]
+    return "\n".join(lines)
+
+
+def call_line(call: ToolCall) -> str:
+    """A call on one line, such as `weather(city="Paris")`, and nothing in it that hides."""
+    if call.name == UNREADABLE:
+        return f"(unreadable) {visible(str(call.arguments.get('text', '')))}"
+    arguments = ", ".join(
+        f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call.arguments.items()
+    )
+    return f"{call.name}({visible(arguments)})"
+
+
+def visible(text: str) -> str:
+    """Text of a model's without what a terminal obeys, or what would turn its direction."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+def last_exchange(conversation: Conversation) -> Iterator[str]:
+    """The last message of each side, to remind of."""
+    said = [i for i, m in enumerate(conversation.messages) if isinstance(m, UserMessage)]
+    for message in conversation.messages[said[-1] if said else 0 :]:
+        if isinstance(message, UserMessage):
+            yield f"> {shorten(str(message.content), 200)}"
+        elif isinstance(message, AssistantMessage):
+            if message.content:
+                yield shorten(str(message.content), 400)
+            for call in calls_of(message):
+                yield f"calls {shorten(call_line(call), 200)}"
+
+
+def clipboard_sequence(text: str) -> str:
+    """What tells a terminal to take a text on its clipboard (OSC 52), also over ssh."""
+    return f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
+
+
+def _markdown_of(message: Message) -> str:
+    """One message under a heading; what functions gave is fenced, since it is no Markdown."""
+    titles = {"system": "System", "user": "You", "assistant": "Model"}
+    if isinstance(message, ToolMessage):
+        text = str(message.content)
+        runs = re.findall("`+", text)
+        fence = "`" * max(3, 1 + max(map(len, runs), default=0))
+        return f"## Result of {message.name}\n\n{fence}\n{text}\n{fence}\n"
+    parts = [str(message.content)] if message.content else []
+    parts += [f"calls `{call_line(call)}`" for call in calls_of(message)]
+    return f"## {titles[message.role]}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def write_markdown(path: Path, conversation: Conversation) -> None:
+    """Write a chat for people to read; an existing file is not overwritten.
+
+    Raises:
+        OutputError: there is such a file, or it cannot be written.
+    """
+    parts = [_markdown_of(message) for message in conversation.messages]
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write("\n".join(parts))
+    except FileExistsError as error:
+        raise OutputError(f"{path} is there already: expected a new name") from error
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror})") from error

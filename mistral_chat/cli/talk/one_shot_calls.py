@@ -1,0 +1,86 @@
+"""One prompt whose answer may need functions: rounds until there is an answer, then that alone.
+
+Text before a call is no answer, and which it was is known only at its end, so nothing streams.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from mistral_chat.chat.answer import Answer, Usage
+from mistral_chat.chat.chat import Chat, ChatStream
+from mistral_chat.chat.functions import PythonFunctions
+from mistral_chat.chat.rounds import Rounds
+from mistral_chat.cli.console import render
+from mistral_chat.cli.flags import Options
+from mistral_chat.cli.talk.calls import CallDesk
+
+__all__ = ["answer_with_functions"]
+
+Interruptible = Callable[[Callable[[], None]], AbstractContextManager[Callable[[], None]]]
+
+
+def answer_with_functions(
+    chat: Chat,
+    options: Options,
+    stream: ChatStream,
+    functions: PythonFunctions,
+    interruptible: Interruptible,
+) -> tuple[Answer, str | None]:
+    """Run what the model calls until it answers.
+
+    Args:
+        chat: asked already.
+        options: of the command line.
+        stream: of the first answer.
+        functions: to run.
+        interruptible: has Ctrl-C call something while its context lasts.
+
+    Returns:
+        the last answer without any call's text, with the seed of the first and the tokens of all;
+        and why the model was not asked again, where it has not answered.
+
+    Raises:
+        ContextLengthError: what functions gave does not fit.
+    """
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        stream.cancel()
+
+    answers: list[Answer] = []
+    with interruptible(stop) as poll:
+
+        def is_stopped() -> bool:
+            poll()
+            return stopped
+
+        desk = CallDesk(functions, yes=True, quiet=options.quiet, is_cancelled=is_stopped)
+        rounds = Rounds(chat, options.sampling, desk.run)
+        following: ChatStream | None = stream
+        while following is not None:
+            stream = following
+            if stopped:  # since the one before had ended
+                stream.cancel()
+            for _ in stream:
+                poll()
+            assert stream.answer is not None
+            answers.append(stream.answer)
+            if stream.answer.said and chat.conversation.open_calls and not options.quiet:
+                render.note(stream.answer.said.strip())
+            for result in rounds.results(stream.answer):
+                desk.show(result)
+            following = rounds.go_on()
+    return _summed(answers, cancelled=rounds.cancelled), rounds.ended
+
+
+def _summed(answers: list[Answer], *, cancelled: bool) -> Answer:
+    usage = Usage(
+        sum(answer.usage.prompt_tokens for answer in answers),
+        sum(answer.usage.cached_tokens for answer in answers),
+        sum(answer.usage.completion_tokens for answer in answers),
+    )
+    summed = replace(answers[-1], text=answers[-1].said, usage=usage, seed=answers[0].seed)
+    return replace(summed, finish_reason="cancelled") if cancelled else summed

@@ -1,0 +1,127 @@
+"""The main job: one answer or a chat, from a command line that has been read.
+
+What can be known without torch is judged first; then ranks are started, or this process is one.
+"""
+
+import atexit
+import contextlib
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from mistral_chat.cli import flags, start
+from mistral_chat.cli.begun import Begun, say_what_starts
+from mistral_chat.cli.codes import FAILED
+from mistral_chat.cli.console import printing
+from mistral_chat.engine.launch import launched_rank, launched_ranks
+from mistral_chat.errors import OutputError
+
+if TYPE_CHECKING:
+    from mistral_chat.cli.talk.inputs import Inputs
+
+__all__ = ["run"]
+
+
+def run(options: flags.Options, words: list[str], begun: Begun) -> int:
+    """Answer one prompt or chat, whichever flags and stdin ask for; the code to end with.
+
+    Args:
+        options: of the command line.
+        words: the command line itself, for ranks that are started.
+        begun: when it was.
+    """
+    if rank := launched_rank():
+        start.launch(options, words)
+        return start.follow(options.engine)
+    if sys.stdout is None:
+        raise OutputError("stdout is closed: expected somewhere to write the answer to")
+    from mistral_chat.cli.suggestions import require_model
+
+    require_model(options.engine.model)
+    say_what_starts(options, begun)
+    from mistral_chat.cli.checks import check_model
+    from mistral_chat.cli.talk.inputs import read_inputs
+
+    if not begun.by_us:
+        n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
+        check_model(options.engine, n_ranks)
+    inputs = read_inputs(options, for_ranks=rank is None)
+    with begun.handed_on():
+        code = start.launch(options, words)
+    if code is not None:
+        return code
+    with contextlib.ExitStack() as held:
+        return _lead(options, inputs, begun, held)
+
+
+def _lead(
+    options: flags.Options, inputs: "Inputs", begun: Begun, held: contextlib.ExitStack
+) -> int:
+    """Rank 0: load, then answer or chat; what is held is let go afterwards."""
+    from mistral_chat.cli.console.terminal import QuietTerminal
+    from mistral_chat.cli.console.terminal_state import TerminalState
+    from mistral_chat.cli.talk.going_on import typed_command
+
+    typed = typed_command(launched=launched_rank() is not None)
+    before = TerminalState()
+    # What is typed from now on waits for the prompt, unseen.
+    is_chat = inputs.prompt is None
+    terminal = held.enter_context(QuietTerminal(signals=True)) if is_chat else None
+
+    from mistral_chat.chat.chat import Chat
+    from mistral_chat.chat.functions import PythonFunctions
+    from mistral_chat.cli.talk import one_shot
+    from mistral_chat.cli.talk.calls import print_line
+    from mistral_chat.cli.talk.repl import chat_at_terminal
+    from mistral_chat.cli.talk.terminal_chat import TerminalChat
+    from mistral_chat.engine.engine import Engine
+    from mistral_chat.engine.group import PeerFailedError
+    from mistral_chat.engine.launch import current_group
+
+    functions: PythonFunctions | None = None
+    tools = inputs.offered.tools
+    if options.tools is not None and options.tools.suffix == ".py":
+        on_printed = (lambda line: None) if options.quiet else print_line
+        functions = PythonFunctions(
+            options.tools, options.tool_timeout, on_printed, options.tools_env
+        )
+        atexit.register(functions.close)  # should this process be killed, it ends them, too
+        tools = functions.tools
+    group = current_group()
+    talk: TerminalChat | None = None
+
+    def say_how_to_go_on() -> None:
+        if talk is not None:
+            talk.say_how_to_go_on(typed)
+
+    end_process = start.end_with(group, last_words=say_how_to_go_on, terminal=before)
+    start.end_on_signals(lambda code: end_process("", code), signal.SIGTERM, signal.SIGHUP)
+    try:
+        loaded = start.load(
+            options.engine, group, begun.at, quiet=options.quiet, stats=options.stats
+        )
+    except PeerFailedError:
+        return FAILED
+    with start.parting(group):
+        chat = Chat(
+            Engine(loaded.runner),
+            loaded.tokenizer,
+            instruct=options.instruct,
+            system=inputs.offered.system,
+            tools=tools,
+            grammar=inputs.offered.grammar,
+        )
+        if inputs.prompt is not None:
+            run = functions if options.yes else None
+            return one_shot.answer_once(chat, options, inputs.prompt, loaded.load_s, run)
+        assert terminal is not None
+        terminal.hold_signals()
+        talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
+        talk.files = list(inputs.files)
+        for path in options.files if not options.quiet else ():
+            printing.note(f"{path} comes before the next message")
+        try:
+            chat_at_terminal(talk, quiet=options.quiet)
+        finally:
+            say_how_to_go_on()
+    return 0

@@ -1,0 +1,252 @@
+"""Files of kept chats, read: where they are, which there are, and what their lines add up to.
+
+`sessions.py` adds to them. Knows nothing of conversations.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from mistral_chat.cli.console.locks import lock
+from mistral_chat.cli.flags import LATEST_SESSION
+from mistral_chat.errors import SessionError
+
+__all__ = [
+    "VERSION",
+    "State",
+    "Summary",
+    "cut_torn_line",
+    "find",
+    "obstacle_to_writing",
+    "read",
+    "sessions_folder",
+    "summaries",
+]
+
+VERSION = 1
+
+
+def sessions_folder() -> Path:
+    """Where sessions are kept: in the data directory of the XDG standard, on Linux."""
+    return Path(platformdirs.user_data_path("mistral-chat")) / "sessions"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One session of a list.
+
+    Args:
+        id: its name.
+        model: whom it was held with, last.
+        begins: the first message, on one line.
+        n_messages: of both sides.
+        changed: when something was last said.
+    """
+
+    id: str
+    model: str
+    begins: str
+    n_messages: int
+    changed: datetime
+
+
+@dataclass
+class State:
+    """What a file's lines add up to.
+
+    Args:
+        model: of now.
+        system: prompt.
+        messages: as they stand in the file.
+        replaced: what the last exchange stands in place of.
+        n_lines: read so far.
+    """
+
+    model: str = ""
+    system: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    replaced: list[dict[str, Any]] = field(default_factory=list)
+    n_lines: int = 0
+
+    def take_back(self) -> list[dict[str, Any]]:
+        """Remove the last exchange, and give it."""
+        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        begin = said[-1] if said else 0
+        gone = self.messages[begin:]
+        del self.messages[begin:]
+        return gone
+
+    def unsay(self) -> None:
+        """Remove the last exchange, which came to nothing; what it was to replace comes back."""
+        self.take_back()
+        self.messages += self.replaced
+        self.replaced = []
+
+    def drop(self, n: int) -> None:
+        """Remove the oldest exchanges."""
+        said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        del self.messages[: [*said, len(self.messages)][min(n, len(said))]]
+
+
+def summaries() -> list[Summary]:
+    """All sessions, the latest first. Files that are none are left out."""
+    found = []
+    for path in sessions_folder().glob("*.jsonl"):
+        try:
+            state = read(path)
+            changed = datetime.fromtimestamp(path.stat().st_mtime)
+        except (SessionError, OSError):
+            continue
+        first = next((m["content"] for m in state.messages if m["role"] == "user"), "")
+        begins = " ".join(first.split())
+        found.append(Summary(path.stem, state.model, begins, len(state.messages), changed))
+    return sorted(found, key=lambda s: (s.changed, s.id), reverse=True)
+
+
+def find(name: str) -> Path:
+    """The file of a chat.
+
+    Args:
+        name: its id, the beginning of one, a file, or `latest`.
+
+    Raises:
+        SessionError: there is none, or more than one.
+    """
+    folder = sessions_folder()
+    if name == LATEST_SESSION:
+        known = summaries()
+        if not known:
+            raise SessionError(f"no chat is kept in {folder}: nothing to go on with")
+        return folder / f"{known[0].id}.jsonl"
+    if "/" in name or name.endswith(".jsonl"):
+        try:
+            path = Path(name).expanduser()
+            if path.is_file():
+                return path
+        except (OSError, RuntimeError) as error:  # no permission; ~NAME, and nobody has that name
+            raise SessionError(f"{name}: cannot be read ({error})") from error
+        raise SessionError(f"{name}: no such file")
+    matches = sorted(folder.glob(f"{name}*.jsonl")) if name.replace("-", "").isalnum() else []
+    if not matches:
+        raise SessionError(f"no chat {name!r} in {folder}: /list shows those there are")
+    if len(matches) > 1:
+        some = ", ".join(path.stem for path in matches[:4])
+        raise SessionError(f"{name!r} begins {len(matches)} chats ({some}): say more of it")
+    return matches[0]
+
+
+def obstacle_to_writing(path: Path) -> str | None:
+    """Why a file cannot be added to; None where it can."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def cut_torn_line(path: Path) -> None:
+    """Take away the end of a line that was never finished, so that the next one stands alone.
+
+    A file that cannot be written, such as on a read-only disk, is left: nothing will follow.
+    """
+    if obstacle_to_writing(path) is not None:
+        return
+    try:
+        with path.open("rb+") as file:
+            # Where another process holds the file, such a line is on its way.
+            if lock(file.fileno()) and not (data := file.read()).endswith(b"\n"):
+                file.truncate(data.rfind(b"\n") + 1)
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise SessionError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file; a last line that was never finished is left out."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SessionError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+            json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
+            raise SessionError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(entry, dict):
+            raise SessionError(f"{path}, line {number}: expected an object")
+        yield entry
+
+
+def _is_message(entry: dict[str, Any]) -> bool:
+    if not isinstance(entry.get("content"), str):
+        return False
+    if entry.get("role") == "tool":
+        return all(isinstance(entry.get(name), str) for name in ("tool_call_id", "name"))
+    calls, ids = entry.get("tool_calls", []), entry.get("ids") or []
+    return (
+        entry.get("role") in ("user", "assistant")
+        and isinstance(ids, list)
+        and all(type(id_) is int for id_ in ids)
+        and isinstance(calls, list)
+        and all(map(_is_call, calls))
+    )
+
+
+def _is_call(value: Any) -> bool:
+    kinds = {"id": str, "name": str, "arguments": dict}
+    return (
+        isinstance(value, dict)
+        and value.keys() == kinds.keys()
+        and all(isinstance(value[name], kind) for name, kind in kinds.items())
+    )
+
+
+def _checked_system(value: Any, path: Path) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise SessionError(f"{path}: its system prompt is {value!r}: expected a text")
+    return value
+
+
+def read(path: Path) -> State:
+    """What the lines of a session's file add up to.
+
+    Raises:
+        SessionError: the file cannot be read or is no session.
+    """
+    state = State()
+    for entry in _lines(path):
+        state.n_lines += 1
+        if state.n_lines == 1:
+            if entry.get("type") != "session" or entry.get("version") != VERSION:
+                raise SessionError(f"{path}: no chat of this program (version {VERSION})")
+            state.model = str(entry.get("model"))
+            state.system = _checked_system(entry.get("system"), path)
+            continue
+        kind = entry.get("type")
+        if _is_message(entry):
+            if entry.get("role") == "user":
+                state.replaced = state.take_back() if entry.pop("replaces", False) else []
+            state.messages.append(entry)
+            state.model = str(entry.get("model", state.model))
+        elif kind == "undo":
+            state.take_back()
+        elif kind == "unsaid":
+            state.unsay()
+        elif kind == "drop" and isinstance(entry.get("exchanges"), int):
+            state.drop(max(0, entry["exchanges"]))
+        elif kind == "clear":  # written until /clear began a new chat
+            state.messages.clear()
+        elif kind == "system":
+            state.system = _checked_system(entry.get("content"), path)
+        else:
+            raise SessionError(f"{path}, line {state.n_lines}: found neither message nor mark")
+    if state.n_lines == 0:
+        raise SessionError(f"{path}: empty: expected a chat")
+    return state

@@ -1,0 +1,389 @@
+"""One chat at a terminal: messages, streamed answers, calls, and the session that keeps them.
+
+Ctrl-C stops what runs and nothing else. Knows nothing of the prompt's keys or of commands.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+
+from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
+from mistral_chat.chat.functions import PythonFunctions
+from mistral_chat.chat.rounds import Rounds
+from mistral_chat.cli.begun import name_of
+from mistral_chat.cli.console import render
+from mistral_chat.cli.console.terminal import QuietTerminal
+from mistral_chat.cli.flags import Options
+from mistral_chat.cli.talk.answer_view import make_view
+from mistral_chat.cli.talk.calls import CallDesk
+from mistral_chat.cli.talk.chat_text import last_exchange, shorten
+from mistral_chat.cli.talk.going_on import command_to_go_on
+from mistral_chat.cli.talk.one_shot import report, report_figures
+from mistral_chat.cli.talk.session_files import sessions_folder
+from mistral_chat.cli.talk.sessions import Session
+from mistral_chat.cli.talk.typing.draft import Draft
+from mistral_chat.cli.talk.typing.prompt import SEPARATOR
+from mistral_chat.cli.talk.typing.typed_ahead import TypedAhead, pastes_marked
+from mistral_chat.errors import ContextLengthError, PromptError, SessionError, UsageError
+
+__all__ = ["TerminalChat"]
+
+UNANSWERED = "this message had no answer yet: Enter asks again, Ctrl-C drops it"
+NEARLY_FULL = 0.9
+LEAST_ANSWER = 256  # tokens that an answer should have room for, or an eighth of the context
+
+
+class TerminalChat:
+    """What is said, answered and kept.
+
+    Args:
+        chat: to talk to.
+        options: of the command line.
+        load_s: seconds that loading took.
+        terminal: quiet already.
+        functions: that the model may have called; None has the person say what calls give.
+
+    `sampling` is for answers to come, `files` holds texts that the next message begins with,
+    `answer` is the last one, `draft` stands at the next prompt, and `typed` is what was typed
+    while there was none.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        options: Options,
+        load_s: float,
+        terminal: QuietTerminal,
+        functions: PythonFunctions | None = None,
+    ) -> None:
+        self.chat = chat
+        self.load_s = load_s
+        self.sampling = options.sampling
+        self.files: list[str] = []
+        self.answer: Answer | None = None
+        self.draft = Draft()
+        self.typed = TypedAhead()
+        self.session: Session | None = None
+        self._options = options
+        self._terminal = terminal
+        self._used = 0  # tokens of context, of late
+        self._warned_full = False
+        self._desk = CallDesk(
+            functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
+        )
+        self._pressed = False  # Ctrl-C, since the last answer began
+        self._model = name_of(options.engine.model)
+
+    # The session.
+
+    def open_session(self) -> None:
+        """Go on with the chat that the command line names, or begin one that is kept.
+
+        Raises:
+            SessionError: the chat to go on with is not there.
+        """
+        options = self._options
+        if options.resume is not None:
+            system = self.chat.conversation.system
+            self.resume(options.resume)
+            if system not in (None, self.chat.conversation.system):  # the command line's wins
+                self.chat.conversation.set_system(system)
+                self.write(lambda session: session.set_system(system))
+        else:
+            self._begin_session()
+
+    def begin_anew(self) -> None:
+        """Begin another chat with this one's system prompt; this one stays as it is kept."""
+        self.chat.clear()
+        self.files = []
+        self.answer = None
+        self.count_tokens()
+        self._begin_session()
+
+    def _begin_session(self) -> None:
+        session = None
+        if self.chat.instruct and self._options.save:
+            try:
+                session = Session.create(
+                    self._model, self.chat.conversation.system, self.chat.tokenizer.fingerprint
+                )
+            except SessionError as error:
+                render.error(error)
+        self.move_to(session)
+
+    def resume(self, name: str) -> None:
+        """Go on with a kept chat.
+
+        Args:
+            name: as `Session.open` takes it.
+
+        Raises:
+            SessionError: there is no such chat, it cannot be read, or another process goes on
+                with it.
+        """
+        session = Session.open(name, self._model, self.chat.tokenizer.fingerprint)
+        save = self._options.save
+        if save and (obstacle := session.obstacle):
+            render.error(f"{session.path} cannot be written ({obstacle}): this chat is not kept")
+            save = False
+        if self.session is not None and session.path.resolve() == self.session.path.resolve():
+            session = self.session
+        if save:
+            session.hold()
+        try:
+            unanswered = session.replay(self.chat.conversation, save=save)
+        except SessionError:
+            if session is not self.session:
+                session.release()
+            raise
+        self.move_to(session if save else None)
+        self.answer = None
+        self.draft = Draft.of(unanswered or "", why=UNANSWERED if unanswered else "")
+        self.count_tokens()
+        n = len(self.chat.conversation.messages) - (self.chat.conversation.system is not None)
+        render.note(f"chat {session.id}, {n} messages" + (
+            "; its last message had no answer and stands at the prompt" if unanswered else ""
+        ))  # fmt: skip
+        for line in last_exchange(self.chat.conversation):
+            render.note(line)
+
+    def say_how_to_go_on(self, typed: Sequence[str]) -> None:
+        """The command that goes on with this chat, once, where it is kept.
+
+        Args:
+            typed: the command that began it.
+        """
+        session, self.session = self.session, None
+        if session is not None and session.is_begun and not self._options.quiet:
+            is_found = session.path.resolve().parent == sessions_folder().resolve()
+            name = session.id if is_found else str(session.path.resolve())
+            command = command_to_go_on(typed, name)
+            render.note(f"mistral-chat: to go on with this chat: {command}", whole=True)
+
+    def move_to(self, session: Session | None) -> None:
+        """Keep what follows in another session, or in none."""
+        if self.session is not None and self.session is not session:
+            self.session.release()
+        self.session = session
+
+    def write(self, write: Callable[[Session], None]) -> None:
+        """Write to the session; where that fails, say so once and go on without."""
+        if self.session is None:
+            return
+        try:
+            write(self.session)
+            self.session.hold()  # its file comes with the first line
+        except SessionError as error:
+            self.move_to(None)
+            render.error(error)
+
+    # Messages.
+
+    def say(self, text: str, *, replace_last: bool = False) -> None:
+        """Send one message and print its answer.
+
+        A message that cannot be sent stands at the prompt again, with the reason. What Enter
+        ended during the answer is sent next; where Ctrl-C stopped the answer it stands at the
+        prompt instead.
+
+        Args:
+            text: the message; files come before it unless it stands in place of the last.
+            replace_last: the last exchange goes once this one is answered.
+        """
+        chat, options = self.chat, self._options
+        message = text if replace_last else "\n\n".join([*self.files, text])
+        before = chat.conversation.copy()
+        try:
+            stream = chat.send(message, self.sampling, replace_last=replace_last)
+        except (PromptError, UsageError) as error:  # such as /set stop beside a schema
+            why = f"mistral-chat: {error}; the message was not sent{self._room(message, error)}"
+            self.draft = Draft.of(text, replace_last=replace_last, why=why)
+            return
+        files = self.files
+        if not replace_last:
+            self.files = []
+        if chat.instruct:
+            self.write(lambda session: session.add_user(message, replaces=replace_last))
+        answer = self._print_answer(stream, message)
+        rounds = Rounds(chat, self.sampling, self._desk.run)
+        try:
+            while following := self._run_calls(rounds, answer):
+                if options.stats:
+                    report_figures(answer, chat, options, self.load_s)
+                answer = self._print_answer(following, None)
+        except PromptError as error:  # such as results that fill the context
+            chat.conversation = before
+            self.write(Session.drop_last)
+            why = f"mistral-chat: {error}; this exchange is taken back"
+            self.files, self.draft = files, Draft.of(text, replace_last=replace_last, why=why)
+            self.count_tokens()
+            return
+        if rounds.ended:
+            render.note(f"mistral-chat: {rounds.ended}")
+        elif rounds.cancelled:
+            if not options.quiet:
+                render.note("mistral-chat: interrupted")
+        else:
+            report(answer, chat, replace(options, sampling=self.sampling), self.load_s)
+            if not answer.said and chat.instruct and not options.quiet:
+                kept = "the calls are kept" if rounds.n_rounds else "this exchange is not kept"
+                render.note(f"mistral-chat: {_why_empty(answer)}; {kept}")
+        self._warn_when_nearly_full(answer)
+        if self._pressed:
+            self.draft = Draft(self.typed.take_back())
+
+    def _print_answer(self, stream: ChatStream, message: str | None) -> Answer:
+        """Print an answer as it comes, and keep it.
+
+        Args:
+            stream: of the answer.
+            message: that it answers; None are results of calls.
+        """
+        chat = self.chat
+        # What a schema or a plain completion gives is no Markdown.
+        plain = self._options.plain or not chat.instruct or chat.grammar is not None
+        view = make_view(plain=plain)
+        self._pressed = False
+        with pastes_marked():
+            for event in stream:
+                if isinstance(event, Delta) and not event.is_call:
+                    view.add(event.text)
+                n_suspended = QuietTerminal.n_suspended
+                if self._poll():
+                    stream.cancel()
+                if QuietTerminal.n_suspended != n_suspended:
+                    view.draw_anew()
+                view.show_below(self._typed_lines())
+            answer = stream.answer
+            assert answer is not None
+            self.answer = answer
+            view.show_below(())
+            if answer.said or answer.call_at is None:
+                view.finish()
+        if stream.is_kept:
+            ids, reason = chat.conversation.last_ids, answer.finish_reason
+            if calls := chat.conversation.open_calls:
+                self.write(lambda session: session.add_calls(answer.said, calls, ids))
+            else:
+                self.write(lambda session: session.add_answer(answer.said, ids, reason))
+        elif chat.instruct and message is not None:
+            self.write(Session.drop_last)
+        return answer
+
+    def _run_calls(self, rounds: Rounds, answer: Answer) -> ChatStream | None:
+        """Run the calls of an answer, keep their results, and have the model go on."""
+        for result in rounds.results(answer):
+            self.write(partial(Session.add_result, call=result.call, text=result.text))
+            self._desk.show(result)
+        return rounds.go_on()
+
+    def _poll(self) -> bool:
+        """Whether Ctrl-C was pressed; what else was typed waits."""
+        pressed, typed = self._terminal.poll()
+        self.typed.take(typed)
+        self._pressed |= pressed
+        return pressed
+
+    def take_typed_while_loading(self) -> None:
+        """Have what was typed before there was a chat stand at the prompt: it is not sent."""
+        self._poll()
+        self.typed.rest = self.typed.take_back()
+
+    def _typed_lines(self) -> list[str]:
+        """What a person sees of it."""
+        waiting = [f"queued: {shorten(message)}" for message in self.typed.messages]
+        if len(waiting) > 2:
+            waiting = [f"queued: {len(waiting)} messages"]
+        return [*waiting, f"> {shorten(self.typed.rest[-50:])}"] if self.typed.rest else waiting
+
+    def _is_interrupted(self) -> bool:
+        """Whether calls must not run: Ctrl-C counts, too, when the answer had just ended."""
+        return self._poll() or self._pressed
+
+    @property
+    def answers(self) -> list[str]:
+        """What the model has said, as it stands in the chat; of plain completion the last text."""
+        if not self.chat.instruct:
+            return [self.answer.said] if self.answer is not None and self.answer.said else []
+        said = self.chat.conversation.messages
+        return [str(m.content) for m in said if isinstance(m, AssistantMessage) and m.content]
+
+    # The context.
+
+    def count_tokens(self) -> int:
+        """Tokens of the conversation in the template; 0 where nothing was said."""
+        chat = self.chat
+        if not chat.instruct or not chat.conversation.n_exchanges:
+            self._used = 0
+        else:
+            # The template has no end without a next message; the least of them is one token.
+            ids = chat.conversation.encode(chat.tokenizer, [UserMessage(content=".")])
+            self._used = len(ids) - 1
+        return self._used
+
+    def _room(self, message: str, error: PromptError | UsageError) -> str:
+        """Which command makes room for a message that did not fit; nothing where none does."""
+        if not isinstance(error, ContextLengthError) or not self.chat.instruct:
+            return ""
+        n_answer = min(LEAST_ANSWER, self.chat.engine.max_seq_len // 8)
+        n = self.chat.exchanges_to_drop(message, n_answer)
+        return f". /drop {n} takes out what was said first and makes room" if n else ""
+
+    def _warn_when_nearly_full(self, answer: Answer) -> None:
+        used = self._used = answer.usage.prompt_tokens + answer.usage.completion_tokens
+        most = self.chat.engine.max_seq_len
+        if not self.chat.instruct or used < NEARLY_FULL * most:
+            self._warned_full = False
+        elif not self._warned_full and not self._options.quiet:
+            self._warned_full = True
+            render.note(
+                f"mistral-chat: {used:,} of {most:,} tokens of context are used. Nothing is "
+                f"dropped by itself: /drop takes out the oldest exchange, /undo the last, "
+                f"/clear all"
+            )
+
+    # What it is like, in a line.
+
+    @property
+    def greeting(self) -> str:
+        """Model, ranks and context, before the first prompt."""
+        chat, runner = self.chat, self.chat.engine.runner
+        kind = "chat" if chat.instruct else "plain completion: each line is a prompt of its own"
+        return (
+            f"{self._model}, {runner.model.args.n_params / 1e9:.2f} B parameters on "
+            f"{self._ranks} ({runner.model.device.type}, "
+            f"{str(runner.model.dtype).removeprefix('torch.')}), context "
+            f"{chat.engine.max_seq_len:,}; {kind}. /help lists commands, Ctrl-D leaves."
+        )
+
+    @property
+    def bottom_line(self) -> str:
+        """What stands under the prompt."""
+        most = self.chat.engine.max_seq_len
+        parts = [self._model, self._ranks]
+        if self._used:
+            parts.append(f"context {self._used:,} used, {most - self._used:,} left")
+        else:
+            parts.append(f"context {most:,}")
+        if self.answer is not None and self.answer.decode_tokens_per_s is not None:
+            parts.append(f"{self.answer.decode_tokens_per_s:.1f} tokens/s")
+        if self.files:
+            parts.append(f"{len(self.files)} file(s) before the next message")
+        if self.typed.messages:
+            parts.append(f"{len(self.typed.messages)} queued, sent after this")
+        return SEPARATOR.join(parts)
+
+    @property
+    def _ranks(self) -> str:
+        n = self.chat.engine.runner.group.world_size
+        return f"{n} {'rank' if n == 1 else 'ranks'}"
+
+
+def _why_empty(answer: Answer) -> str:
+    if answer.call_at is not None:
+        return "a call was cut short"
+    if answer.finish_reason == "cancelled":
+        return "stopped before the first word"
+    return "the model gave an empty answer"
