@@ -163,9 +163,9 @@ def set_up_environment() -> None:
     No NVLink multicast: it gains nothing at our sizes, and a process that dies while using it can
     leave the GPUs of the host unusable. No health service of NCCL's (RAS): it listens for anybody,
     and keeps calling ranks that were closed. No thread of torch's that ends a process which was
-    stopped for some minutes: the lifeline knows better who is gone. Huge pages for large tensors on CPU:
-    fresh weights cost a page fault for each 2 MiB instead of 4 KiB, and steps miss the TLB less
-    (BENCHMARKS.md).
+    stopped for some minutes: the lifeline knows better who is gone. Huge pages for large tensors
+    on CPU: fresh weights cost a page fault for each 2 MiB instead of 4 KiB, and steps miss the TLB
+    less (BENCHMARKS.md).
     """
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("NCCL_RAS_ENABLE", "0")
