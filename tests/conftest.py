@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,10 @@ from mistral_chat.model.transformer import Transformer
 
 # Two processes of tests share two cores; more threads than that would only wait for each other.
 torch.set_num_threads(1)
+
+# A shell that runs tests in the background has them ignore Ctrl-C, and what they start as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 TINY = TransformerArgs(

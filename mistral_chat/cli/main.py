@@ -6,18 +6,16 @@ nowhere else.
 
 import contextlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 from mistral_chat import __version__
 from mistral_chat.cli import flags
 from mistral_chat.cli.begun import Begun
 from mistral_chat.cli.codes import INTERRUPTED, WRONG_USAGE, code_of
 from mistral_chat.cli.console import printing
+from mistral_chat.cli.interrupts import noting_interrupts
 from mistral_chat.cli.pipes import keep_pipes
 from mistral_chat.engine.launch import (
     is_launched,
@@ -54,7 +52,7 @@ def _run(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    with _noting_interrupts() as was_interrupted:
+    with noting_interrupts() as was_interrupted:
         try:
             return _leave(_command(words, begun))
         except KeyboardInterrupt:
@@ -68,30 +66,6 @@ def _run(argv: Sequence[str] | None) -> int:
                 raise
             _say_once(error)
             return code_of(error)
-
-
-@contextmanager
-def _noting_interrupts() -> Iterator[Callable[[], bool]]:
-    """Note that Ctrl-C was pressed: what it breaks off may fail with an error of its own.
-
-    Such as an extension module that is being imported. Whoever answers has a handler of his own.
-    """
-    pressed = False
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        nonlocal pressed
-        pressed = True
-        raise KeyboardInterrupt
-
-    # Ignored where a shell started this in the background; another's where a program called it.
-    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_ours:
-        signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield lambda: pressed
-    finally:
-        if is_ours and signal.getsignal(signal.SIGINT) is on_signal:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(code: int) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mistral_chat.cli.codes import FAILED, code_of
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.flags import Options
+from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.engine import parent
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
@@ -236,6 +237,7 @@ def load(
             runner = load_runner(
                 config, group, on_loading, lambda: tokenizers.append(tokenizer_of(config))
             )
+        require_no_interrupt()
     except PeerFailedError:
         raise
     except (MistralChatError, KeyboardInterrupt):

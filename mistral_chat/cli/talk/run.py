@@ -13,6 +13,7 @@ from mistral_chat.cli import flags, start
 from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.codes import FAILED
 from mistral_chat.cli.console import printing
+from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.engine.launch import launched_rank, launched_ranks
 from mistral_chat.errors import OutputError
 
@@ -111,6 +112,7 @@ def _lead(
             tools=tools,
             grammar=inputs.offered.grammar,
         )
+        require_no_interrupt()
         if inputs.prompt is not None:
             run = functions if options.yes else None
             return one_shot.answer_once(chat, options, inputs.prompt, loaded.load_s, run)
