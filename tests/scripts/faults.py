@@ -147,7 +147,11 @@ class Run:
         def take_terminal() -> None:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.signal(HUP, signal.SIG_DFL)  # which nohup had these tests ignore
+            for number in (
+                HUP,
+                INT,
+            ):  # which nohup and shells have what is in the background ignore
+                signal.signal(number, signal.SIG_DFL)
 
         self.shell = subprocess.Popen(
             ["sh", "-c", '"$@"; echo "code $?"; exec sleep 600', "sh", *command],
