@@ -14,6 +14,7 @@ import pexpect
 import pyte
 
 from tests.conftest import ROOT, command_env
+from tests.warm import Spawned
 
 __all__ = ["Terminal", "chat_terminal", "rows_of", "typed_at"]
 
@@ -35,20 +36,23 @@ class Terminal:
     """One command and its window.
 
     Args:
-        command: and its words.
+        module: that `python -m` would be given.
+        words: of its command line.
         size: columns and rows.
         env: of the command.
     """
 
-    def __init__(self, command: Sequence[str], size: tuple[int, int], env: dict[str, str]) -> None:
+    def __init__(
+        self, module: str, words: Sequence[str], size: tuple[int, int], env: dict[str, str]
+    ) -> None:
         columns, rows = size
         self.screen = pyte.HistoryScreen(columns, rows, history=100_000)
         self.stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self._n_let_go = 0  # prompts that had ended when something was last typed
-        self.child: pexpect.spawn[bytes] = pexpect.spawn(
-            command[0],
-            list(command[1:]),
+        self.child: pexpect.spawn[bytes] = Spawned(
+            sys.executable,
+            ["-m", module, *words],
             dimensions=(rows, columns),
             cwd=str(ROOT),
             env=env,  # type: ignore[arg-type]
@@ -155,12 +159,13 @@ def chat_terminal(
         gap_s: seconds before each token of those.
         env: more variables.
     """
-    command = [sys.executable, "-m", "mistral_chat"]
+    command = ["mistral_chat"]
     if script is not None:
-        command = [sys.executable, "-m", "tests.scripts.scripted", str(script), str(gap_s)]
+        command = ["tests.scripts.scripted", str(script), str(gap_s)]
     changes = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
     changes |= {"XDG_DATA_HOME": str(data_home), **(env or {})}
-    terminal = Terminal([*command, *map(str, words)], size, command_env(**changes))
+    module, *first = command
+    terminal = Terminal(module, [*first, *map(str, words)], size, command_env(**changes))
     try:
         yield terminal
     finally:
@@ -180,7 +185,8 @@ def typed_at(
     """
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    child = pexpect.spawn(
+    spawn = pexpect.spawn if torchrun else Spawned
+    child = spawn(
         sys.executable,
         [*(launcher if torchrun else []), "-m", *map(str, module_and_words)],
         encoding="utf-8",
