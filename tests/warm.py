@@ -238,14 +238,14 @@ def _serve(requests: socket.socket) -> list[Any]:
 def _open_streams() -> None:
     """Make Python's own streams as it does at its start: some of what they are is asked once."""
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[assignment,misc]
-        open(0, "rb", closefd=False),
+        io.BufferedReader(io.FileIO(0, closefd=False)),
         encoding=sys.stdin.encoding,
         errors=sys.stdin.errors,
     )
     for name, number in (("stdout", 1), ("stderr", 2)):
         before = getattr(sys, name)
         stream = io.TextIOWrapper(
-            open(number, "wb", closefd=False),
+            io.BufferedWriter(io.FileIO(number, "w", closefd=False)),
             encoding=before.encoding,
             errors=before.errors,
             line_buffering=number == 2 or os.isatty(number),
