@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.exchange import Exchange
+from mistral_chat.engine.sampling import settings_of
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.kernels import ops
 from mistral_chat.model.cache import KVCache
@@ -161,9 +162,8 @@ class Decoder:
         self._n_spans, _ = self._load(chunks)
         if choosing:
             n = len(choosing)
-            params = [(c.params.temperature, c.params.top_p, c.params.min_p, c.params.top_k)
-                      for c in choosing]  # fmt: skip
-            self._params[:n].copy_(torch.tensor(params, dtype=torch.float32))
+            settings = [settings_of(c.params) for c in choosing]
+            self._params[:n].copy_(torch.tensor(settings, dtype=torch.float32))
             self._allowed[:n].copy_(torch.stack([c.allowed for c in choosing]))
 
     def advance(self, n_tokens: int, uniforms: Sequence[Sequence[float]] = ()) -> list[Pending]:

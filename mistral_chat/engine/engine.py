@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,7 +126,6 @@ class _Sequence:
         self.n_prompt = len(request.ids)
         self.n_left = min(params.max_tokens or room, room)
         self.logprobs: list[float] = []
-        self.banned: Tensor | None = None
         self.draws = Draws(params.seed)
 
     @property
@@ -266,11 +264,7 @@ class Engine:
         free.remove(slot)
         # The last prompt token is always run: its logits choose the first token of the answer.
         start = 0 if request.params.prompt_logprobs else min(shared[slot], len(request.ids) - 1)
-        sequence = _Sequence(index, request, slot, start, self.max_seq_len - len(request.ids))
-        device = self.runner.model.device
-        if request.banned_ids:
-            sequence.banned = torch.tensor(request.banned_ids, device=device)
-        return sequence
+        return _Sequence(index, request, slot, start, self.max_seq_len - len(request.ids))
 
     def _step(self, running: list[_Sequence]) -> list[tuple[_Sequence, Event]]:
         """Run one step: a token of each sequence that decodes, and as much prompt as has room."""
@@ -288,7 +282,7 @@ class Engine:
             del self._held[sequence.slot][chunk.start :]
         logits = self.runner.run(Step(tuple(c for _, c in chunks), which))  # type: ignore[arg-type]
         # A device is still at work on the step: the masks cost little time of their own.
-        banned = {sequence.index: self._banned(sequence) for sequence in scored}
+        allowed = {sequence.index: self._allowed_next(sequence.request) for sequence in scored}
         events: list[tuple[_Sequence, Event]] = []
         row = 0
         for sequence, chunk in chunks:
@@ -296,22 +290,17 @@ class Engine:
             n_rows = len(chunk.tokens) if which == "all" else 1
             rows = None if logits is None else logits[row : row + n_rows]
             row += n_rows
-            found = self._advance(sequence, chunk, rows, banned.get(sequence.index))
+            found = self._advance(sequence, chunk, rows, allowed.get(sequence.index))
             events += ((sequence, event) for event in found)
         return events
 
-    def _banned(self, sequence: _Sequence) -> Tensor | None:
-        """Ids that a sequence's next token must not be; None for a free choice."""
-        mask = sequence.request.mask
-        if mask is None:
-            return sequence.banned
-        words = mask.allowed().numpy().view(np.uint8)
-        bits = np.unpackbits(words, count=self.runner.model.args.vocab_size, bitorder="little")
-        masked = torch.from_numpy(np.flatnonzero(bits == 0)).to(self.runner.model.device)
-        return masked if sequence.banned is None else torch.cat((sequence.banned, masked))
+    def _allowed_next(self, request: Request) -> Tensor:
+        """What the next token may be, as `allowed_words` has it."""
+        words = self._allowed(request)
+        return words if request.mask is None else words & request.mask.allowed()
 
     def _advance(
-        self, sequence: _Sequence, chunk: Chunk, rows: Tensor | None, banned: Tensor | None
+        self, sequence: _Sequence, chunk: Chunk, rows: Tensor | None, allowed: Tensor | None
     ) -> list[Event]:
         """Note what a step did for one sequence and choose its next token, if it is due."""
         events: list[Event] = []
@@ -331,9 +320,9 @@ class Engine:
             )
         if sequence.done == len(sequence.tokens):
             assert rows is not None
-            check_finite(rows[-1])
+            assert allowed is not None
             uniform = sequence.draws.next()
-            choice = choose(rows[-1], sequence.request.params, banned, uniform)
+            choice = choose(rows[-1], sequence.request.params, allowed, uniform)
             reason = sequence.take(choice.id)
             events.append(Token(choice.id, reason, choice.logprob, choice.top))
         return events
@@ -397,10 +386,8 @@ class Engine:
 
     def _allowed(self, request: Request) -> Tensor:
         if request.banned_ids not in self._allowed_words:
-            assert self.runner.decoder is not None
-            self._allowed_words[request.banned_ids] = allowed_words(
-                self.runner.decoder.vocab_size, request.banned_ids
-            )
+            words = allowed_words(self.runner.vocab_size, request.banned_ids)
+            self._allowed_words[request.banned_ids] = words
         return self._allowed_words[request.banned_ids]
 
 

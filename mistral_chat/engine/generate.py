@@ -11,7 +11,7 @@ import torch
 from mistral_chat.config import EngineConfig, SamplingParams
 from mistral_chat.engine.launch import current_group
 from mistral_chat.engine.runner import Runner
-from mistral_chat.engine.sampling import Draws, check_finite, choose, log_probability
+from mistral_chat.engine.sampling import Draws, allowed_words, check_finite, choose, log_probability
 from mistral_chat.engine.start_up import load_model
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.model import transformer as model_layer
@@ -178,8 +178,9 @@ def _decode(
     draws = Draws(int(torch.randint(2**62, ())))
     tokens: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
+    allowed = allowed_words(runner.model.args.vocab_size, ())
     for n_chosen in range(max_tokens):
-        choices = [choose(row, params, None, draws.next()) for row in last]
+        choices = [choose(row, params, allowed, draws.next()) for row in last]
         finished = [f or c.id == eos_id for f, c in zip(finished, choices, strict=True)]
         if all(finished):
             break
@@ -196,6 +197,5 @@ def _decode(
             )
             logits = runner.run(step)
             assert logits is not None
-            check_finite(logits)
             last = list(logits)
     return tokens if tokens[0] else []

@@ -97,6 +97,11 @@ class Runner:
         return self._model
 
     @property
+    def vocab_size(self) -> int:
+        """How many tokens a position's scores are of."""
+        return sum(self._vocab_sizes)
+
+    @property
     def cache(self) -> KVCache:
         """Keys and values of every slot."""
         assert self._cache is not None

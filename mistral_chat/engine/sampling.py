@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import CheckpointError
+from mistral_chat.kernels import ops
 
 __all__ = [
     "NO_TOKEN",
@@ -25,10 +26,9 @@ __all__ = [
     "choose",
     "log_probability",
     "no_numbers",
-    "probabilities",
+    "settings_of",
 ]
 
-LEAST_TEMPERATURE = 1e-5  # below it every draw is the most likely token
 NO_TOKEN = -1  # what a device chooses where logits are no numbers
 
 
@@ -46,36 +46,6 @@ class Choice:
     id: int
     logprob: float | None
     top: tuple[tuple[int, float], ...]
-
-
-def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """What a token is drawn from, at a temperature above 0.
-
-    Temperature comes first, then min_p, top_k and top_p on what is left, as in vLLM. The most
-    likely token always stays.
-
-    Args:
-        logits: (V,) float32.
-        params: their temperature, top_k, top_p and min_p.
-
-    Returns:
-        (V,) that sum to 1.
-    """
-    # The largest becomes 0, so that no temperature makes an infinity of it.
-    spread = (logits - logits.max()) / max(params.temperature, LEAST_TEMPERATURE)
-    probs = torch.softmax(spread, dim=-1)
-    if params.min_p > 0:
-        probs = probs.masked_fill(probs < params.min_p * probs.max(), 0)
-    if params.top_k or params.top_p < 1:
-        n_kept = min(params.top_k or len(probs), len(probs))
-        sorted_probs, ids = probs.topk(n_kept)
-        if params.top_p < 1:
-            share = sorted_probs / sorted_probs.sum()
-            ahead = share.cumsum(0) - share
-            ahead[0] = -1  # also where top_p is 0 in float32
-            sorted_probs = sorted_probs.masked_fill(ahead >= params.top_p, 0)
-        probs = torch.zeros_like(probs).scatter_(0, ids, sorted_probs)
-    return probs / probs.sum()
 
 
 def check_finite(logits: Tensor) -> None:
@@ -116,6 +86,11 @@ class Draws:
         return self._random.getrandbits(24) / (1 << 24)
 
 
+def settings_of(params: SamplingParams) -> tuple[float, float, float, float]:
+    """How to choose, in the order that `kernels.ops.sample` takes it in."""
+    return params.temperature, params.top_p, params.min_p, params.top_k
+
+
 def allowed_words(vocab_size: int, banned_ids: Sequence[int]) -> Tensor:
     """Bit mask of the ids that may be chosen.
 
@@ -128,24 +103,31 @@ def allowed_words(vocab_size: int, banned_ids: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.packbits(bits, bitorder="little").view("<i4").copy())
 
 
-def choose(logits: Tensor, params: SamplingParams, banned: Tensor | None, uniform: float) -> Choice:
-    """Choose one token.
+def choose(logits: Tensor, params: SamplingParams, allowed: Tensor, uniform: float) -> Choice:
+    """Choose one token, as a device does in the midst of its steps.
 
     Args:
         logits: (V,) float32.
         params: how.
-        banned: ids never to choose, (n,); None bans nothing.
+        allowed: (ceil(V / 32),) int32 on CPU: ids that may be chosen, as `allowed_words` has them.
         uniform: random number in [0, 1): the token is the first, by id, at which the sum of
             probabilities passes it; not used when greedy.
+
+    Raises:
+        CheckpointError: a logit that may be chosen is NaN or infinite or, where log-probabilities
+            are asked for, any.
     """
-    allowed = logits if banned is None else logits.index_fill(0, banned, -torch.inf)
-    if params.temperature == 0:
-        chosen = int(allowed.argmax())
-    else:
-        sums = probabilities(allowed, params).cumsum(0)
-        chosen = int((sums > uniform * sums[-1]).to(torch.uint8).argmax())
+    device = logits.device
+    settings = torch.tensor([settings_of(params)], dtype=torch.float32, device=device)
+    uniforms = torch.tensor([uniform], dtype=torch.float32, device=device)
+    ids = torch.empty(1, dtype=torch.int64, device=device)
+    ops.sample(logits[None], allowed[None].to(device), settings, uniforms, ids)
+    chosen = int(ids)
+    if chosen == NO_TOKEN:
+        raise no_numbers()
     if params.logprobs is None:
         return Choice(chosen, None, ())
+    check_finite(logits)
     logprobs = torch.log_softmax(logits, dim=-1)
     values, ids = logprobs.topk(min(params.logprobs, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))

@@ -13,13 +13,10 @@ from mistral_chat.engine.sampling import (
     allowed_words,
     choose,
     log_probability,
-    probabilities,
+    settings_of,
 )
-from mistral_chat.kernels.sampling_reference import (
-    kept_probabilities,
-    sample_reference,
-    unpack_allowed,
-)
+from mistral_chat.errors import CheckpointError
+from mistral_chat.kernels.sampling_reference import kept_probabilities, unpack_allowed
 
 VOCAB = 40
 ALMOST_ONE = 1 - 2**-24  # the largest number that is drawn
@@ -27,6 +24,20 @@ ALMOST_ONE = 1 - 2**-24  # the largest number that is drawn
 
 def draw_logits(seed: int = 0, n: int = VOCAB) -> Tensor:
     return 2 * torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+
+ALL = allowed_words(VOCAB, ())
+
+
+def all_but(banned: Tensor) -> Tensor:
+    return allowed_words(VOCAB, banned.tolist())
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """What a token is drawn from."""
+    allowed = allowed_words(len(logits), ())[None]
+    probs = kept_probabilities(logits[None], allowed, torch.tensor([settings_of(params)]))[0]
+    return probs / probs.sum()
 
 
 def kept(probs: Tensor) -> set[int]:
@@ -77,10 +88,6 @@ def test_top_p_drops_what_comes_after_exactly_enough(top_p: float, n_kept: int) 
     assert kept(probabilities(logits, SamplingParams(top_p=top_p, temperature=1))) == set(
         range(n_kept)
     )
-    settings = torch.tensor([[1.0, top_p, 0.0, 0.0]])
-    allowed = allowed_words(len(wanted), [])[None]
-    of_kernels = kept_probabilities(logits[None], allowed, settings)[0]
-    assert kept(of_kernels) == set(range(n_kept))
 
 
 @pytest.mark.parametrize("min_p", [0.01, 0.2, 0.9, 1.0])
@@ -155,10 +162,10 @@ def test_probabilities_at_a_tiny_temperature_are_greedy(temperature: float) -> N
 def test_choose_at_temperature_zero_is_the_most_likely(seed: int, uniform: float) -> None:
     logits = draw_logits(seed)
     params = SamplingParams(temperature=0)
-    assert choose(logits, params, None, uniform).id == int(logits.argmax())
+    assert choose(logits, params, ALL, uniform).id == int(logits.argmax())
     banned = logits.topk(3).indices
     wanted = int(logits.topk(4).indices[3])
-    assert choose(logits, params, banned, uniform).id == wanted
+    assert choose(logits, params, all_but(banned), uniform).id == wanted
 
 
 # 99.99th percentile of chi-square by degrees of freedom; the seed is fixed, so it cannot flicker
@@ -179,7 +186,7 @@ def test_choose_draws_each_token_as_often_as_it_is_likely(
     logits, draws, n = draw_logits(), Draws(11), 20_000
     wanted = probabilities(logits, params)
     assert len(kept(wanted)) == freedom + 1
-    counts = Counter(choose(logits, params, None, draws.next()).id for _ in range(n))
+    counts = Counter(choose(logits, params, ALL, draws.next()).id for _ in range(n))
     assert set(counts) <= kept(wanted)
     expected = {i: n * float(wanted[i]) for i in kept(wanted)}
     assert min(expected.values()) > 5  # or the statistic has another distribution
@@ -192,7 +199,7 @@ def test_choose_never_takes_a_banned_id_however_hot(temperature: float) -> None:
     logits, draws = draw_logits(), Draws(0)
     banned = logits.topk(20).indices  # the most likely half
     params = SamplingParams(temperature=temperature)
-    chosen = {choose(logits, params, banned, draws.next()).id for _ in range(3000)}
+    chosen = {choose(logits, params, all_but(banned), draws.next()).id for _ in range(3000)}
     assert chosen == set(range(VOCAB)) - set(banned.tolist())
 
 
@@ -211,33 +218,50 @@ def test_choose_takes_the_token_whose_share_the_number_is_in(params: SamplingPar
     ids = sorted(kept(probs))
     for i in ids:  # the middle of a share is far from where float32 sums may put its ends
         uniform = float(probs[:i].sum() + probs[i] / 2)
-        assert choose(logits, params, None, uniform).id == i
-    assert choose(logits, params, None, 0.0).id == ids[0]
-    assert choose(logits, params, None, ALMOST_ONE).id == ids[-1]
+        assert choose(logits, params, ALL, uniform).id == i
+    assert choose(logits, params, ALL, 0.0).id == ids[0]
+    assert choose(logits, params, ALL, ALMOST_ONE).id == ids[-1]
 
 
-@pytest.mark.parametrize("params", [*FILTERED, SamplingParams(temperature=0)])
-@pytest.mark.parametrize("n_banned", [0, 1, 20])
-def test_choose_takes_what_a_device_takes_with_the_same_number(
-    params: SamplingParams, n_banned: int
+@pytest.mark.parametrize(
+    ("params", "wanted"),
+    [
+        (SamplingParams(temperature=0), {3}),
+        (SamplingParams(temperature=1, top_k=1), {3, 9}),
+        (SamplingParams(temperature=1, top_k=2), {3, 9}),
+        (SamplingParams(temperature=1, top_k=3), {1, 3, 9, 20}),
+        (SamplingParams(temperature=1, top_p=0.1), {3, 9}),
+        (SamplingParams(temperature=1, min_p=0.9), {3, 9}),
+    ],
+)
+def test_choose_keeps_all_that_are_as_likely_as_the_last_one_kept(
+    params: SamplingParams, wanted: set[int]
 ) -> None:
-    banned = draw_logits().topk(n_banned).indices
-    settings = torch.tensor([[params.temperature, params.top_p, params.min_p, params.top_k]])
-    words = allowed_words(VOCAB, banned.tolist()).unsqueeze(0)
-    draws = Draws(n_banned)
-    for seed in range(200):
-        logits, uniform = draw_logits(seed), draws.next()
-        on_device = sample_reference(logits[None], words, settings, torch.tensor([uniform]))
-        # the one sums in float32, the other in float64: a number within some 1e-7 of the end of a
-        # share could fall to its neighbour, one in 10^5; the seeds are fixed, so it cannot flicker
-        assert choose(logits, params, banned, uniform).id == int(on_device)
+    logits = torch.full((VOCAB,), -2.0)
+    logits[[9, 3]] = 5.0
+    logits[[20, 1]] = 4.0
+    assert {choose(logits, params, ALL, n / 500).id for n in range(500)} == wanted
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_choose_refuses_what_is_no_number_where_it_counts(
+    temperature: float, number: float
+) -> None:
+    logits = draw_logits()
+    logits[7] = number
+    for logprobs, allowed in ((None, ALL), (2, ALL), (2, all_but(torch.tensor([7])))):
+        params = SamplingParams(temperature=temperature, logprobs=logprobs)
+        with pytest.raises(CheckpointError, match="no numbers"):
+            choose(logits, params, allowed, 0.5)
+    choose(logits, SamplingParams(temperature=temperature), all_but(torch.tensor([7])), 0.5)
 
 
 def test_choose_leaves_the_logits_as_they_are() -> None:
     logits = draw_logits()
     before = logits.clone()
     for params in (SamplingParams(temperature=0), SamplingParams(top_k=2, top_p=0.5, min_p=0.1)):
-        choose(logits, params, torch.tensor([1, 2]), 0.5)
+        choose(logits, params, all_but(torch.tensor([1, 2])), 0.5)
         assert torch.equal(logits, before)
 
 
@@ -246,7 +270,7 @@ def test_choose_repeats_itself_with_the_same_seed() -> None:
 
     def draw(seed: int) -> list[int]:
         draws = Draws(seed)
-        return [choose(draw_logits(), params, None, draws.next()).id for _ in range(30)]
+        return [choose(draw_logits(), params, ALL, draws.next()).id for _ in range(30)]
 
     assert draw(3) == draw(3)
     assert draw(3) != draw(4)
@@ -258,7 +282,7 @@ def test_choose_reports_the_models_own_log_probabilities(n_top: int, temperature
     logits = draw_logits()
     params = SamplingParams(temperature=temperature, top_k=3, logprobs=n_top)
     banned = logits.topk(1).indices
-    choice = choose(logits, params, banned, 0.5)
+    choice = choose(logits, params, all_but(banned), 0.5)
     full = [math.log(p) for p in softmax(logits, 1)]  # before temperature, filters and bans
     assert choice.logprob == pytest.approx(full[choice.id], abs=1e-5)  # float32 logs near -10
     assert [i for i, _ in choice.top] == by_probability(full)[:n_top]
@@ -267,7 +291,7 @@ def test_choose_reports_the_models_own_log_probabilities(n_top: int, temperature
 
 
 def test_choose_reports_nothing_unless_asked() -> None:
-    choice = choose(draw_logits(), SamplingParams(), None, 0.5)
+    choice = choose(draw_logits(), SamplingParams(), ALL, 0.5)
     assert choice.logprob is None
     assert choice.top == ()
 
