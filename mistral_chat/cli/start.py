@@ -38,6 +38,7 @@ __all__ = [
     "launch",
     "load",
     "parting",
+    "put_back_at_end",
     "ranks_to_start",
     "tokenizer_of",
 ]
@@ -78,7 +79,7 @@ def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
 
     terminal = TerminalState()
     ended = run_ranks(n_ranks, words)
-    if not ended.orderly:
+    if not ended.orderly or terminal.is_changed():
         terminal.put_back()
     if ended.message:
         print(f"mistral-chat: error: {ended.message}", file=sys.stderr, flush=True)
@@ -134,6 +135,23 @@ def follow(config: "EngineConfig") -> int:
     return 0
 
 
+def put_back_at_end(terminal: "TerminalState") -> None:
+    """Have rank 0 leave the terminal as it was when the launcher or a signal ends it.
+
+    Until `end_with`, which needs a group, does more: importing torch takes seconds.
+
+    Args:
+        terminal: as it was before this process changed it.
+    """
+
+    def end(code: int) -> NoReturn:
+        terminal.put_back()
+        os._exit(code)
+
+    parent.set_on_gone(terminal.put_back)
+    end_on_signals(end, signal.SIGTERM, signal.SIGHUP)
+
+
 def end_with(
     group: "Group",
     clean_up: Callable[[], None] = lambda: None,
@@ -168,6 +186,8 @@ def end_with(
         if message:
             printing.error(parent.GONE if parent.is_gone() else message)
         last_words()
+        if before.is_changed():
+            before.put_back()
         os._exit(code)
 
     parent.set_on_gone(lambda: end_process(parent.GONE))

@@ -31,6 +31,16 @@ class TerminalState:
                 if not self._before[3] & LINES:  # under torchrun rank 0 may have been first
                     self._before[3] |= CHANGED
 
+    def is_changed(self) -> bool:
+        """Whether a rank's changes stand, or stand again: a prompt may have been about to begin."""
+        if self._before is None or not in_foreground():
+            return False
+        try:
+            now = termios.tcgetattr(sys.stdin)
+        except termios.error:  # it has gone
+            return False
+        return bool(self._before[3] & LINES) and not now[3] & LINES
+
     def put_back(self) -> None:
         """Undo what a rank did and cannot undo itself; what others did stays.
 

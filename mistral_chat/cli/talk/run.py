@@ -67,6 +67,8 @@ def _lead(
     before = TerminalState()
     # What is typed from now on waits for the prompt, unseen.
     is_chat = inputs.prompt is None
+    if is_chat:
+        start.put_back_at_end(before)
     terminal = held.enter_context(QuietTerminal(signals=True)) if is_chat else None
 
     from mistral_chat.chat.chat import Chat
