@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import mistral_chat
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.cli.console.work_folder import work_folder
 from mistral_chat.cli.hub import embedded, pip_fetch
@@ -59,7 +60,7 @@ def test_rows_are_where_they_belong(embedded_folder: Path) -> None:
     with (
         safe_open(embedded_folder / "consolidated.safetensors", "pt") as weights,
         safe_open(
-            Path(embedded.__file__).parents[1] / "data" / "marker_rows.safetensors", "pt"
+            Path(mistral_chat.__file__).parent / "data" / "marker_rows.safetensors", "pt"
         ) as m,
     ):
         rows = weights.get_tensor("tok_embeddings.weight")
