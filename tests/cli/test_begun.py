@@ -236,7 +236,7 @@ def test_interrupt_while_loading_is_130_and_no_word(tiny_folder: Path, tmp_path:
 
 
 def _commit_by(root: Path) -> str:
-    says = "from mistral_chat.cli import bench; print(bench._commit())"
+    says = "from mistral_chat.cli.bench import run; print(run._commit())"
     command = [sys.executable, "-c", says]
     env = command_env(PYTHONPATH=str(root), PYTHONSAFEPATH="1", PYTHONDONTWRITEBYTECODE="1")
     done = subprocess.run(command, capture_output=True, check=True, env=env, cwd="/")
