@@ -30,6 +30,7 @@ class TerminalState:
                 self._before = termios.tcgetattr(sys.stdin)
                 if not self._before[3] & LINES:  # under torchrun rank 0 may have been first
                     self._before[3] |= CHANGED
+                    self._before[6][termios.VMIN], self._before[6][termios.VTIME] = 1, 0
 
     def is_changed(self) -> bool:
         """Whether a rank's changes stand, or stand again: a prompt may have been about to begin."""

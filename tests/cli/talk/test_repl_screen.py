@@ -446,7 +446,8 @@ def test_message_that_does_not_fit_can_be_made_room_for(roomy_folder: Path, tmp_
         terminal.wait_for("dropped: the oldest 2 exchanges")
         terminal.wait_for_prompt()
         terminal.send("\r")
-        terminal.wait_for("four")
+        terminal.wait_for_answer()
+        terminal.wait_for("\nfour\n")
         # However long it is, the reason is to be seen below it.
         terminal.wait_for_prompt()
         terminal.send(paste([f"too long by itself {n}" for n in range(300)]))
