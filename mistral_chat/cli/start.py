@@ -114,18 +114,23 @@ def follow(config: "EngineConfig") -> int:
     from mistral_chat.cli.console.terminal_state import TerminalState
 
     terminal = TerminalState()
+    if launched_rank() == 1:  # no launcher but ours does it for a rank 0 that was killed
+        put_back_at_end(terminal)
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.launch import current_group
     from mistral_chat.engine.worker import serve
 
     def on_lost(message: str) -> None:  # noqa: ARG001
-        if launched_rank() == 1:  # no launcher but ours does it for a rank 0 that was killed
+        if launched_rank() == 1:
             terminal.put_back()
         os._exit(FAILED)
 
     try:
         group = current_group()
         group.set_on_lost(on_lost)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # gloo waits without hearing Python's
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         serve(config, group)
     except PeerFailedError:
         return FAILED
@@ -136,19 +141,23 @@ def follow(config: "EngineConfig") -> int:
 
 
 def put_back_at_end(terminal: "TerminalState") -> None:
-    """Have rank 0 leave the terminal as it was when the launcher or a signal ends it.
+    """Have a rank leave the terminal as it was when the launcher or a signal ends it.
 
-    Until `end_with`, which needs a group, does more: importing torch takes seconds.
+    Until there is a group, and with it more to do: importing torch takes seconds.
 
     Args:
-        terminal: as it was before this process changed it.
+        terminal: as it was before a rank changed it.
     """
 
+    def put_back() -> None:
+        if terminal.is_changed():
+            terminal.put_back()
+
     def end(code: int) -> NoReturn:
-        terminal.put_back()
+        put_back()
         os._exit(code)
 
-    parent.set_on_gone(terminal.put_back)
+    parent.set_on_gone(put_back)
     end_on_signals(end, signal.SIGTERM, signal.SIGHUP)
 
 
