@@ -265,7 +265,8 @@ def inject(case: Case, folder: Path, work: Path) -> list[str]:
         run.come_to_phase()
         victim = run.process(case.victim)
         victim.send_signal(case.number)
-        if case.number == INT and case.victim == "0" and case.phase in ("rendezvous", "prefill"):
+        reaches_0 = case.victim == "0" or (case.launcher, case.victim) == ("torchrun", "launcher")
+        if case.number == INT and reaches_0 and case.phase in ("rendezvous", "prefill"):
             # Ctrl-C waits for the end of a step, and for the store that ranks meet at.
             (run.marks / "GO").touch()
         wrong = []
