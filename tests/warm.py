@@ -36,34 +36,16 @@ WAIT_S = 60
 
 
 class Command:
-    """A module that runs as `python -m` would run it, and the end of it.
+    """A command that was forked, and the end of it.
 
     Args:
-        requests: to the process that forks.
-        module: with a `__main__`.
-        words: of the command line.
-        env: all of the command's environment.
-        streams: for its stdin, stdout and stderr.
-        takes_terminal: its stdin is a terminal, which becomes its own.
+        says: a socket on which its parent says its process, and then its code.
     """
 
-    def __init__(
-        self,
-        requests: socket.socket,
-        module: str,
-        words: Sequence[str],
-        env: Mapping[str, str],
-        streams: Sequence[int],
-        *,
-        takes_terminal: bool = False,
-    ) -> None:
-        self._says, theirs = socket.socketpair()
-        with theirs:
-            request = [module, list(words), dict(env), takes_terminal]
-            data = json.dumps(request).encode(errors="surrogateescape")
-            socket.send_fds(requests, [data], [*streams, theirs.fileno()])
-        self._says.settimeout(WAIT_S)
-        self.pid = int(self._says.recv(32))
+    def __init__(self, says: socket.socket) -> None:
+        self._says = says
+        says.settimeout(WAIT_S)
+        self.pid = int(says.recv(32))
 
     def wait(self, timeout_s: float | None) -> int:
         """The code that it ended with, negative for a signal; to be asked once.
@@ -147,10 +129,21 @@ class Warm:
         *,
         takes_terminal: bool = False,
     ) -> Command:
-        """Fork a command, as `Command` has it."""
-        return Command(
-            self._socket, module, words, env, streams, takes_terminal=takes_terminal
-        )  # fmt: skip
+        """Fork a command that runs a module as `python -m` would.
+
+        Args:
+            module: with a `__main__`.
+            words: of the command line.
+            env: all of the command's environment.
+            streams: for its stdin, stdout and stderr.
+            takes_terminal: its stdin is a terminal, which becomes its own.
+        """
+        says, theirs = socket.socketpair()
+        with theirs:
+            request = [module, list(words), dict(env), takes_terminal]
+            data = json.dumps(request).encode(errors="surrogateescape")
+            socket.send_fds(self._socket, [data], [*streams, theirs.fileno()])
+        return Command(says)
 
     def run(
         self, words: Sequence[str], env: Mapping[str, str], data: bytes, timeout_s: float

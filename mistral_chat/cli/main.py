@@ -82,16 +82,16 @@ def _leave(code: int) -> int:
 def _say_once(error: MistralChatError) -> None:
     """Every rank reads the same flags; rank 0 says what is wrong with them.
 
-    The others leave it the time to: the first rank that ends has torchrun end all.
+    The others leave it the time to: the first rank that ends has torchrun end all. One that is
+    still there after that is wrong alone, such as for want of a file on its machine, and says so.
     """
     try:
         speaks = launched_rank() in (None, 0)
     except UsageError:  # the launcher's variables are what is wrong
         speaks = True
-    if speaks:
-        printing.error(error)
-    else:
+    if not speaks:
         time.sleep(RANK_0_SPEAKS_S)
+    printing.error(error)
 
 
 def _command(words: list[str], begun: Begun) -> int:

@@ -223,6 +223,31 @@ def test_choose_takes_the_token_whose_share_the_number_is_in(params: SamplingPar
     assert choose(logits, params, ALL, ALMOST_ONE).id == ids[-1]
 
 
+@pytest.mark.parametrize("temperature", [0.3, 2.5])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.4, 1e-6])
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 20, 500])
+@pytest.mark.parametrize("spread", [0.1, 2.0])  # nearly flat: hundreds of tokens are kept
+def test_probabilities_of_all_filters_are_brute_force(
+    temperature: float, top_p: float, min_p: float, top_k: int, spread: float
+) -> None:
+    logits = spread * draw_logits(5, 1000)
+    wanted = softmax(logits, temperature)
+    order = [i for i in by_probability(wanted) if wanted[i] >= min_p * max(wanted) * (1 - 1e-6)]
+    order = order[: top_k or None]
+    goal, ahead, left = top_p * sum(wanted[i] for i in order), 0.0, []
+    for i in order:
+        if ahead >= goal and top_p < 1 and left:
+            break
+        left.append(i)
+        ahead += wanted[i]
+    params = SamplingParams(temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
+    got = probabilities(logits, params)
+    assert kept(got) == set(left)
+    total = sum(wanted[i] for i in left)
+    assert [float(got[i]) for i in left] == pytest.approx([wanted[i] / total for i in left], 1e-4)
+
+
 @pytest.mark.parametrize(
     ("params", "wanted"),
     [

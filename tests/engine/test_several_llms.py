@@ -38,7 +38,6 @@ def check_llms(
     wanted: list[int],
     *,
     settled: int = 1,
-    more_files: int = 0,
 ) -> None:
     """Every LLM gave the right tokens, and the last left no more behind than an early one.
 
@@ -47,7 +46,6 @@ def check_llms(
         n_in_a_row: how many LLMs were opened and closed first.
         wanted: the tokens of each.
         settled: after which of them the process has all that it keeps for ever.
-        more_files: how many more open files than then are no fault.
     """
     row, rest = said[:n_in_a_row], {one["step"]: one for one in said[n_in_a_row:]}
     assert [one["said"] for one in row] == [wanted] * n_in_a_row
@@ -59,7 +57,7 @@ def check_llms(
     early, last = row[settled]["held"], rest["at the end"]["held"]
     assert [one["held"]["threads"] for one in row] == [row[0]["held"]["threads"]] * n_in_a_row
     assert last["threads"] == early["threads"]
-    assert last["files"] <= early["files"] + more_files
+    assert last["files"] == early["files"]
     assert last["tasks"] <= early["tasks"]
     assert [one["held"]["shared"] for one in row] + [last["shared"]] == [0] * (n_in_a_row + 1)
     # The allocator's arenas; a group's sums alone take 4 MiB, and a model more.

@@ -147,10 +147,7 @@ class Run:
         def take_terminal() -> None:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            for number in (
-                HUP,
-                INT,
-            ):  # which nohup and shells have what is in the background ignore
+            for number in (HUP, INT):  # nohup, and shells in the background, have them ignored
                 signal.signal(number, signal.SIG_DFL)
 
         self.shell = subprocess.Popen(

@@ -34,13 +34,17 @@ class TerminalState:
 
     def is_changed(self) -> bool:
         """Whether a rank's changes stand, or stand again: a prompt may have been about to begin."""
-        if self._before is None or not in_foreground():
-            return False
+        return in_foreground() and self._changed() is not None
+
+    def _changed(self) -> list[Any] | None:
+        """What the terminal is like, where it is as a rank made it."""
+        if self._before is None:
+            return None
         try:
             now = termios.tcgetattr(sys.stdin)
         except termios.error:  # it has gone
-            return False
-        return bool(self._before[3] & LINES) and not now[3] & LINES
+            return None
+        return now if self._before[3] & LINES and not now[3] & LINES else None
 
     def put_back(self) -> None:
         """Undo what a rank did and cannot undo itself; what others did stays.
@@ -50,12 +54,11 @@ class TerminalState:
         if not in_foreground():  # a shell has it, and perhaps a prompt of its own
             return
         was_at_prompt = False
-        if self._before is not None:
+        now = self._changed()
+        if self._before is not None and now is not None:
+            was_at_prompt = now[0] != self._before[0]  # which a prompt alone changes
             with contextlib.suppress(termios.error):  # it has gone
-                now = termios.tcgetattr(sys.stdin)
-                if not now[3] & LINES and self._before[3] & LINES:
-                    was_at_prompt = now[0] != self._before[0]  # which a prompt alone changes
-                    termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
         if is_fancy(sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(SHOWN + (AFTER_A_PROMPT if was_at_prompt else ""))
