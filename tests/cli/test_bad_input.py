@@ -323,7 +323,8 @@ def test_wrong_usage_is_said_once_under_torchrun(run: Run, tiny_folder: Path) ->
 def test_rank_that_is_wrong_alone_says_so(run: Run, tiny_folder: Path) -> None:
     """Such as for want of a file on its machine: nobody else would."""
     started = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    _refused(run(tiny_folder, *PROMPT, "--config", "not-here.toml", env=started), "not-here.toml")
+    done = run(tiny_folder, *PROMPT, "--config", "not-here.toml", env=started)
+    _refused(done, "not-here.toml", code=2)
 
 
 def test_ranks_that_torchrun_did_not_start_are_refused(run: Run, tiny_folder: Path) -> None:
