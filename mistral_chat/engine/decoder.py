@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mistral_chat.config import SamplingParams
-from mistral_chat.engine.exchange import Exchange
 from mistral_chat.engine.sampling import settings_of
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.kernels import ops
 from mistral_chat.model.cache import KVCache
-from mistral_chat.model.few_rows import MOST_ROWS, FewRows
+from mistral_chat.model.few_rows import MOST_ROWS, FewRows, HeadTable
+from mistral_chat.model.operations import Collective
 from mistral_chat.model.transformer import Transformer
 
 __all__ = ["Choosing", "Decoder", "Pending"]
@@ -81,23 +81,30 @@ class Decoder:
     Args:
         model: this rank's share.
         cache: its keys and values.
-        exchange: with the other ranks; None alone.
+        collective: how ranks sum, gather and broadcast.
+        vocab_size: tokens that rank 0 has the scores of.
         is_leader: whether this is rank 0, which chooses.
     """
 
     def __init__(
-        self, model: Transformer, cache: KVCache, exchange: Exchange | None, is_leader: bool
+        self,
+        model: Transformer,
+        cache: KVCache,
+        collective: Collective,
+        *,
+        vocab_size: int,
+        is_leader: bool,
     ) -> None:
-        # A share that is measured alone scores its own part of the vocabulary.
-        self.vocab_size = model.args.vocab_size if exchange else len(model.shard.vocab)
         device = model.device
-        self._exchange = exchange
+        self._model = model
+        self._cache = cache
+        self._collective = collective
+        self._heads = HeadTable.of(model.shard, device)
         self._is_leader = is_leader
-        self._rows = FewRows(model, cache, exchange)
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._has_graphs = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._has_graphs else None
-        n_words = -(-self.vocab_size // 32)
+        n_words = -(-vocab_size // 32)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -236,17 +243,19 @@ class Decoder:
         n_rows = n_spans * length
         tokens = self._tokens[:n_rows]
         starts, lengths = self._starts[:n_spans], self._lengths[:n_spans]
-        logits: Tensor | None = self._rows.forward(tokens, self._slots[:n_spans], starts, lengths)
-        if self._exchange:
-            assert logits is not None
-            logits = self._exchange.gather_columns(logits)
+        rows = FewRows(
+            self._slots[:n_spans], starts, lengths, length,
+            self._cache, self._heads, self._collective,
+        )  # fmt: skip
+        part = self._model.run(tokens, rows)
+        assert part is not None
+        logits = self._collective.gather_columns(part)
         if not choose:
             return logits
         if self._is_leader:
             assert logits is not None
             allowed, params = self._allowed[:n_rows], self._params[:n_rows]
             ops.sample(logits, allowed, params, self._uniforms[:n_rows], tokens)
-        if self._exchange:
-            self._exchange.hand_over(tokens)
+        self._collective.broadcast(tokens)
         starts += lengths
         return logits

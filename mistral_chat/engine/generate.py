@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mistral_chat.config import EngineConfig, SamplingParams
+from mistral_chat.engine.exchange import collective_of
 from mistral_chat.engine.launch import current_group
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.sampling import Draws, allowed_words, check_finite, choose, log_probability
@@ -39,7 +40,8 @@ class Transformer(model_layer.Transformer):
 
     def __init__(self, args: TransformerArgs, *, random_weights: bool = True) -> None:
         group = current_group()
-        super().__init__(args, Shard(args, group.world_size, group.rank), group)
+        shard = Shard(args, group.world_size, group.rank)
+        super().__init__(args, shard, collective_of(group, shard))
         if random_weights:
             self.init_weights(group.share(int(torch.randint(2**62, ()))))
 

@@ -26,7 +26,6 @@ from mistral_chat.engine.place import Place
 from mistral_chat.engine.shared_memory import SharedMemory
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import MistralChatError, RankLostError
-from mistral_chat.kernels import ops
 
 __all__ = ["Group", "PeerFailedError", "Place"]
 
@@ -51,7 +50,7 @@ class Closable(Protocol):
 
 
 class Group:
-    """All ranks of a run; the `Collective` of the sharded model.
+    """All ranks of a run.
 
     Args:
         place: of this process. With more than one rank, this constructor meets the others and
@@ -167,12 +166,6 @@ class Group:
             with self._exchanging() as collectives:
                 collectives.all_reduce(partial)
         return partial
-
-    def reduce_add_norm(
-        self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """`reference.add_norm` of the sum of `partial` over ranks."""
-        return ops.add_norm(self.all_reduce(partial), residual, weight, eps)
 
     def gather_columns(self, part: Tensor, sizes: Sequence[int]) -> Tensor | None:
         """Put the ranks' columns side by side on rank 0.

@@ -97,11 +97,11 @@ def sum_s(group: Group, runner: Runner) -> dict[str, float]:
     rows = torch.randn(1, model.args.dim, device=model.device).to(model.dtype)
     gain, eps = model.norm, model.args.norm_eps
     paths: dict[str, Callable[[Tensor], object]] = {}
-    exchange = runner.exchange
-    if exchange is not None:
-        paths[exchange.path] = lambda x: exchange.reduce_add_norm(x, rows, gain, eps)
+    decode = runner.decode_collective
+    if decode is not None:
+        paths[decode.path] = lambda x: decode.reduce_add_norm(x, rows, gain, eps)
     name = "NCCL" if model.device.type == "cuda" else "CPU group"
-    paths[name] = lambda x: group.reduce_add_norm(x, rows, gain, eps)
+    paths[name] = lambda x: model.collective.reduce_add_norm(x, rows, gain, eps)
     found = {}
     for path, work in paths.items():
         if model.device.type == "cuda":

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from mistral_chat.config import EngineConfig
+from mistral_chat.engine.exchange import collective_of
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.start_up import choose_device, choose_dtype, reading_threads
 from mistral_chat.errors import UsageError
@@ -80,8 +81,12 @@ def measure_loading(
     size = sum(path.stat().st_size for path in paths)
     if not cold:
         _read_plainly(paths, group, n_threads, device)  # into the system's cache
+
+    def make() -> Transformer:
+        return Transformer(args, shard, collective_of(group, shard))
+
     seconds, share, host_bytes = _read_as_loading_does(
-        headers, lambda: Transformer(args, shard, group), device, dtype, n_threads, timed
+        headers, make, device, dtype, n_threads, timed
     )
     wanted = share if group.shards > group.world_size else -group.minimum(-size)
     plain_s = timed(lambda: _read_plainly(paths, group, n_threads, device))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mistral_chat.engine.decoder import Choosing, Decoder, Pending
-from mistral_chat.engine.exchange import Exchange, PeerExchange, open_exchange
+from mistral_chat.engine.exchange import PeerCollective, decode_collective
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.memory import Plan
 from mistral_chat.engine.step import Step
@@ -20,6 +20,7 @@ from mistral_chat.errors import UsageError
 from mistral_chat.kernels import ops
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.few_rows import supports
+from mistral_chat.model.operations import Collective
 from mistral_chat.model.transformer import Transformer
 
 __all__ = ["Runner", "StartUp", "why_no_decoder"]
@@ -58,6 +59,8 @@ class Runner:
         max_seq_len: positions of a slot.
         chunk_size: most tokens of a step.
         plan: bytes by purpose; None where nobody planned.
+
+    `vocab_size` is how many tokens a position's scores are of.
     """
 
     def __init__(
@@ -80,9 +83,10 @@ class Runner:
             model.shard, max_batch_size, max_seq_len, model.dtype, model.device
         )
         self.decoder: Decoder | None = None
-        self.exchange: Exchange | None = None
+        self.decode_collective: Collective | None = None
         self.start_up: StartUp | None = None
-        self._vocab_sizes = [len(model.shard.vocab_of(r)) for r in range(group.world_size)]
+        # One share that is measured alone scores its own part of the vocabulary.
+        self.vocab_size = sum(len(model.shard.vocab_of(r)) for r in range(group.world_size))
         group.close_with_me(self)
 
     @property
@@ -97,11 +101,6 @@ class Runner:
         return self._model
 
     @property
-    def vocab_size(self) -> int:
-        """How many tokens a position's scores are of."""
-        return sum(self._vocab_sizes)
-
-    @property
     def cache(self) -> KVCache:
         """Keys and values of every slot."""
         assert self._cache is not None
@@ -112,13 +111,16 @@ class Runner:
 
         A program may keep a reference to this for as long as it likes.
         """
-        self.decoder = self.exchange = None
+        self.decoder = self.decode_collective = None
         self._model = self._cache = None
 
     def open_decoder(self) -> None:
         """Run steps of few tokens by `Decoder` from now on; all ranks together."""
-        self.exchange = self.exchange or open_exchange(self.group, self.model)
-        self.decoder = Decoder(self.model, self.cache, self.exchange, self.group.is_leader)
+        self.decode_collective = self.decode_collective or decode_collective(self.group, self.model)
+        self.decoder = Decoder(
+            self.model, self.cache, self.decode_collective,
+            vocab_size=self.vocab_size, is_leader=self.group.is_leader,
+        )  # fmt: skip
         self.decoder.warm_up()
 
     def resize(self, max_batch_size: int, max_seq_len: int) -> None:
@@ -137,16 +139,19 @@ class Runner:
         """How decode steps run here, for people."""
         if self.decoder is None:
             return f"reference ({why_no_decoder(self.model)})"
-        exchange = self.exchange
         graphs = "CUDA graphs" if self.model.device.type == "cuda" else "one by one"
-        return graphs + (f", sums through {exchange.path}" if exchange else "")
+        if self.group.world_size == 1:
+            return graphs
+        assert self.decode_collective is not None
+        return f"{graphs}, sums through {self.decode_collective.path}"
 
     @property
     def notice(self) -> str | None:
         """What people should know of a slower path than this machine's GPUs are for."""
-        if self.model.device.type == "cuda" and (self.decoder is None or (
-            self.exchange is not None and self.exchange.path != PeerExchange.path
-        )):  # fmt: skip
+        if self.model.device.type != "cuda":
+            return None
+        on_peers = self.group.world_size == 1 or isinstance(self.decode_collective, PeerCollective)
+        if self.decoder is None or not on_peers:
             return f"decode takes a slower path here: {self.path}"
         return None
 
@@ -191,7 +196,7 @@ class Runner:
         tokens = torch.tensor(ids, device=self.model.device)
         spans = [chunk.span for chunk in step.chunks]
         part = self.model(tokens, spans, self.cache, step.logits)
-        return None if part is None else self.group.gather_columns(part, self._vocab_sizes)
+        return None if part is None else self.model.collective.gather_columns(part)
 
     def follow(self) -> None:
         """Other ranks: run what rank 0 says until it ends the loop."""

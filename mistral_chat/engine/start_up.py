@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from mistral_chat.config import EngineConfig
+from mistral_chat.engine.exchange import collective_of
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.loading import OnLoading, Watch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
@@ -202,7 +203,8 @@ def load_runner(
     """
 
     def make(args: TransformerArgs) -> Transformer:
-        return Transformer(args, Shard(args, group.shards, group.rank), group)
+        shard = Shard(args, group.shards, group.rank)
+        return Transformer(args, shard, collective_of(group, shard))
 
     started = time.monotonic()
     model, plan, reading = _begin(config, group, make)

@@ -5,7 +5,7 @@ A step is plain integers and can be packed into a list of them. Knows nothing of
 
 from dataclasses import dataclass
 
-from mistral_chat.model.transformer import Span, WhichLogits
+from mistral_chat.model.operations import Span, WhichLogits
 
 __all__ = ["Chunk", "Step"]
 

@@ -2,7 +2,7 @@
 
 The first kernel also turns queries and keys (rotary embedding) and stores the new keys and
 values; the second adds up the parts. Positions and lengths lie on the device, so that a captured
-graph serves any. Reference: `fused_reference.attend`.
+graph serves any. Reference: `reference.attend`.
 
 Shapes: N = spans (sequences), T = tokens of a span, H = local query heads, K = local KV heads,
 D = head_dim, S = parts of the context, M = rows of a tile: T * queries of a KV head, rounded up.

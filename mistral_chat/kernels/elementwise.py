@@ -1,7 +1,7 @@
 """What stands between the products: embedding, norm, rotary embedding, SwiGLU.
 
-References: `reference.embed_rows`, `.add_norm`, `.rope_store`, `.silu_mul` and
-`fused_reference.rotations`.
+References: `reference.embed`, `.add_norm`, `.rope_store`, `.silu_mul` and
+`.rotations`.
 
 Shapes: T = new tokens, S = slices of a row, H = local query heads, K = local KV heads,
 D = head_dim.
@@ -47,7 +47,7 @@ def _embed(
 
 
 def embed(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
-    """`reference.embed_rows`: (T,) int64 ids and (n_ids, dim) -> (T, dim)."""
+    """`reference.embed`: (T,) int64 ids and (n_ids, dim) -> (T, dim)."""
     n_ids, dim = weight.shape
     out = torch.empty(len(tokens), dim, dtype=weight.dtype, device=weight.device)
     block = min(1024, triton.next_power_of_2(dim))
@@ -111,9 +111,9 @@ def _add_norm(
         gdc_launch_dependents()
         gdc_wait()
     at = tl.program_id(0).to(tl.int64) * dim + cols
-    x = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(partial_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(partial_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -122,27 +122,27 @@ def _add_norm(
 
 
 def add_norm(
-    partial: Tensor | None, residual: Tensor, gain: Tensor, eps: float
+    partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`reference.add_norm`; with no partial, only the norm.
+    """`reference.add_norm`.
 
     Args:
-        partial: (T, dim) to add first, or None.
-        residual: (T, dim).
+        partial: (T, dim).
+        residual: (T, dim) to add; None adds nothing.
         gain: (dim,).
         eps: of the norm.
 
     Returns:
         the normed stream and the new residual, both (T, dim).
     """
-    n_rows, dim = residual.shape
-    normed = torch.empty_like(residual)
-    total = residual if partial is None else torch.empty_like(residual)
+    n_rows, dim = partial.shape
+    normed = torch.empty_like(partial)
+    total = partial if residual is None else torch.empty_like(partial)
     block = triton.next_power_of_2(dim)
-    early = early_launch(residual.device)
+    early = early_launch(partial.device)
     _add_norm[(n_rows,)](
         partial, residual, gain, normed, total, dim, eps,
-        ADD=partial is not None, BLOCK=block, PDL=bool(early),
+        ADD=residual is not None, BLOCK=block, PDL=bool(early),
         num_warps=min(16, max(1, block // 512)), **early,
     )  # fmt: skip
     return normed, total
@@ -188,9 +188,9 @@ def _add_scale(
         gdc_launch_dependents()
         gdc_wait()
     at = row * dim + cols
-    x = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(partial_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(partial_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -199,18 +199,18 @@ def _add_scale(
 
 
 def add_scale(
-    partial: Tensor | None, residual: Tensor, gain: Tensor, eps: float
+    partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
 ) -> tuple[Scaled, Tensor]:
     """`add_norm`, the division by the rows' size left to the product that follows."""
-    n_rows, dim = residual.shape
-    scaled = torch.empty_like(residual)
-    total = residual if partial is None else torch.empty_like(residual)
+    n_rows, dim = partial.shape
+    scaled = torch.empty_like(partial)
+    total = partial if residual is None else torch.empty_like(partial)
     slices = n_slices(dim)
-    squares = torch.empty(n_rows, slices, dtype=torch.float32, device=residual.device)
-    early = early_launch(residual.device)
+    squares = torch.empty(n_rows, slices, dtype=torch.float32, device=partial.device)
+    early = early_launch(partial.device)
     _add_scale[(n_rows, slices)](
         partial, residual, gain, scaled, total, squares, dim,
-        ADD=partial is not None, SLICE=SLICE, SLICES=slices, PDL=bool(early), num_warps=4, **early,
+        ADD=residual is not None, SLICE=SLICE, SLICES=slices, PDL=bool(early), num_warps=4, **early,
     )  # fmt: skip
     return Scaled(scaled, squares, eps), total
 

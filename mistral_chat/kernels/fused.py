@@ -1,4 +1,4 @@
-"""The decode path's operations on a GPU. Same functions and arguments as `fused_reference`."""
+"""The decode path's operations on a GPU. Same functions and arguments as in `reference`."""
 
 import torch
 from torch import Tensor
@@ -8,23 +8,18 @@ from mistral_chat.kernels.attention import attend
 from mistral_chat.kernels.elementwise import Scaled, embed, rotations
 from mistral_chat.kernels.linear import product
 
-__all__ = ["add_norm", "attend", "embed", "gated", "linear", "logits", "norm", "rotations"]
+__all__ = ["add_norm", "attend", "embed", "gated", "linear", "logits", "rotations"]
 
 Rows = Tensor | Scaled
 
 
-def norm(x: Tensor, gain: Tensor, eps: float) -> Rows:
-    """RMS norm of each row."""
-    if x.dtype == torch.float16:  # whose range x * gain could leave
-        return elementwise.add_norm(None, x, gain, eps)[0]
-    return elementwise.add_scale(None, x, gain, eps)[0]
-
-
-def add_norm(partial: Tensor, residual: Tensor, gain: Tensor, eps: float) -> tuple[Rows, Tensor]:
-    """The norm of the sum, and the sum."""
-    if residual.dtype == torch.float16:
-        return elementwise.add_norm(partial, residual, gain, eps)
-    return elementwise.add_scale(partial, residual, gain, eps)
+def add_norm(
+    partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Rows, Tensor]:
+    """`reference.add_norm`, the norm left to the matmul that takes the rows."""
+    if partial.dtype == torch.float16:  # whose range x * weight could leave
+        return elementwise.add_norm(partial, residual, weight, eps)
+    return elementwise.add_scale(partial, residual, weight, eps)
 
 
 def linear(x: Rows, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 One row goes through a program per few matrix rows that multiplies and sums in float32; up to
 MOST_ROWS go through the tensor cores, the matrix rows taking the place that a large batch has
-elsewhere. References: `fused_reference.linear`, `.gated`, `.logits`.
+elsewhere. References: `reference.linear`, `.gated`, `.logits`.
 
 Shapes: T = rows of x, n_in, n_out = columns and rows of the matrix, S = slices of a row.
 """
@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mistral_chat.kernels import reference
 from mistral_chat.kernels.elementwise import Scaled, silu_mul
 from mistral_chat.kernels.tuning import (
+    MOST_ROWS,
     FewRows,
     OneRow,
     early_launch,
@@ -24,9 +25,7 @@ from mistral_chat.kernels.tuning import (
     shared_memory,
 )
 
-__all__ = ["MOST_ROWS", "product"]
-
-MOST_ROWS = 32
+__all__ = ["product"]
 
 
 @triton.jit

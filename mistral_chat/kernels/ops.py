@@ -13,7 +13,7 @@ from torch import Tensor
 from mistral_chat.kernels import reference
 from mistral_chat.kernels.sampling_reference import sample_reference
 
-__all__ = ["add_norm", "has_kernels", "rope_store", "sample", "silu_mul", "why_no_kernels"]
+__all__ = ["add_norm", "embed", "has_kernels", "rope_store", "sample", "silu_mul", "why_no_kernels"]
 
 
 @lru_cache
@@ -35,8 +35,17 @@ def has_kernels(device: torch.device) -> bool:
     return why_no_kernels(device) is None
 
 
+def embed(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
+    """`reference.embed`."""
+    if has_kernels(weight.device):
+        from mistral_chat.kernels import elementwise
+
+        return elementwise.embed(tokens, weight, first_id)
+    return reference.embed(tokens, weight, first_id)
+
+
 def add_norm(
-    partial: Tensor, residual: Tensor, weight: Tensor, eps: float
+    partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`reference.add_norm`."""
     if has_kernels(partial.device):

@@ -21,19 +21,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mistral_chat.kernels.elementwise import SLICE, Scaled, add_norm, n_slices
-from mistral_chat.kernels.tuning import early_launch
+from mistral_chat.kernels.tuning import MOST_ROWS, early_launch
 
 __all__ = [
-    "MOST_ROWS",
     "PeerMemory",
+    "broadcast",
     "bytes_needed",
     "gather_columns",
-    "hand_over",
     "reduce_add_norm",
 ]
 
 GATHER_BLOCK = 1024
-MOST_ROWS = 32
 N_SUM_COUNTS = 1024
 N_GATHER_COUNTS = 8192
 
@@ -270,7 +268,7 @@ def reduce_add_norm(
         PDL=bool(early), num_warps=4, **early,
     )  # fmt: skip
     if scaled is None:
-        return add_norm(None, total, gain, eps)[0], total
+        return add_norm(total, None, gain, eps)[0], total
     return Scaled(scaled, squares, eps), total
 
 
@@ -334,7 +332,7 @@ def gather_columns(memory: PeerMemory, part: Tensor) -> Tensor | None:
 
 
 @triton.jit
-def _hand_over(
+def _broadcast(
     tokens_ptr, addresses_ptr, counts_ptr, n_tokens, token_offset,
     RANK: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -358,7 +356,7 @@ def _hand_over(
     tl.store(counts_ptr, number)
 
 
-def hand_over(memory: PeerMemory, tokens: Tensor) -> None:
+def broadcast(memory: PeerMemory, tokens: Tensor) -> None:
     """Give rank 0's tokens to all. A sum must lie between two of these.
 
     Args:
@@ -367,7 +365,7 @@ def hand_over(memory: PeerMemory, tokens: Tensor) -> None:
     """
     assert len(tokens) <= MOST_ROWS
     early = early_launch(tokens.device)
-    _hand_over[(1,)](
+    _broadcast[(1,)](
         tokens, memory.addresses, memory.token_counts, len(tokens), memory.token_offset,
         RANK=memory.rank, WORLD=memory.world_size, BLOCK=MOST_ROWS, PDL=bool(early),
         num_warps=1, **early,

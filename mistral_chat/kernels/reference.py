@@ -14,14 +14,17 @@ from torch.nn import functional as F
 __all__ = [
     "add_norm",
     "apply_rope",
+    "attend",
     "attention",
-    "embed_rows",
+    "embed",
+    "gated",
     "linear",
     "logits",
     "rms_norm",
     "rope_frequencies",
     "rope_rotations",
     "rope_store",
+    "rotations",
     "silu_mul",
 ]
 
@@ -35,24 +38,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_norm(
-    partial: Tensor, residual: Tensor, weight: Tensor, eps: float
+    partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Add a layer's output to the residual stream and normalize for the next layer.
 
     Args:
         partial: (T, dim), the layer's output, summed over ranks.
-        residual: (T, dim).
+        residual: (T, dim); None adds nothing.
         weight: (dim,) of the next norm.
         eps: of the next norm.
 
     Returns:
         the normed stream and the new residual, both (T, dim).
     """
-    residual = residual + partial
+    residual = partial if residual is None else residual + partial
     return rms_norm(residual, weight, eps), residual
 
 
-def embed_rows(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
+def embed(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
     """Embedding from a range of rows; zeros for tokens outside, so that ranks sum to the whole.
 
     Args:
@@ -75,20 +78,18 @@ def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tenso
     return theta ** (exponents / -head_dim)
 
 
-def rope_rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def rope_rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
     """Rotations of the rotary embedding at given positions.
 
     Source: Su et al. 2021, arXiv 2104.09864.
 
     Args:
         positions: (T,) integers.
-        head_dim: D.
-        theta: base of the wavelengths.
+        frequencies: (D / 2,) float32 radians per position.
 
     Returns:
         (T, D / 2) complex64 of absolute value 1.
     """
-    frequencies = rope_frequencies(head_dim, theta, positions.device)
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies  # (T, D / 2)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -247,3 +248,54 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool)
         is_causal=causal,
     )
     return out.reshape(n_heads, n_new, head_dim)
+
+
+# A decode step's operations, whose positions lie in tensors: N = spans, R = N * T rows.
+
+
+def rotations(starts: Tensor, length: int, frequencies: Tensor) -> Tensor:
+    """Cosines and sines of each row's position: (N,) -> (R, 2, D / 2) float32."""
+    positions = starts.unsqueeze(1) + torch.arange(length, device=starts.device)
+    angles = positions.flatten().float().unsqueeze(1) * frequencies
+    return torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
+def gated(x: Tensor, weight: Tensor) -> Tensor:
+    """`silu_mul` of the product: (R, n_in), (2 * hidden, n_in) -> (R, hidden)."""
+    return silu_mul(linear(x, weight))
+
+
+def attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotations: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    first_heads: Tensor,
+    kv_heads: Tensor,
+    group: int,  # noqa: ARG001, the kernel's
+    window: int | None,
+) -> Tensor:
+    """Turn, store and attend, span by span; arguments and result as `attention.attend`."""
+    n_heads = len(kv_heads)
+    n_kv = len(first_heads) - 1
+    per_span = len(qkv) // len(slots)
+    turns = torch.complex(rotations[:, 0], rotations[:, 1])
+    turned = apply_rope(qkv[:, : n_heads + n_kv], turns)
+    out = torch.zeros_like(turned[:, :n_heads])
+    by_kv_head = first_heads.diff().tolist()
+    for span, (slot, start, length) in enumerate(
+        zip(slots.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+    ):
+        new = slice(span * per_span, span * per_span + length)
+        end = start + length
+        keys[slot, :, start:end] = turned[new, n_heads:].transpose(0, 1)
+        values[slot, :, start:end] = qkv[new, n_heads + n_kv :].transpose(0, 1)
+        if length:
+            out[new] = attention(
+                turned[new, :n_heads], keys[slot, :, :end], values[slot, :, :end],
+                start, window, by_kv_head,
+            )  # fmt: skip
+    return out.flatten(1)

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 __all__ = [
+    "MOST_ROWS",
     "Attend",
     "FewRows",
     "OneRow",
@@ -19,6 +20,8 @@ __all__ = [
     "shared_memory",
     "splits",
 ]
+
+MOST_ROWS = 32  # of a step of few rows: its kernels, graphs and peer memory have room for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,66 +1,31 @@
 """The dense transformer, as one rank holds it. Knows its local sizes; no ranks, no process groups.
 
-What crosses ranks is visible: the two callables of `Collective`, called twice a layer and once
-for the embedding. Shapes: T = new tokens of a step, over all its sequences.
+The forward pass stands here once, over `Operations`. What crosses ranks is visible:
+`reduce_add_norm`, twice a layer and once for the embedding. Shapes: R = rows, one for each new
+token of a step, over all its sequences.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mistral_chat.kernels import ops, reference
+from mistral_chat.kernels import reference
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache
+from mistral_chat.model.operations import (
+    Alone,
+    Collective,
+    Heads,
+    ManyRows,
+    Operations,
+    Rows,
+    Span,
+    WhichLogits,
+)
 from mistral_chat.model.sharding import Placement, Shard, placements
 
-__all__ = ["Alone", "Collective", "Span", "Transformer", "WhichLogits"]
-
-WhichLogits = Literal["none", "last", "all"]
-
-
-class Collective(Protocol):
-    """How partial results of ranks become whole ones."""
-
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        """Sum `partial` over ranks; may overwrite it."""
-
-    def reduce_add_norm(
-        self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """`reference.add_norm` of the sum of `partial` over ranks."""
-
-
-class Alone:
-    """The collective of a single rank."""
-
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        """The partial result is the whole one."""
-        return partial
-
-    def reduce_add_norm(
-        self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """`reference.add_norm`."""
-        return ops.add_norm(partial, residual, weight, eps)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Neighbouring new tokens of one sequence.
-
-    Args:
-        slot: the sequence's place in the cache.
-        start: position of the first of them.
-        length: how many.
-    """
-
-    slot: int
-    start: int
-    length: int
+__all__ = ["Transformer", "TransformerBlock"]
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -73,38 +38,20 @@ class Attention(nn.Module):
     def __init__(self, shard: Shard, layer: int) -> None:
         super().__init__()
         args = shard.args
-        self.layer = layer
-        self.head_dim = args.head_dim
-        self.n_local_heads = len(shard.heads)
-        self.n_local_kv_heads = len(shard.kv_heads)
-        self.queries_by_kv_head = shard.queries_by_kv_head
-        self.window = args.window_by_layer[layer]
-        n_rows = (self.n_local_heads + 2 * self.n_local_kv_heads) * args.head_dim
-        self.wqkv = _empty(n_rows, args.dim)
-        self.wo = _empty(args.dim, self.n_local_heads * args.head_dim)
+        self.heads = Heads(
+            layer=layer,
+            head_dim=args.head_dim,
+            n_heads=len(shard.heads),
+            queries_by_kv_head=shard.queries_by_kv_head,
+            window=args.window_by_layer[layer],
+        )
+        self.wqkv = _empty((len(shard.heads) + 2 * len(shard.kv_heads)) * args.head_dim, args.dim)
+        self.wo = _empty(args.dim, len(shard.heads) * args.head_dim)
 
-    def forward(
-        self, x: Tensor, rotations: Tensor, spans: Sequence[Span], cache: KVCache
-    ) -> Tensor:
-        """(T, dim) -> (T, dim), a partial result that ranks must sum."""
-        n_q, n_kv = self.n_local_heads, self.n_local_kv_heads
-        qkv = reference.linear(x, self.wqkv).view(-1, n_q + 2 * n_kv, self.head_dim)
-        out = []
-        first = 0
-        for span in spans:
-            new = slice(first, first + span.length)
-            first += span.length
-            keys, values = cache.of(self.layer, span.slot)
-            q = ops.rope_store(qkv[new], keys, values, span.start, n_q, rotations[new])
-            end = span.start + span.length
-            out.append(
-                reference.attention(
-                    q, keys[:, :end], values[:, :end], span.start, self.window,
-                    self.queries_by_kv_head,
-                )
-            )  # fmt: skip
-        heads = out[0] if len(out) == 1 else torch.cat(out)  # (T, n_q, head_dim)
-        return reference.linear(heads.reshape(len(x), -1), self.wo)
+    def forward(self, x: Rows, rotations: Tensor, run: Operations) -> Tensor:
+        """(R, dim) -> (R, dim), a partial result that ranks must sum."""
+        qkv = run.linear(x, self.wqkv).unflatten(1, (-1, self.heads.head_dim))
+        return run.linear(run.attend(qkv, self.heads, rotations), self.wo)
 
 
 class FeedForward(nn.Module):
@@ -112,17 +59,16 @@ class FeedForward(nn.Module):
 
     def __init__(self, shard: Shard) -> None:
         super().__init__()
-        n_hidden = len(shard.hidden)
-        self.w13 = _empty(2 * n_hidden, shard.args.dim)
-        self.w2 = _empty(shard.args.dim, n_hidden)
+        self.w13 = _empty(2 * len(shard.hidden), shard.args.dim)
+        self.w2 = _empty(shard.args.dim, len(shard.hidden))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, dim) -> (T, dim), a partial result that ranks must sum."""
-        return reference.linear(ops.silu_mul(reference.linear(x, self.w13)), self.w2)
+    def forward(self, x: Rows, run: Operations) -> Tensor:
+        """(R, dim) -> (R, dim), a partial result that ranks must sum."""
+        return run.linear(run.gated(x, self.w13), self.w2)
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each followed by reduce + residual add + the next norm."""
+    """Attention and feed-forward, each followed by all-reduce + residual add + the next norm."""
 
     def __init__(self, shard: Shard, layer: int) -> None:
         super().__init__()
@@ -133,20 +79,14 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(shard)
 
     def forward(
-        self,
-        normed: Tensor,
-        residual: Tensor,
-        next_norm: Tensor,
-        rotations: Tensor,
-        spans: Sequence[Span],
-        cache: KVCache,
-        collective: Collective,
-    ) -> tuple[Tensor, Tensor]:
-        """Take the normed stream and the residual, both (T, dim); give those of the next block."""
-        partial = self.attention(normed, rotations, spans, cache)
-        normed, residual = collective.reduce_add_norm(partial, residual, self.ffn_norm, self.eps)
-        partial = self.feed_forward(normed)
-        return collective.reduce_add_norm(partial, residual, next_norm, self.eps)
+        self, normed: Rows, residual: Tensor, next_norm: Tensor, rotations: Tensor, run: Operations
+    ) -> tuple[Rows, Tensor]:
+        """Take the normed rows and the residual stream, both (R, dim); give the next block's."""
+        ranks = run.collective
+        partial = self.attention(normed, rotations, run)
+        normed, residual = ranks.reduce_add_norm(partial, residual, self.ffn_norm, self.eps)
+        partial = self.feed_forward(normed, run)
+        return ranks.reduce_add_norm(partial, residual, next_norm, self.eps)
 
 
 class Transformer(nn.Module):
@@ -172,6 +112,7 @@ class Transformer(nn.Module):
         self.shard = shard or Shard(args)
         self.collective: Collective = collective or Alone()
         assert self.shard.world_size == 1 or collective is not None
+        self._frequencies: Tensor | None = None
         n_vocab = len(self.shard.vocab)
         self.tok_embeddings = _empty(n_vocab, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(self.shard, i) for i in range(args.n_layers))
@@ -230,6 +171,14 @@ class Transformer(nn.Module):
             rows, cols = placement.rows, placement.cols
             into.copy_(whole[rows.start : rows.stop, cols.start : cols.stop])
 
+    @property
+    def frequencies(self) -> Tensor:
+        """Radians that each pair of a head rotates per position: (head_dim / 2,) float32."""
+        if self._frequencies is None or self._frequencies.device != self.device:
+            args = self.args
+            self._frequencies = reference.rope_frequencies(args.head_dim, args.theta, self.device)
+        return self._frequencies
+
     @torch.inference_mode()
     def forward(
         self,
@@ -241,33 +190,33 @@ class Transformer(nn.Module):
         """Run new tokens, keep their keys and values, and score what follows them.
 
         Args:
-            tokens: (T,) ids, the spans' tokens one after the other.
-            spans: whose tokens they are; their lengths sum to T.
+            tokens: (R,) ids, the spans' tokens one after the other.
+            spans: whose tokens they are; their lengths sum to R.
             cache: keys and values of what is before.
             logits: whether to score after no token, after the last of each span, or after all.
 
         Returns:
-            float32 logits (T or number of spans, local vocabulary), or None for no token.
+            float32 logits (R or number of spans, local vocabulary), or None for no token.
         """
-        args = self.args
         assert len(tokens) == sum(span.length for span in spans)
-        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in spans])
-        rotations = reference.rope_rotations(positions.to(self.device), args.head_dim, args.theta)
-        if len(self.shard.vocab) == args.vocab_size:
-            residual = F.embedding(tokens, self.tok_embeddings)
-        else:
-            part = reference.embed_rows(tokens, self.tok_embeddings, self.shard.vocab.start)
-            residual = self.collective.all_reduce(part)
-        blocks = self.blocks
-        norms = [block.attention_norm for block in blocks] + [self.norm]
-        normed = reference.rms_norm(residual, norms[0], args.norm_eps)
-        for layer, next_norm in zip(blocks, norms[1:], strict=True):
-            normed, residual = layer(
-                normed, residual, next_norm, rotations, spans, cache, self.collective
-            )
-        if logits == "none":
-            return None
-        if logits == "last" and len(tokens) > len(spans):
-            ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
-            normed = normed[ends.to(self.device)]
-        return reference.logits(normed, self.output_weight)
+        return self.run(tokens, ManyRows(spans, cache, self.collective, logits))
+
+    def run(self, tokens: Tensor, run: Operations) -> Tensor | None:
+        """The forward pass.
+
+        Args:
+            tokens: (R,) ids.
+            run: the operations on these rows, which know their positions.
+
+        Returns:
+            float32 logits (rows that are scored, local vocabulary), or None.
+        """
+        norms = [block.attention_norm for block in self.blocks] + [self.norm]
+        embedded = run.embed(tokens, self.tok_embeddings, self.shard.vocab.start)
+        normed, residual = run.collective.reduce_add_norm(
+            embedded, None, norms[0], self.args.norm_eps
+        )
+        rotations = run.rotations(self.frequencies)
+        for block, next_norm in zip(self.blocks, norms[1:], strict=True):
+            normed, residual = block(normed, residual, next_norm, rotations, run)
+        return run.logits(normed, self.output_weight)

@@ -16,7 +16,8 @@ from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import CheckpointError, ContextLengthError, PromptError
 from mistral_chat.model.args import TransformerArgs
-from mistral_chat.model.transformer import Span, Transformer
+from mistral_chat.model.operations import Span
+from mistral_chat.model.transformer import Transformer
 
 ARGS = TransformerArgs(
     dim=32,

@@ -21,7 +21,7 @@ from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.runner import Runner
 from mistral_chat.errors import CheckpointError
 from mistral_chat.generate import generate
-from mistral_chat.model.transformer import Span
+from mistral_chat.model.operations import Span
 from mistral_chat.transformer import Transformer, TransformerArgs
 from tests.conftest import TINY
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from mistral_chat.engine.step import Chunk, Step
-from mistral_chat.model.transformer import Span, WhichLogits
+from mistral_chat.model.operations import Span, WhichLogits
 
 
 def draw_step(rng: random.Random) -> Step:

@@ -168,7 +168,7 @@ def test_ranks_exchange_through_peer_memory(n_ranks: int) -> None:
 def test_products_equal_the_reference(
     n_out: int, n_in: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    from mistral_chat.kernels import fused, fused_reference
+    from mistral_chat.kernels import fused, reference
 
     torch.manual_seed(n_out)
     weight = draw(n_out, n_in, dtype=dtype, scale=n_in**-0.5)
@@ -177,15 +177,15 @@ def test_products_equal_the_reference(
     for n_rows in (1, 2, 9, 17, 32):
         x = draw(n_rows, n_in, dtype=dtype, scale=3)
         partial = draw(n_rows, n_in, dtype=dtype)
-        exact = fused_reference.linear(x.double(), weight.double())
+        exact = reference.linear(x.double(), weight.double())
         assert distance(fused.linear(x, weight), exact) < tolerance
         normed, total = fused.add_norm(partial, x, gain, 1e-5)
-        expected, expected_total = fused_reference.add_norm(partial, x, gain, 1e-5)
+        expected, expected_total = reference.add_norm(partial, x, gain, 1e-5)
         assert torch.equal(total, expected_total)
         assert distance(fused.linear(normed, weight), expected.double() @ weight.double().T) < (
             2 * tolerance  # the norm is rounded too
         )
-        gated = fused_reference.gated(expected.double(), both.double())
+        gated = reference.gated(expected.double(), both.double())
         assert distance(fused.gated(normed, both), gated) < 3 * tolerance
         scores = fused.logits(normed, weight)
         assert scores.dtype == torch.float32
@@ -196,7 +196,7 @@ def test_products_equal_the_reference(
 @pytest.mark.parametrize("context", [1, 63, 5000, 32000])
 @pytest.mark.parametrize("length", [1, 5, 17])
 def test_attention_equals_the_reference(dtype: torch.dtype, context: int, length: int) -> None:
-    from mistral_chat.kernels import fused, fused_reference, reference
+    from mistral_chat.kernels import fused, reference
 
     torch.manual_seed(context)
     n_heads, n_kv, head_dim, n_slots = 24, 2, 128, 3
@@ -210,7 +210,7 @@ def test_attention_equals_the_reference(dtype: torch.dtype, context: int, length
     of = torch.arange(2, dtype=torch.int32, device="cuda").repeat_interleave(12)
     frequencies = reference.rope_frequencies(head_dim, 1e6, torch.device("cuda"))
     results = []
-    for run in (fused, fused_reference):
+    for run in (fused, reference):
         k, v = keys.clone(), values.clone()
         rotations = run.rotations(starts, length, frequencies)
         out = run.attend(qkv, k, v, rotations, slots, starts, lengths, first, of, 12, None)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_chat.kernels import elementwise, fused, fused_reference, reference
+from mistral_chat.kernels import elementwise, fused, reference
 from mistral_chat.kernels.elementwise import SLICE, Scaled, n_slices
-from mistral_chat.kernels.linear import MOST_ROWS, product
-from mistral_chat.kernels.tuning import FewRows, OneRow
+from mistral_chat.kernels.linear import product
+from mistral_chat.kernels.tuning import MOST_ROWS, FewRows, OneRow
 
 pytestmark = [
     # Triton's interpreter makes a loop's bound of an array of one element, which numpy frowns upon.
@@ -73,7 +73,7 @@ by_matrix = pytest.mark.parametrize(("n_out", "n_in"), MATRICES)
 def test_linear_is_the_reference(n_out: int, n_in: int, n_rows: int, dtype: torch.dtype) -> None:
     x, w = draw(n_rows, n_in, dtype=dtype), draw_matrix(n_out, n_in, dtype)
     # each side rounds its sum
-    assert_near(fused.linear(x, w), fused_reference.linear(x, w), units=2, size=4)
+    assert_near(fused.linear(x, w), reference.linear(x, w), units=2, size=4)
 
 
 @by_type
@@ -83,7 +83,7 @@ def test_gated_is_the_reference(n_out: int, n_in: int, n_rows: int, dtype: torch
     x, w = draw(n_rows, n_in, dtype=dtype), draw_matrix(2 * n_out, n_in, dtype)
     # the reference rounds gate, up, the gate's SiLU (which stretches an error by at most 1.1) and
     # the result; the kernel the result alone. Results are products of two numbers up to 4.
-    assert_near(fused.gated(x, w), fused_reference.gated(x, w), units=5, size=8)
+    assert_near(fused.gated(x, w), reference.gated(x, w), units=5, size=8)
 
 
 @by_type
@@ -97,17 +97,14 @@ def test_logits_are_the_reference_in_float32(
     assert got.dtype == torch.float32
     # on CPU the reference's sum has x's type before it becomes float32
     rounding = HALF_UNIT[dtype]
-    wanted = fused_reference.logits(x, w)
+    wanted = reference.logits(x, w)
     torch.testing.assert_close(got, wanted, rtol=rounding + 1e-6, atol=4 * rounding + 4e-6)
 
 
 def norm_of(module: ModuleType, way: str, x: Tensor, partial: Tensor, gain: Tensor) -> Tensor:
     """Normed rows, in the form that the module's products take."""
-    if way == "norm":
-        normed = module.norm(x, gain, EPS)
-    else:
-        normed = module.add_norm(partial, x, gain, EPS)[0]
-    return normed  # type: ignore[no-any-return]
+    residual = None if way == "norm" else partial
+    return module.add_norm(x, residual, gain, EPS)[0]  # type: ignore[no-any-return]
 
 
 @by_type
@@ -127,7 +124,7 @@ def test_product_after_a_norm_is_the_reference(
     w = draw_matrix(22, dim, dtype)
     ours, theirs = (
         getattr(module, operation)(norm_of(module, way, x, partial, gain), w)
-        for module in (fused, fused_reference)
+        for module in (fused, reference)
     )
     assert ours.dtype == theirs.dtype
     # Normed rows have size 1 in float16, each rounded up to twice on both sides before the product:
@@ -144,9 +141,7 @@ def test_add_norm_gives_the_sum_to_the_bit(dim: int, n_rows: int, dtype: torch.d
     partial, residual = draw(n_rows, dim, dtype=dtype), draw(n_rows, dim, seed=1, dtype=dtype)
     before = residual.clone()
     got = fused.add_norm(partial, residual, draw_gain(dim, dtype), EPS)[1]
-    assert torch.equal(
-        got, fused_reference.add_norm(partial, residual, draw_gain(dim, dtype), EPS)[1]
-    )
+    assert torch.equal(got, reference.add_norm(partial, residual, draw_gain(dim, dtype), EPS)[1])
     assert torch.equal(residual, before)  # a graph's other steps may still read it
 
 
@@ -156,8 +151,8 @@ def test_norm_of_float16_stays_in_range(size: float) -> None:
     x = (draw(3, 700).clamp(-3, 3) * size).to(torch.float16)
     gain = torch.full((700,), 30.0, dtype=torch.float16, device=DEVICE)
     w = draw_matrix(10, 700, torch.float16)
-    got = fused.linear(fused.norm(x, gain, EPS), w)
-    wanted = fused_reference.linear(fused_reference.norm(x, gain, EPS), w)
+    got = fused.linear(fused.add_norm(x, None, gain, EPS)[0], w)
+    wanted = reference.linear(reference.rms_norm(x, gain, EPS), w)
     assert bool(got.isfinite().all())
     # as after any norm (16 half units), of results near 30 times as large
     torch.testing.assert_close(got, wanted, rtol=0, atol=30 * 16 * 2**-11)
@@ -166,7 +161,7 @@ def test_norm_of_float16_stays_in_range(size: float) -> None:
 @pytest.mark.parametrize("dim", [1, 50, SLICE, SLICE + 1, 5 * SLICE])
 def test_add_scale_leaves_the_size_of_each_row_beside_it(dim: int) -> None:
     x, gain = draw(3, dim), draw_gain(dim, torch.float32)
-    scaled, total = elementwise.add_scale(None, x, gain, EPS)
+    scaled, total = elementwise.add_scale(x, None, gain, EPS)
     assert total is x
     assert torch.equal(scaled.rows, x * gain)  # one product: exact
     assert scaled.squares.shape == (3, n_slices(dim))
@@ -243,7 +238,7 @@ def test_embed_is_the_reference(first_id: int, n_ids: int, dim: int, dtype: torc
     weight = draw(n_ids, dim, dtype=dtype)
     tokens = torch.tensor([0, 39, 11, 10, 19, 20, 11], device=DEVICE)
     got = fused.embed(tokens, weight, first_id)
-    assert torch.equal(got, fused_reference.embed(tokens, weight, first_id))  # copies: exact
+    assert torch.equal(got, reference.embed(tokens, weight, first_id))  # copies: exact
 
 
 LAST = 131_071  # the last position of Mistral's longest context
@@ -263,10 +258,10 @@ def test_rotations_are_the_reference(
     got = fused.rotations(places, length, frequencies)
     assert got.shape == (len(starts) * length, 2, head_dim // 2)
     # the angle is the same product in float32; cosines are right to a unit or two of 6e-8
-    wanted = fused_reference.rotations(places, length, frequencies)
+    wanted = reference.rotations(places, length, frequencies)
     torch.testing.assert_close(got, wanted, rtol=0, atol=2.5e-7)
     positions = torch.cat([torch.arange(s, s + length) for s in starts]).to(DEVICE)
-    turns = reference.rope_rotations(positions, head_dim, theta)
+    turns = reference.rope_rotations(positions, frequencies)
     torch.testing.assert_close(torch.complex(got[:, 0], got[:, 1]), turns, rtol=0, atol=2.5e-7)
 
 
@@ -293,7 +288,7 @@ def test_elementwise_add_norm_is_the_reference(
     assert torch.equal(total, wanted_total)  # one addition: exact
     # the reference may round before the gain as well; numbers up to 5
     assert_near(normed, wanted_normed, units=3)
-    alone, same = elementwise.add_norm(None, total, gain, EPS)
+    alone, same = elementwise.add_norm(total, None, gain, EPS)
     assert torch.equal(alone, normed)
     assert same is total
 
@@ -308,7 +303,8 @@ def test_rope_store_is_the_reference(
 ) -> None:
     qkv = draw(n_new, n_heads + 2 * n_kv, head_dim, dtype=dtype)
     positions = torch.arange(start, start + n_new, device=DEVICE)
-    rotations = reference.rope_rotations(positions, head_dim, 1e4)
+    frequencies = reference.rope_frequencies(head_dim, 1e4, DEVICE)
+    rotations = reference.rope_rotations(positions, frequencies)
     caches = [draw(2, 3, n_kv, 30, head_dim, seed=4, dtype=dtype) for _ in range(2)]
     queries, ours = qkv.clone(), caches[0]
     elementwise.rope_store(queries, ours[0, 1], ours[1, 1], start, n_heads, rotations)
@@ -388,7 +384,7 @@ def attend(
     starts = integers(case.starts)
     frequencies = reference.rope_frequencies(head_dim, 1e4, DEVICE)
     out = module.attend(
-        qkv, keys, values, fused_reference.rotations(starts, case.per_span, frequencies),
+        qkv, keys, values, reference.rotations(starts, case.per_span, frequencies),
         integers(slots), starts, integers(case.lengths),
         integers([0, *counts.cumsum(0).tolist()]),
         integers(torch.arange(n_kv).repeat_interleave(counts).tolist()),
@@ -483,13 +479,13 @@ def assert_attended(ours: Attended, theirs: Attended, case: Case) -> None:
 
 @by_case
 def test_attend_is_the_reference(case: Case) -> None:
-    assert_attended(attend_once(case), attend(fused_reference, case, torch.float32), case)
+    assert_attended(attend_once(case), attend(reference, case, torch.float32), case)
 
 
 @pytest.mark.parametrize("name", HALF)
 def test_attend_in_float16_is_the_reference(name: str) -> None:
     case = CASES[name]
-    ours, theirs = (attend(each, case, torch.float16) for each in (fused, fused_reference))
+    ours, theirs = (attend(each, case, torch.float16) for each in (fused, reference))
     assert_attended(ours, theirs, case)
 
 

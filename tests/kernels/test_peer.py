@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mistral_chat.kernels import peer
+from mistral_chat.kernels.tuning import MOST_ROWS
 from tests.conftest import ROOT, command_env
 from tests.scripts import peer_memory as ranks
 
@@ -154,6 +155,6 @@ def test_bytes_needed_hold_all_places(dim: int, widths: tuple[int, ...]) -> None
     # sums twice, since halves take turns; then the gather, then tokens: one after the other
     assert memory.gather_offset == 2 * len(widths) * memory.sum_words
     assert memory.token_offset == memory.gather_offset + len(widths) * memory.gather_words
-    assert memory.token_offset + peer.MOST_ROWS == n_words
-    assert memory.sum_words >= peer.MOST_ROWS * dim
-    assert memory.gather_words >= peer.MOST_ROWS * max(widths)
+    assert memory.token_offset + MOST_ROWS == n_words
+    assert memory.sum_words >= MOST_ROWS * dim
+    assert memory.gather_words >= MOST_ROWS * max(widths)

@@ -63,24 +63,27 @@ def test_add_norm_gives_the_normed_sum_and_the_sum() -> None:
 def test_embed_rows_of_all_ranges_sum_to_the_embedding(cuts: tuple[int, ...]) -> None:
     weight = draw(37, 8)
     tokens = torch.tensor([0, 36, 5, 6, 12, 24, 25, 5])
-    parts = [
-        reference.embed_rows(tokens, weight[first:last], first) for first, last in pairwise(cuts)
-    ]
+    parts = [reference.embed(tokens, weight[first:last], first) for first, last in pairwise(cuts)]
     # each token is in one range and adds zeros elsewhere: exact
     assert torch.equal(torch.stack(parts).sum(0), weight[tokens])
 
 
 def test_embed_rows_gives_zeros_outside_its_range() -> None:
-    got = reference.embed_rows(torch.tensor([4, 9, 5, 100]), draw(3, 4), 5)
+    got = reference.embed(torch.tensor([4, 9, 5, 100]), draw(3, 4), 5)
     assert got[[0, 1, 3]].abs().max() == 0
     assert torch.equal(got[2], draw(3, 4)[0])
+
+
+def rotations(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    frequencies = reference.rope_frequencies(head_dim, theta, positions.device)
+    return reference.rope_rotations(positions, frequencies)
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 @pytest.mark.parametrize("head_dim", [2, 8, 128])
 def test_rope_rotations_are_cosine_and_sine_of_the_angle(head_dim: int, theta: float) -> None:
     positions = [0, 1, 2, 77, 1000]
-    got = reference.rope_rotations(torch.tensor(positions), head_dim, theta)
+    got = rotations(torch.tensor(positions), head_dim, theta)
     assert got.shape == (len(positions), head_dim // 2)
     for row, position in zip(got, positions, strict=True):
         for pair, turned in enumerate(row.tolist()):
@@ -92,14 +95,14 @@ def test_rope_rotations_are_cosine_and_sine_of_the_angle(head_dim: int, theta: f
 
 def test_rope_rotations_at_position_zero_turn_nothing() -> None:
     x = draw(1, 3, 8)
-    turned = reference.apply_rope(x, reference.rope_rotations(torch.tensor([0]), 8, 1e6))
+    turned = reference.apply_rope(x, rotations(torch.tensor([0]), 8, 1e6))
     assert torch.equal(turned, x)
 
 
 def test_apply_rope_turns_adjacent_pairs() -> None:
     x = draw(4, 3, 6)
     positions = torch.tensor([3, 0, 9, 10])
-    got = reference.apply_rope(x, reference.rope_rotations(positions, 6, 100.0))
+    got = reference.apply_rope(x, rotations(positions, 6, 100.0))
     for t, position in enumerate(positions.tolist()):
         for head in range(3):
             for pair in range(3):
@@ -120,7 +123,7 @@ def test_apply_rope_scores_depend_on_distance_alone() -> None:
 
     def score(at_q: int, at_k: int) -> float:
         turned = [
-            reference.apply_rope(x, reference.rope_rotations(torch.tensor([at]), 64, 1e4))
+            reference.apply_rope(x, rotations(torch.tensor([at]), 64, 1e4))
             for x, at in ((q, at_q), (k, at_k))
         ]
         return float((turned[0] * turned[1]).sum())
@@ -133,8 +136,8 @@ def test_apply_rope_scores_depend_on_distance_alone() -> None:
 
 def test_apply_rope_keeps_the_type() -> None:
     x = draw(2, 1, 4, dtype=torch.bfloat16)
-    rotations = reference.rope_rotations(torch.arange(2), 4, 1e6)
-    assert reference.apply_rope(x, rotations).dtype == torch.bfloat16
+    turns = rotations(torch.arange(2), 4, 1e6)
+    assert reference.apply_rope(x, turns).dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("two_threads")

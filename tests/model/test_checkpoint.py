@@ -24,8 +24,9 @@ from mistral_chat.model.checkpoint import (
     local_bytes,
     read_headers,
 )
+from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Placement, Shard, placements
-from mistral_chat.model.transformer import Alone, Transformer
+from mistral_chat.model.transformer import Transformer
 from tests.conftest import load_weights, random_weights
 
 ARGS = TransformerArgs(

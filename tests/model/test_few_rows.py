@@ -17,9 +17,10 @@ from torch import Tensor
 from mistral_chat.kernels import reference
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache
-from mistral_chat.model.few_rows import MOST_ROWS, FewRows, supports
+from mistral_chat.model.few_rows import MOST_ROWS, FewRows, HeadTable, alone, supports
+from mistral_chat.model.operations import Collective, Span
 from mistral_chat.model.sharding import Shard
-from mistral_chat.model.transformer import Span, Transformer
+from mistral_chat.model.transformer import Transformer
 from tests.model.test_transformer import (
     ODD,
     SHAPES,
@@ -38,14 +39,33 @@ def integers(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def few_rows(rows: FewRows, tokens: Tensor, spans: Sequence[Span], per_span: int = 0) -> Tensor:
+class Rows:
+    """Runs steps of few rows of one model."""
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, collective: Collective | None = None
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.collective = collective or alone(model.device)
+        self.table = HeadTable.of(model.shard, model.device)
+
+    def run(self, tokens: Tensor, slots: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+        per_span = len(tokens) // len(slots)
+        rows = FewRows(slots, starts, lengths, per_span, self.cache, self.table, self.collective)
+        logits = self.model.run(tokens, rows)
+        assert logits is not None
+        return logits
+
+
+def few_rows(rows: Rows, tokens: Tensor, spans: Sequence[Span], per_span: int = 0) -> Tensor:
     """Run spans padded to `per_span` tokens; give the logits of the real ones."""
     per_span = per_span or max(span.length for span in spans)
     padded = torch.zeros(len(spans), per_span, dtype=torch.int64)
     parts = tokens.split([span.length for span in spans])
     for row, part in zip(padded, parts, strict=True):
         row[: len(part)] = part
-    logits = rows.forward(
+    logits = rows.run(
         padded.flatten(),
         integers([span.slot for span in spans]),
         integers([span.start for span in spans]),
@@ -98,7 +118,7 @@ def test_few_rows_is_the_transformer(
     model = make_model(args)
     tokens, spans = draw_tokens(sum(lengths), args, seed=9), spans_at(starts, lengths)
     caches = [prefilled(model, starts) for _ in range(2)]
-    got = few_rows(FewRows(model, caches[0], None), tokens, spans, per_span)
+    got = few_rows(Rows(model, caches[0]), tokens, spans, per_span)
     wanted = model(tokens, spans, caches[1], "all")
     assert wanted is not None
     assert_close(got, wanted)
@@ -108,7 +128,7 @@ def test_few_rows_is_the_transformer(
 @by_shape
 def test_few_rows_one_by_one_is_the_whole_prompt(args: TransformerArgs) -> None:
     model, tokens = make_model(args), draw_tokens(20, args)
-    rows = FewRows(model, make_cache(model), None)
+    rows = Rows(model, make_cache(model))
     parts = [few_rows(rows, tokens[i : i + 1], [Span(0, i, 1)]) for i in range(20)]
     assert_close(torch.cat(parts), run_whole(model, tokens))
 
@@ -117,7 +137,7 @@ def test_few_rows_one_by_one_is_the_whole_prompt(args: TransformerArgs) -> None:
 def test_few_rows_follows_and_precedes_the_transformer(args: TransformerArgs) -> None:
     model, tokens = make_model(args), draw_tokens(24, args)
     cache = make_cache(model)
-    rows = FewRows(model, cache, None)
+    rows = Rows(model, cache)
     parts = [
         model(tokens[:7], [Span(0, 0, 7)], cache, "all"),
         few_rows(rows, tokens[7:10], [Span(0, 7, 3)], 5),
@@ -132,10 +152,10 @@ def test_few_rows_leaves_empty_spans_alone() -> None:
     model = make_model(ODD)
     caches = [prefilled(model, (9, 4)) for _ in range(2)]
     tokens, spans = draw_tokens(2, seed=9), spans_at((9, 4), (1, 1))
-    rows = FewRows(model, caches[0], None)
+    rows = Rows(model, caches[0])
     # as a graph of four sequences runs two: the others say slot 0, where a real one lies
     got = few_rows(rows, tokens, [*spans, Span(0, 0, 0), Span(0, 0, 0)])
-    assert_close(got, few_rows(FewRows(model, caches[1], None), tokens, spans))
+    assert_close(got, few_rows(Rows(model, caches[1]), tokens, spans))
     assert_same_caches(caches[0], caches[1])
 
 
@@ -144,7 +164,7 @@ def test_few_rows_of_as_many_sequences_as_there_may_be() -> None:
     tokens = draw_tokens(MOST_ROWS)
     cache = make_cache(model, n_slots=MOST_ROWS)
     spans = [Span(MOST_ROWS - 1 - i, 0, 1) for i in range(MOST_ROWS)]
-    got = few_rows(FewRows(model, cache, None), tokens, spans)
+    got = few_rows(Rows(model, cache), tokens, spans)
     alone = torch.cat([run_whole(model, token) for token in tokens.split(1)])
     assert_close(got, alone)
 
@@ -152,13 +172,13 @@ def test_few_rows_of_as_many_sequences_as_there_may_be() -> None:
 def test_few_rows_reads_its_places_when_it_runs() -> None:
     """The same tensors with other numbers are another step: what a captured graph relies on."""
     model, ids = make_model(ODD), draw_tokens(6)
-    rows = FewRows(model, make_cache(model, n_slots=2), None)
+    rows = Rows(model, make_cache(model, n_slots=2))
     tokens = torch.zeros(1, dtype=torch.int64)
     slots, starts, lengths = integers([1]), integers([0]), integers([1])
     found = []
     for token in ids.split(1):
         tokens.copy_(token)
-        found.append(rows.forward(tokens, slots, starts, lengths))
+        found.append(rows.run(tokens, slots, starts, lengths))
         starts += lengths
     assert_close(torch.cat(found), run_whole(model, ids))
 
@@ -179,19 +199,18 @@ class Meeting:
 
 
 class Rank:
-    """One rank's way to the others; has Transformer's collective and that of few rows."""
+    """One rank's way to the others: the collective of both kinds of steps."""
+
+    path = "threads"
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self.meeting = meeting
         self.rank = rank
 
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        return self.meeting.sum(self.rank, partial)
-
     def reduce_add_norm(
         self, partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
     ) -> tuple[Any, Tensor]:
-        total = self.all_reduce(partial)
+        total = self.meeting.sum(self.rank, partial)
         total = total if residual is None else residual + total
         return reference.rms_norm(total, gain, eps), total
 
@@ -207,7 +226,7 @@ def run_ranks(args: TransformerArgs, world_size: int, tokens: Tensor) -> list[Te
         caches = [make_cache(model), make_cache(model)]
         for cache in caches:
             model(tokens[:9], [Span(0, 0, 9)], cache, "none")
-        rows = FewRows(model, caches[0], collective)
+        rows = Rows(model, caches[0], collective)
         parts = [few_rows(rows, tokens[i : i + 1], [Span(0, i, 1)]) for i in range(9, 14)]
         parts.append(few_rows(rows, tokens[14:17], [Span(0, 14, 3)], 5))
         model(tokens[9:17], [Span(0, 9, 8)], caches[1], "none")

@@ -20,8 +20,9 @@ from mistral_chat.model.args import TransformerArgs, read_args
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.checkpoint import check_tensors, find_weights, read_headers
 from mistral_chat.model.hf import choose_layout
+from mistral_chat.model.operations import Alone, Span
 from mistral_chat.model.sharding import Shard, placements
-from mistral_chat.model.transformer import Alone, Span, Transformer
+from mistral_chat.model.transformer import Transformer
 from tests.conftest import (
     ROOT,
     TINY,

@@ -17,8 +17,9 @@ from mistral_chat.errors import CheckpointError
 from mistral_chat.model import loading
 from mistral_chat.model.checkpoint import PICKLE, read_headers
 from mistral_chat.model.loading import Reading
+from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Shard, placements
-from mistral_chat.model.transformer import Alone, Transformer
+from mistral_chat.model.transformer import Transformer
 from tests.conftest import ROOT, load_weights, random_weights
 from tests.model.test_checkpoint import (
     ARGS,

@@ -11,8 +11,9 @@ import torch
 
 from mistral_chat.errors import DeviceError
 from mistral_chat.model.args import TransformerArgs
+from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Shard, placements, split
-from mistral_chat.model.transformer import Alone, Transformer
+from mistral_chat.model.transformer import Transformer
 
 # Odd on purpose: 9 heads in 3 groups, head_dim that is not dim / n_heads, a prime vocabulary.
 ODD = TransformerArgs(

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from mistral_chat.kernels import reference
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache, kv_bytes_per_token
+from mistral_chat.model.operations import Alone, ManyRows, Span
 from mistral_chat.model.sharding import Shard
-from mistral_chat.model.transformer import Alone, Span, Transformer, TransformerBlock
+from mistral_chat.model.transformer import Transformer, TransformerBlock
 from tests.conftest import random_weights
 
 # 9 heads in 3 groups, head_dim that is not dim / n_heads, a prime vocabulary.
@@ -251,17 +252,14 @@ class Ranks:
     def forward(self, tokens: Tensor, spans: list[Span]) -> Tensor:
         """What `Transformer.forward` does with a collective, from its own modules."""
         args = self.models[0].args
-        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in spans])
-        rotations = reference.rope_rotations(positions, args.head_dim, args.rope_theta or 1e6)
+        runs = [ManyRows(spans, cache, Alone()) for cache in self.caches]
+        rotations = runs[0].rotations(self.models[0].frequencies)
 
         def summed(parts: list[Tensor]) -> Tensor:
             return torch.stack(parts).sum(0)
 
         x = summed(
-            [
-                reference.embed_rows(tokens, m.tok_embeddings, m.shard.vocab.start)
-                for m in self.models
-            ]
+            [reference.embed(tokens, m.tok_embeddings, m.shard.vocab.start) for m in self.models]
         )
 
         def block(model: Transformer, layer: int) -> TransformerBlock:
@@ -273,13 +271,10 @@ class Ranks:
             blocks = [block(model, n) for model in self.models]
             h = reference.rms_norm(x, blocks[0].attention_norm, args.norm_eps)
             x = x + summed(
-                [
-                    each.attention(h, rotations, spans, cache)
-                    for each, cache in zip(blocks, self.caches, strict=True)
-                ]
+                [each.attention(h, rotations, run) for each, run in zip(blocks, runs, strict=True)]
             )
             h = reference.rms_norm(x, blocks[0].ffn_norm, args.norm_eps)
-            x = x + summed([each.feed_forward(h) for each in blocks])
+            x = x + summed([each.feed_forward(h, runs[0]) for each in blocks])
         h = reference.rms_norm(x, self.models[0].norm, args.norm_eps)
         return torch.cat(
             [h @ (m.tok_embeddings if m.output is None else m.output).T for m in self.models], 1

@@ -14,6 +14,7 @@ import torch
 
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.engine import Engine, Request, Token
+from mistral_chat.engine.exchange import collective_of
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.launch import current_group
 from mistral_chat.engine.runner import Runner
@@ -76,7 +77,8 @@ def lead(runner: Runner) -> dict[str, Any]:
 
 
 def run_shape(group: Group, args: TransformerArgs, *, decoder: bool) -> Runner:
-    model = Transformer(args, Shard(args, group.world_size, group.rank), group)
+    shard = Shard(args, group.world_size, group.rank)
+    model = Transformer(args, shard, collective_of(group, shard))
     model.init_weights(3)
     runner = Runner(model, group, max_batch_size=3, max_seq_len=40, chunk_size=8)
     if decoder:

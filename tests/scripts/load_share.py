@@ -11,8 +11,9 @@ import torch
 
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.checkpoint import check_tensors, local_bytes, read_headers
+from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Shard
-from mistral_chat.model.transformer import Alone, Transformer
+from mistral_chat.model.transformer import Transformer
 from tests.conftest import load_weights
 
 ARGS = TransformerArgs(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_chat.kernels import fused_reference, linear, peer
+from mistral_chat.kernels import linear, peer, reference
 from mistral_chat.kernels.elementwise import Scaled
 
 DIM = 1100  # two slices, the second not full
@@ -85,7 +85,7 @@ def exchange(memory: peer.PeerMemory) -> dict[str, Any]:
         whole.append(peer.gather_columns(memory, columns(number, rank)))
         mine = tokens(number) if rank == 0 else [-1] * ROWS[number]
         given = torch.tensor(mine)
-        peer.hand_over(memory, given)
+        peer.broadcast(memory, given)
         chosen.append(given.tolist())
         ones = torch.ones(1, DIM)
         peer.reduce_add_norm(memory, ones, None, ones[0], EPS)  # one must lie between
@@ -102,8 +102,8 @@ def reference_sum(number: int, world_size: int, dtype: torch.dtype, *, add: bool
 
 def reference_product(number: int, world_size: int, dtype: torch.dtype) -> Tensor:
     total = reference_sum(number, world_size, dtype, add=True)
-    normed = fused_reference.norm(total, gain(dtype), EPS)
-    return fused_reference.linear(normed, matrix(dtype))
+    normed = reference.rms_norm(total, gain(dtype), EPS)
+    return reference.linear(normed, matrix(dtype))
 
 
 def main(folder: Path, rank: int, world_size: int) -> None:

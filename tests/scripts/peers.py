@@ -12,7 +12,7 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.decoder import Choosing, Decoder
-from mistral_chat.engine.exchange import PeerExchange
+from mistral_chat.engine.exchange import PeerCollective
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.launch import place
 from mistral_chat.engine.sampling import allowed_words
@@ -21,8 +21,9 @@ from mistral_chat.kernels import peer
 from mistral_chat.kernels.elementwise import Scaled
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache
+from mistral_chat.model.operations import Alone, Span
 from mistral_chat.model.sharding import Shard
-from mistral_chat.model.transformer import Alone, Span, Transformer
+from mistral_chat.model.transformer import Transformer
 
 DIM = 576
 ARGS = TransformerArgs(
@@ -37,13 +38,13 @@ def draw(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=generator, device="cuda").to(dtype)
 
 
-def open_peers(group: Group, widths: tuple[int, ...], device: torch.device) -> PeerExchange:
+def open_peers(group: Group, widths: tuple[int, ...], device: torch.device) -> PeerCollective:
     addresses = group.share_memory(peer.bytes_needed(DIM, widths), device)
     assert isinstance(addresses, torch.Tensor), addresses
-    return PeerExchange(group.rank, DIM, widths, addresses)
+    return PeerCollective(group.rank, DIM, widths, addresses)
 
 
-def check_sums(exchange: PeerExchange, group: Group) -> None:
+def check_sums(exchange: PeerCollective, group: Group) -> None:
     """Sums equal those in rank order, bit for bit, whatever shapes follow each other."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for n in range(N_STEPS):
@@ -64,7 +65,7 @@ def check_sums(exchange: PeerExchange, group: Group) -> None:
             torch.testing.assert_close(normed, reference, rtol=2e-2, atol=1e-2)
 
 
-def check_long_run(exchange: PeerExchange, group: Group) -> None:
+def check_long_run(exchange: PeerCollective, group: Group) -> None:
     """Ranks stay equal to the last bit over 1,000 sums, each of what the one before gave."""
     device = torch.cuda.current_device()
     residual = draw(1, 1, DIM, dtype=torch.bfloat16)
@@ -78,7 +79,7 @@ def check_long_run(exchange: PeerExchange, group: Group) -> None:
     assert torch.equal(of_rank_0, residual.cpu().view(torch.uint8))
 
 
-def check_gather(exchange: PeerExchange, group: Group, widths: list[int]) -> None:
+def check_gather(exchange: PeerCollective, group: Group, widths: list[int]) -> None:
     """Columns arrive in rank order, and tokens at every rank."""
     ones = torch.ones(1, DIM, device="cuda")
     for n in range(N_STEPS):
@@ -89,7 +90,7 @@ def check_gather(exchange: PeerExchange, group: Group, widths: list[int]) -> Non
             assert whole is not None
             assert torch.equal(whole, torch.cat(parts, 1)), n
         tokens = torch.full((n_rows,), n if group.is_leader else -1, device="cuda")
-        exchange.hand_over(tokens)
+        exchange.broadcast(tokens)
         assert tokens.tolist() == [n] * n_rows
         exchange.reduce_add_norm(ones, None, ones[0], 1e-5)
 
@@ -105,7 +106,7 @@ def check_decoder(group: Group) -> None:
     widths = tuple(len(mine.shard.vocab_of(r)) for r in range(group.world_size))
     exchange = open_peers(group, widths, device)
     cache = KVCache(mine.shard, 2, 256, torch.float32, device)
-    decoder = Decoder(mine, cache, exchange, group.is_leader)
+    decoder = Decoder(mine, cache, exchange, vocab_size=ARGS.vocab_size, is_leader=group.is_leader)
     decoder.warm_up()
     reference = KVCache(whole.shard, 2, 256, torch.float32, device)
     prompt = [5, 900, 77, 1999, 3, 42, 8, 1]
