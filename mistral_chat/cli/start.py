@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mistral_chat.config import EngineConfig
     from mistral_chat.engine.group import Group
     from mistral_chat.engine.runner import Runner
+    from mistral_chat.model.folder import ModelFolder
 
 __all__ = [
     "Loaded",
@@ -40,28 +41,30 @@ __all__ = [
     "parting",
     "put_back_at_end",
     "ranks_to_start",
-    "tokenizer_of",
 ]
 
 ONE_SPEAKS_S = 2.0
 
 
-def launch(options: Options, words: Sequence[str]) -> int | None:
-    """Start the ranks that are asked for, where no launcher has.
+def launch(
+    options: Options, words: Sequence[str], folder: "ModelFolder | None" = None
+) -> int | None:
+    """Start the ranks that are asked for, unless a launcher already has.
 
     Args:
         options: as read.
-        words: the command line that each of them is given.
+        words: the command line that each rank is given.
+        folder: of the model, checked; None only in a rank that a launcher has started.
 
     Returns:
         the code to end with; None where this process is a rank itself.
 
     Raises:
         UsageError: torchrun started another number of ranks than is asked for.
-        MistralChatError: the folder cannot be a model's, so that nothing need be started.
     """
     if launched_rank() is None:
-        n_ranks = ranks_to_start(options)
+        assert folder is not None
+        n_ranks = ranks_to_start(options, folder)
         if n_ranks > 1:
             return _run_ranks(n_ranks, words)
     elif options.nproc_per_node not in (None, launched_ranks_here()):
@@ -86,25 +89,15 @@ def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
     return ended.code
 
 
-def ranks_to_start(options: Options) -> int:
-    """Ranks on this machine: as asked for, else every GPU that the model can use, else one.
-
-    Raises:
-        MistralChatError: the folder cannot be a model's, so that nothing need be started.
-    """
+def ranks_to_start(options: Options, folder: "ModelFolder") -> int:
+    """Ranks on this machine: as asked for, else every GPU that the model can use, else one."""
     from mistral_chat.engine.launch import visible_gpus
-    from mistral_chat.model.args import read_args
 
-    n_heads = 1
-    if options.engine.model is not None:
-        n_heads = read_args(options.engine.model).n_heads
-    elif options.engine.shape is not None:
-        n_heads = int(options.engine.shape.get("n_heads", 1))
     if options.nproc_per_node is not None:
         return options.nproc_per_node
     if options.engine.device == "cpu":
         return 1
-    return max(1, min(visible_gpus(), n_heads))
+    return max(1, min(visible_gpus(), folder.args.n_heads))
 
 
 def follow(config: "EngineConfig") -> int:
@@ -236,14 +229,21 @@ class Loaded:
 
 
 def load(
-    config: "EngineConfig", group: "Group", started: float, *, quiet: bool, stats: bool = False
+    config: "EngineConfig",
+    group: "Group",
+    started: float,
+    folder: "ModelFolder | None" = None,
+    *,
+    quiet: bool,
+    stats: bool = False,
 ) -> Loaded:
     """Load tokenizer and weights on rank 0, with a bar at a terminal.
 
     Args:
         config: what to load; the same on every rank.
         group: all ranks.
-        started: when the command was, in `time.monotonic()`.
+        started: when the command was started, in `time.monotonic()`.
+        folder: of the config, checked; None checks it before weights are read.
         quiet: no bar and no notice.
         stats: say what the start took.
 
@@ -251,20 +251,22 @@ def load(
         PeerFailedError: another rank cannot, and says why itself.
         MistralChatError: this rank cannot; the others end without a word.
     """
-    from mistral_chat.chat.tokenizer_file import find_tokenizer
+    from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.cli.console import render
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.start_up import load_runner
-    from mistral_chat.model.args import read_args
+    from mistral_chat.model.folder import ModelFolder
 
     tokenizers: list[Tokenizer] = []
     try:
-        if config.model is not None:  # before weights are read, which may take minutes
-            read_args(config.model, config.load_format)
-            find_tokenizer(config.model)
+        known = folder or ModelFolder.checked(config, group.world_size)
         with render.loading_bar(quiet=quiet) as on_loading:
             runner = load_runner(
-                config, group, on_loading, lambda: tokenizers.append(tokenizer_of(config))
+                config,
+                group,
+                on_loading,
+                lambda: tokenizers.append(Tokenizer.from_folder(known)),
+                folder=known,
             )
         require_no_interrupt()
     except PeerFailedError:
@@ -278,21 +280,6 @@ def load(
     if stats and not quiet:
         render.note(f"mistral-chat: {render.start_line(runner, load_s)}")
     return Loaded(runner=runner, tokenizer=tokenizers[0], load_s=load_s)
-
-
-def tokenizer_of(config: "EngineConfig") -> "Tokenizer":
-    """The model's tokenizer; for dummy weights the shipped one of the vocabulary's size.
-
-    Raises:
-        TokenizerError: there is none, or it cannot be used.
-    """
-    from mistral_chat.chat.tokenizer import Tokenizer
-    from mistral_chat.model.args import read_args
-
-    if config.model is not None:
-        args = read_args(config.model, config.load_format)
-        return Tokenizer.from_folder(config.model, args.vocab_size)
-    return Tokenizer.shipped(int((config.shape or {}).get("vocab_size", 0)))
 
 
 @contextmanager

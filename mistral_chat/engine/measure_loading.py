@@ -20,10 +20,10 @@ from mistral_chat.config import EngineConfig
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.start_up import choose_device, choose_dtype, reading_threads
 from mistral_chat.errors import UsageError
-from mistral_chat.model.args import read_args
-from mistral_chat.model.checkpoint import Headers, check_tensors, read_headers
+from mistral_chat.model.checkpoint import Headers
+from mistral_chat.model.folder import ModelFolder
 from mistral_chat.model.loading import Reading
-from mistral_chat.model.sharding import Placement, Shard, placements
+from mistral_chat.model.sharding import Placement, Shard
 from mistral_chat.model.transformer import Transformer
 
 __all__ = ["measure_loading"]
@@ -53,13 +53,13 @@ def measure_loading(
     """
     if config.model is None:
         raise UsageError("--loading reads a MODEL folder: found none")
-    args = read_args(config.model, config.load_format)
+    folder = ModelFolder.open(config)
+    args = folder.args
     shard = Shard(args, group.shards, group.rank)
     device = choose_device(config.device, group.place.local_rank)
     dtype = choose_dtype(config.dtype, device)
-    headers = read_headers(config.model, config.load_format)
-    table = placements(shard, headers.layout)
-    check_tensors(config.model, headers, table)
+    headers = folder.headers
+    table = headers.placements(shard)
     paths = sorted({tensor.path for tensor in headers.tensors.values()})
     if peer and paths[0].suffix != ".safetensors":
         raise UsageError(f"--peer safetensors: found {paths[0].name}")
@@ -81,7 +81,7 @@ def measure_loading(
     if not cold:
         _read_plainly(paths, group, n_threads, device)  # into the system's cache
     seconds, share, host_bytes = _read_as_loading_does(
-        headers, lambda: Transformer(args, shard, group), device, dtype, n_threads, timed
+        headers, table, lambda: Transformer(args, shard, group), device, dtype, n_threads, timed
     )
     wanted = share if group.shards > group.world_size else -group.minimum(-size)
     plain_s = timed(lambda: _read_plainly(paths, group, n_threads, device))
@@ -115,6 +115,7 @@ def measure_loading(
 
 def _read_as_loading_does(
     headers: Headers,
+    table: dict[str, Placement],
     make: Callable[[], Transformer],
     device: torch.device,
     dtype: torch.dtype,
@@ -132,7 +133,7 @@ def _read_as_loading_does(
         with device:
             model = make()  # anew each time: on CPU its memory must be fresh, as at a start
         torch.set_default_dtype(before)
-        reading = Reading(model, headers, n_threads)
+        reading = Reading(model, headers.tensors, table, n_threads)
         share = reading.total
         reading.start()
         reading.finish()

@@ -1,6 +1,6 @@
-"""From a config to a model that runs, on every rank: check, plan, read weights, make ready.
+"""From a config to a model that runs, on every rank: check, plan, read weights, prepare kernels.
 
-All ranks go through it together, and fail together. Knows nothing of steps or of files' contents.
+All ranks go through it together and fail together. Knows nothing of steps or of files' contents.
 """
 
 import os
@@ -18,8 +18,9 @@ from mistral_chat.engine.loading import OnLoading, Watch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
 from mistral_chat.engine.runner import Runner, StartUp, why_no_decoder
 from mistral_chat.errors import DeviceError
-from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, args_of
-from mistral_chat.model.checkpoint import Headers, check_tensors, read_headers
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs
+from mistral_chat.model.checkpoint import Headers
+from mistral_chat.model.folder import ModelFolder
 from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
@@ -89,28 +90,32 @@ def chunk_size_of(config: EngineConfig, device: torch.device) -> int:
 
 
 def _begin(
-    config: EngineConfig, group: Group, make: Callable[[TransformerArgs], AnyTransformer]
+    config: EngineConfig,
+    group: Group,
+    make: Callable[[TransformerArgs], AnyTransformer],
+    folder: ModelFolder | None = None,
 ) -> tuple[AnyTransformer, Plan, Reading | None]:
     """Check, plan, make the empty model and begin to read its weights, or draw them."""
     with group.together():
-        args = replace(args_of(config), max_batch_size=config.max_batch_size)
+        folder = folder or ModelFolder.open(config)
+        args = replace(folder.args, max_batch_size=config.max_batch_size)
         shard = Shard(args, group.shards, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)
     headers: Headers | None = None
     with group.together():
         if group.is_leader and config.load_format != "dummy":
-            assert config.model is not None
-            headers = read_headers(config.model, config.load_format)
-            check_tensors(config.model, headers, placements(shard, headers.layout))
+            headers = folder.headers
     told = group.share(headers.to_json() if headers else None)
     if headers is None and told is not None:
         headers = Headers.from_json(told)
+    table = headers.placements(shard) if headers else placements(shard)
     with group.together():
         config.require_positions(args.max_seq_len)
         most = config.max_seq_len or args.max_seq_len or DEFAULT_MAX_SEQ_LEN
         plan = plan_memory(
             shard,
+            table,
             dtype=dtype,
             device=device,
             free=free_bytes(device, group.place.local_world_size),
@@ -132,7 +137,8 @@ def _begin(
                         parameter.data.zero_()
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)  # threads that read have their own streams
-                reading = Reading(model, headers, reading_threads(device, group.place))
+                n_threads = reading_threads(device, group.place)
+                reading = Reading(model, headers.tensors, table, n_threads)
                 reading.start()
     except BaseException:
         if reading is not None:
@@ -188,6 +194,8 @@ def load_runner(
     group: Group,
     on_loading: OnLoading = lambda loading: None,
     meanwhile: Callable[[], None] = lambda: None,
+    *,
+    folder: ModelFolder | None = None,
 ) -> Runner:
     """`load_model`, with its cache; kernels are made ready while weights are read.
 
@@ -195,7 +203,8 @@ def load_runner(
         config: what to load and where.
         group: the ranks.
         on_loading: on rank 0 told of progress, from a thread.
-        meanwhile: what else this rank is to do while weights are read; where it fails, all do.
+        meanwhile: run on this rank while weights are read; if it fails, all ranks fail.
+        folder: of the config, where this rank has opened it already; None opens it.
 
     Raises:
         MistralChatError: as `load_model`, or from `meanwhile`.
@@ -205,7 +214,7 @@ def load_runner(
         return Transformer(args, Shard(args, group.shards, group.rank), group)
 
     started = time.monotonic()
-    model, plan, reading = _begin(config, group, make)
+    model, plan, reading = _begin(config, group, make, folder)
     begun = time.monotonic()
     with _watched(reading, group, on_loading):
         runner = Runner(

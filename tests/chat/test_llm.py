@@ -28,7 +28,7 @@ from mistral_chat.errors import (
     TokenizerError,
     UsageError,
 )
-from tests.conftest import ROOT, TINY, command_env
+from tests.conftest import ROOT, TINY, command_env, open_folder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 WEATHER: dict[str, Any] = {
@@ -329,7 +329,7 @@ class Said:
 
 @pytest.fixture(scope="module")
 def prompt(embedded_folder: Path) -> list[int]:
-    ids = Tokenizer.from_folder(embedded_folder).encode(PROSE)
+    ids = Tokenizer.from_folder(open_folder(embedded_folder)).encode(PROSE)
     assert len(ids) >= 300
     return ids
 

@@ -205,7 +205,7 @@ def test_broken_folder_is_named(
 def test_tokenizer_is_looked_for_before_any_weight_is_read(
     monkeypatch: pytest.MonkeyPatch, broken_folder: Path
 ) -> None:
-    def read_weights(*_: Any) -> None:
+    def read_weights(*_: Any, **__: Any) -> None:
         raise AssertionError("weights are read")
 
     monkeypatch.setattr(start_up, "load_runner", read_weights)

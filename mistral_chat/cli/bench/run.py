@@ -24,9 +24,8 @@ from mistral_chat.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from mistral_chat.chat.grammar import Grammar
-    from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.engine.runner import Runner
+    from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["run"]
 
@@ -119,28 +118,34 @@ def run(words: list[str], begun: Begun) -> int:
         plot.check(asked.plot)
     if asked.shard_of and launched_rank() is not None:
         raise UsageError("--shard_of measures one process: expected no torchrun")
+    folder = None
     if not (launched_rank() or begun.by_us):
-        _check(options, asked, begun)
+        folder = _check(options, asked, begun)
     if not asked.shard_of:
         with begun.handed_on():
-            code = start.launch(options, ["bench", *words])
+            code = start.launch(options, ["bench", *words], folder)
         if code is not None:
             return code
-    return _measure(options, asked, begun.at)
+    return _measure(options, asked, begun.at, folder)
 
 
-def _check(options: flags.Options, asked: Asked, begun: Begun) -> None:
-    """All that can be judged without torch."""
+def _check(options: flags.Options, asked: Asked, begun: Begun) -> "ModelFolder":
+    """Check all that can be checked without torch."""
     require_model(options.engine.model)
     say_what_starts(options, begun)
-    from mistral_chat.cli.checks import check_model
+    from mistral_chat.model.folder import ModelFolder
 
     in_all = (options.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
-    check_model(options.engine, asked.shard_of or in_all, needs_text=bool(options.json_schema))
+    folder = ModelFolder.checked(
+        options.engine, asked.shard_of or in_all, needs_text=bool(options.json_schema)
+    )
     read_offered(options)
+    return folder
 
 
-def _measure(options: flags.Options, asked: Asked, started: float) -> int:
+def _measure(
+    options: flags.Options, asked: Asked, started: float, folder: "ModelFolder | None"
+) -> int:
     imported = time.monotonic()
     import torch
 
@@ -151,11 +156,14 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     from mistral_chat.engine.start_up import choose_device, load_runner
 
     torch_imported = time.monotonic()
-    kept_to: tuple[Tokenizer, Grammar] | None = None
+    kept_to = None
     if options.json_schema is not None:
         from mistral_chat.chat.grammar import read_grammar
+        from mistral_chat.chat.tokenizer import Tokenizer
+        from mistral_chat.model.folder import ModelFolder
 
-        kept_to = start.tokenizer_of(options.engine), read_grammar(options.json_schema)
+        folder = folder or ModelFolder.open(options.engine)
+        kept_to = Tokenizer.from_folder(folder), read_grammar(options.json_schema)
     aside = time.monotonic() - torch_imported
     group = Group(Place(), shards=asked.shard_of) if asked.shard_of else current_group()
     joined = time.monotonic() - aside
@@ -187,7 +195,7 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     loading = time.monotonic()
-    runner = load_runner(options.engine, group)
+    runner = load_runner(options.engine, group, folder=folder)
     loaded = time.monotonic()
     result: dict[str, Any] = about | {
         "dtype": str(runner.model.dtype).removeprefix("torch."),
