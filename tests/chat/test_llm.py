@@ -18,7 +18,7 @@ from mistral_chat import LLM, Answer, SamplingParams
 from mistral_chat.chat.answer import Delta
 from mistral_chat.chat.chat import Chat
 from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.engine.engine import Prefill
+from mistral_chat.engine.engine import Engine, Prefill, Request
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import (
     CheckpointError,
@@ -82,6 +82,23 @@ def test_generate_answers_texts_in_their_order(llm: LLM) -> None:
     assert [a.text for a in answers] == [
         llm.tokenizer.raw.decode([*llm.tokenizer.encode("x"), *a.token_ids])[1:] for a in answers
     ]
+
+
+def test_a_request_is_checked_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    check = Engine.check
+
+    def note(self: Engine, request: Request) -> None:
+        checked.append(len(request.ids))
+        check(self, request)
+
+    monkeypatch.setattr(Engine, "check", note)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    llm.generate([[1, 5], [1, 5, 6], [1, 7, 8, 9]], params)
+    assert checked == [2, 3, 4]
+    llm.chat([{"role": "user", "content": "a"}], params)
+    list(llm.conversation().send("a", params))
+    assert len(checked) == 5
 
 
 def test_generate_takes_ids_for_texts(llm: LLM) -> None:
