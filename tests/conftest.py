@@ -84,7 +84,7 @@ def read_args(path: Path, load_format: LoadFormat = "auto") -> TransformerArgs:
 
 def reading_of(model: Transformer, headers: Headers, n_threads: int = 1) -> Reading:
     """What reads a rank's share of the weights."""
-    return Reading(model, headers.tensors, headers.placements(model.shard), n_threads)
+    return Reading(model, headers, headers.placements(model.shard), n_threads)
 
 
 def load_weights(model: Transformer, headers: Headers, n_threads: int = 1) -> None:

@@ -20,7 +20,7 @@ from mistral_chat.cli.console import printing
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.engine import parent
-from mistral_chat.engine.launch import launched_rank, launched_ranks_here
+from mistral_chat.engine.launch import launched_rank, launched_ranks, launched_ranks_here
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Loaded",
+    "check",
     "end_on_signals",
     "end_with",
     "follow",
@@ -40,21 +41,38 @@ __all__ = [
     "load",
     "parting",
     "put_back_at_end",
-    "ranks_to_start",
 ]
 
 ONE_SPEAKS_S = 2.0
 
 
-def launch(
-    options: Options, words: Sequence[str], folder: "ModelFolder | None" = None
-) -> int | None:
+def check(
+    options: Options, n_ranks: int | None = None, *, needs_text: bool = True
+) -> "ModelFolder":
+    """Check all that the model's folder must hold, before ranks are started or torch is imported.
+
+    Args:
+        options: as read.
+        n_ranks: how many share the model; None is those that are asked for, or launched.
+        needs_text: a tokenizer is needed, too.
+
+    Raises:
+        MistralChatError: as `ModelFolder.checked`.
+    """
+    from mistral_chat.model.folder import ModelFolder
+
+    if n_ranks is None:
+        n_ranks = (options.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
+    return ModelFolder.checked(options.engine, n_ranks, needs_text=needs_text)
+
+
+def launch(options: Options, words: Sequence[str], n_heads: int = 1) -> int | None:
     """Start the ranks that are asked for, unless a launcher already has.
 
     Args:
         options: as read.
         words: the command line that each rank is given.
-        folder: of the model, checked; None only in a rank that a launcher has started.
+        n_heads: most ranks that the model can use; of no matter once a launcher has started them.
 
     Returns:
         the code to end with; None where this process is a rank itself.
@@ -63,8 +81,7 @@ def launch(
         UsageError: torchrun started another number of ranks than is asked for.
     """
     if launched_rank() is None:
-        assert folder is not None
-        n_ranks = ranks_to_start(options, folder)
+        n_ranks = _ranks_to_start(options, n_heads)
         if n_ranks > 1:
             return _run_ranks(n_ranks, words)
     elif options.nproc_per_node not in (None, launched_ranks_here()):
@@ -89,7 +106,7 @@ def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
     return ended.code
 
 
-def ranks_to_start(options: Options, folder: "ModelFolder") -> int:
+def _ranks_to_start(options: Options, n_heads: int) -> int:
     """Ranks on this machine: as asked for, else every GPU that the model can use, else one."""
     from mistral_chat.engine.launch import visible_gpus
 
@@ -97,7 +114,7 @@ def ranks_to_start(options: Options, folder: "ModelFolder") -> int:
         return options.nproc_per_node
     if options.engine.device == "cpu":
         return 1
-    return max(1, min(visible_gpus(), folder.args.n_heads))
+    return max(1, min(visible_gpus(), n_heads))
 
 
 def follow(config: "EngineConfig") -> int:
@@ -230,9 +247,9 @@ class Loaded:
 
 def load(
     config: "EngineConfig",
+    folder: "ModelFolder",
     group: "Group",
     started: float,
-    folder: "ModelFolder | None" = None,
     *,
     quiet: bool,
     stats: bool = False,
@@ -241,9 +258,9 @@ def load(
 
     Args:
         config: what to load; the same on every rank.
+        folder: the config's, checked.
         group: all ranks.
         started: when the command was started, in `time.monotonic()`.
-        folder: of the config, checked; None checks it before weights are read.
         quiet: no bar and no notice.
         stats: say what the start took.
 
@@ -255,19 +272,15 @@ def load(
     from mistral_chat.cli.console import render
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.start_up import load_runner
-    from mistral_chat.model.folder import ModelFolder
 
     tokenizers: list[Tokenizer] = []
+
+    def read_tokenizer() -> None:
+        tokenizers.append(Tokenizer.from_folder(folder))
+
     try:
-        known = folder or ModelFolder.checked(config, group.world_size)
         with render.loading_bar(quiet=quiet) as on_loading:
-            runner = load_runner(
-                config,
-                group,
-                on_loading,
-                lambda: tokenizers.append(Tokenizer.from_folder(known)),
-                folder=known,
-            )
+            runner = load_runner(config, group, on_loading, read_tokenizer, folder=folder)
         require_no_interrupt()
     except PeerFailedError:
         raise

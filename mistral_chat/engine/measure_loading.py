@@ -23,7 +23,7 @@ from mistral_chat.errors import UsageError
 from mistral_chat.model.checkpoint import Headers
 from mistral_chat.model.folder import ModelFolder
 from mistral_chat.model.loading import Reading
-from mistral_chat.model.sharding import Placement, Shard
+from mistral_chat.model.sharding import Shard, Table
 from mistral_chat.model.transformer import Transformer
 
 __all__ = ["measure_loading"]
@@ -115,7 +115,7 @@ def measure_loading(
 
 def _read_as_loading_does(
     headers: Headers,
-    table: dict[str, Placement],
+    table: Table,
     make: Callable[[], Transformer],
     device: torch.device,
     dtype: torch.dtype,
@@ -133,7 +133,7 @@ def _read_as_loading_does(
         with device:
             model = make()  # anew each time: on CPU its memory must be fresh, as at a start
         torch.set_default_dtype(before)
-        reading = Reading(model, headers.tensors, table, n_threads)
+        reading = Reading(model, headers, table, n_threads)
         share = reading.total
         reading.start()
         reading.finish()
@@ -220,7 +220,7 @@ def _copies(device: torch.device, group: Group) -> float:
 
 
 def _read_by_safetensors(
-    headers: Headers, table: dict[str, Placement], device: torch.device, dtype: torch.dtype
+    headers: Headers, table: Table, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Seconds to read this rank's slices by `safe_open` and `get_slice`."""
     by_path: dict[Path, list[str]] = {}

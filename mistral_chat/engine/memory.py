@@ -13,7 +13,7 @@ from mistral_chat.errors import NotEnoughMemoryError
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
 from mistral_chat.model.cache import kv_bytes_per_token
 from mistral_chat.model.checkpoint import local_bytes
-from mistral_chat.model.sharding import Placement, Shard
+from mistral_chat.model.sharding import Shard, Table
 
 __all__ = ["Plan", "free_bytes", "plan_memory"]
 
@@ -55,7 +55,7 @@ def free_bytes(device: torch.device, ranks_here: int) -> int:
 
 def plan_memory(
     shard: Shard,
-    table: dict[str, Placement],
+    table: Table,
     *,
     dtype: torch.dtype,
     device: torch.device,

@@ -6,7 +6,7 @@ All ranks go through it together and fail together. Knows nothing of steps or of
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -107,8 +107,8 @@ def _begin(
         if group.is_leader and config.load_format != "dummy":
             headers = folder.headers
     told = group.share(headers.to_json() if headers else None)
-    if headers is None and told is not None:
-        headers = Headers.from_json(told)
+    if told is not None and headers is None and folder.path is not None:
+        headers = Headers.from_json(told, folder.path)
     table = headers.placements(shard) if headers else placements(shard)
     with group.together():
         config.require_positions(args.max_seq_len)
@@ -137,8 +137,7 @@ def _begin(
                         parameter.data.zero_()
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)  # threads that read have their own streams
-                n_threads = reading_threads(device, group.place)
-                reading = Reading(model, headers.tensors, table, n_threads)
+                reading = Reading(model, headers, table, reading_threads(device, group.place))
                 reading.start()
     except BaseException:
         if reading is not None:
@@ -147,21 +146,16 @@ def _begin(
     return model, plan, reading
 
 
-def _finish(reading: Reading | None, group: Group) -> None:
-    is_whole = True
-    with group.together():
-        if reading is not None:
-            is_whole = reading.finish()
-    assert is_whole  # stopped only where a rank has failed
-
-
 @contextmanager
 def _watched(reading: Reading | None, group: Group, on_loading: OnLoading) -> Iterator[None]:
-    if reading is None:
+    """Tell how far a reading is while a block runs, and then wait until it has read all."""
+    is_whole = True
+    with nullcontext() if reading is None else Watch(reading, group, on_loading):
         yield
-    else:
-        with Watch(reading, group, on_loading):
-            yield
+        with group.together():
+            if reading is not None:
+                is_whole = reading.finish()
+        assert is_whole  # stopped only where a rank has failed
 
 
 def load_model(
@@ -185,7 +179,7 @@ def load_model(
     """
     model, plan, reading = _begin(config, group, make)
     with _watched(reading, group, on_loading):
-        _finish(reading, group)
+        pass
     return model, plan
 
 
@@ -231,7 +225,6 @@ def load_runner(
         with group.together():
             meanwhile()
         done = time.monotonic()
-        _finish(reading, group)
     decoder = runner.decoder
     runner.start_up = StartUp(
         load_s=time.monotonic() - started,

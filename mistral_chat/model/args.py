@@ -3,7 +3,7 @@
 Knows which keys exist and what they mean; knows nothing of files or ranks.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from mistral_chat.errors import CheckpointError, named, shown
@@ -169,13 +169,11 @@ class TransformerArgs:
             params["sliding_window"] = alias
         positions = params.pop("max_position_embeddings", None)
         params.setdefault("max_seq_len", positions)
-        known = {f.name: f for f in fields(cls)}
-        unknown = sorted(set(params) - set(known))
+        unknown = sorted(set(params) - {f.name for f in fields(cls)})
         if unknown:
             names = ", ".join(map(named, unknown[:8]))
             raise CheckpointError(f"{names} is not supported: not a key we know")
-        required = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads",
-                    "norm_eps", "vocab_size")  # fmt: skip
+        required = [f.name for f in fields(cls) if f.default is MISSING]
         missing = [name for name in required if params.get(name) is None]
         if missing:
             raise CheckpointError(f"{', '.join(missing)} is missing")

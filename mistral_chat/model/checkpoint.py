@@ -14,21 +14,13 @@ from typing import TYPE_CHECKING, Any
 from mistral_chat.errors import CheckpointError, named, shown
 from mistral_chat.files import is_there, read_json_object
 from mistral_chat.model import hf
-from mistral_chat.model.sharding import Placement, Shard, placements
+from mistral_chat.model.sharding import Placement, Shard, Table, placements
 from mistral_chat.model.stored import FLOATS, StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "Headers",
-    "StoredTensor",
-    "WeightFiles",
-    "find_files",
-    "find_weights",
-    "local_bytes",
-    "read_headers",
-]
+__all__ = ["Headers", "StoredTensor", "WeightFiles", "find_files", "local_bytes"]
 
 PICKLE = "consolidated.00.pth"
 MOST_FAULTS = 8  # named in one error
@@ -55,6 +47,51 @@ class WeightFiles:
     paths: list[Path]
     index: dict[str, str] | None
 
+    @classmethod
+    def find(cls, folder: Path, layout: hf.Layout) -> "WeightFiles":
+        """Find the folder's one set of weights in a layout.
+
+        Raises:
+            CheckpointError: no set, or more than one.
+        """
+        stem = _STEMS[layout]
+        single, index_path = f"{stem}.safetensors", _index_path(folder, layout)
+        index = _read_index(index_path) if is_there(index_path) else None
+        sets: dict[str, list[Path]] = {}
+        if index is not None:
+            sets[index_path.name] = [folder / name for name in sorted(set(index.values()))]
+        elif shards := _shards(folder, stem):
+            sets[f"{stem}-*-of-*.safetensors"] = shards
+        if is_there(folder / single) and sets.get(index_path.name) != [folder / single]:
+            sets[single] = [folder / single]
+        pickles = sorted(folder.glob("consolidated.*.pth")) if layout == "consolidated" else []
+        if pickles:
+            if [path.name for path in pickles] != [PICKLE]:
+                raise CheckpointError(
+                    f"{folder}: found {', '.join(p.name for p in pickles)}; expected {PICKLE} "
+                    f"alone (parts for several pipeline or model ranks are not supported)"
+                )
+            sets[PICKLE] = pickles
+        if len(sets) > 1:
+            raise CheckpointError(
+                f"{folder}: found {len(sets)} sets of weights ({', '.join(sets)}); expected one: "
+                f"remove or move the others"
+            )
+        if not sets:
+            other: hf.Layout = "hf" if layout == "consolidated" else "consolidated"
+            theirs = find_files(folder, other) or sorted(folder.glob("pytorch_model*.bin"))
+            found = "none"
+            if theirs:
+                whose = _OF[other] if theirs[0].suffix != ".bin" else "which is never read"
+                found = f"only {theirs[0].name}, {whose}"
+            or_pickle = f" or {PICKLE}" if layout == "consolidated" else ""
+            raise CheckpointError(
+                f"{folder}: weights are missing (found {found}); expected {single}, "
+                f"{stem}-*-of-*.safetensors{or_pickle}"
+            )
+        (paths,) = sets.values()
+        return cls(folder=folder, layout=layout, paths=paths, index=index)
+
     @property
     def are_safetensors(self) -> bool:
         """Whether their headers can be read without importing torch."""
@@ -73,30 +110,80 @@ class Headers:
     layout: hf.Layout
     tensors: dict[str, StoredTensor]
 
-    def placements(self, shard: Shard) -> dict[str, Placement]:
+    @classmethod
+    def read(cls, files: WeightFiles, table: Table) -> "Headers":
+        """Read the headers of all files, and check that they hold the tensors that a model needs.
+
+        Args:
+            files: of the weights.
+            table: what the model needs, under the layout's names; of any rank, since only names and
+                whole shapes count.
+
+        Raises:
+            CheckpointError: every fault at once: a file that is missing, unreadable, truncated or
+                malformed, a tensor that stands twice, an index that disagrees with its files, and
+                each tensor that is missing, unexpected, of the wrong shape or not a float, by name.
+        """
+        tensors: dict[str, StoredTensor] = {}
+        faults: list[str] = []
+        unread = set()  # names of files of which nothing is known
+        index, index_name = files.index or {}, _index_path(files.folder, files.layout).name
+        for path in files.paths:
+            if not is_there(path):
+                by_index = f"{index_name} names {path.name}, which"
+                faults.append(f"{by_index if index else path.name} is missing")
+                unread.add(path.name)
+                continue
+            try:
+                found, wrong = read_header(path)
+            except CheckpointError as error:
+                faults.append(str(error))
+                unread.add(path.name)
+                continue
+            faults += wrong
+            for name in sorted(tensors.keys() & found.keys()):
+                faults.append(
+                    f"{named(name)} stands in {tensors[name].path.name} and in {path.name}"
+                )
+            tensors |= found
+        if index:
+            for name, file in sorted(index.items()):
+                elsewhere = name not in tensors or tensors[name].path.name != file
+                if elsewhere and file not in unread:
+                    holds = f"{file} holds {named(name)}"
+                    faults.append(f"{index_name} says that {holds}, which it does not")
+            for name in sorted(tensors.keys() - index.keys()):
+                holds = f"{tensors[name].path.name} holds {named(name)}"
+                faults.append(f"{holds}, which {index_name} omits")
+        for name in table:
+            may_be_unread = index.get(name) in unread if index else bool(unread)
+            if name not in tensors and not may_be_unread:
+                faults.append(f"{name} is missing")
+        faults += _wrong_tensors(tensors, table, files.layout)
+        if faults:
+            n_more = len(faults) - MOST_FAULTS
+            more = f"; and {n_more} more" if n_more > 0 else ""
+            raise CheckpointError(f"{files.folder}: {'; '.join(faults[:MOST_FAULTS])}{more}")
+        return cls(files.layout, tensors)
+
+    def placements(self, shard: Shard) -> Table:
         """Where each tensor goes on one rank, by the names that they are stored under."""
         return placements(shard, self.layout)
 
     def to_json(self) -> dict[str, Any]:
         """The same as lists, texts and numbers, for another process."""
-        files = sorted({str(stored.path) for stored in self.tensors.values()})
-        number = {path: n for n, path in enumerate(files)}
-        return {
-            "layout": self.layout,
-            "files": files,
-            "tensors": {
-                name: [number[str(stored.path)], stored.dtype, list(stored.shape), stored.offset]
-                for name, stored in self.tensors.items()
-            },
+        tensors = {
+            name: [stored.path.name, stored.dtype, list(stored.shape), stored.offset]
+            for name, stored in self.tensors.items()
         }
+        return {"layout": self.layout, "tensors": tensors}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> "Headers":
-        """The inverse of `to_json`."""
-        files = [Path(path) for path in told["files"]]
+    def from_json(cls, told: dict[str, Any], folder: Path) -> "Headers":
+        """The inverse of `to_json`, for files in a folder."""
         tensors = {
-            name: StoredTensor(files[n], dtype, tuple(shape), offset)
-            for name, (n, dtype, shape, offset) in told["tensors"].items()
+            name: StoredTensor(folder / file, dtype, tuple(shape), offset)
+            for name, (file, dtype, shape, offset) in told["tensors"].items()
         }
         return cls(told["layout"], tensors)
 
@@ -107,51 +194,6 @@ def find_files(folder: Path, layout: hf.Layout) -> list[Path]:
     if layout == "consolidated":
         names = ["consolidated*.safetensors", "consolidated.*.pth"]
     return sorted(path for name in names for path in folder.glob(name))
-
-
-def find_weights(folder: Path, layout: hf.Layout) -> WeightFiles:
-    """Find the folder's one set of weights in a layout.
-
-    Raises:
-        CheckpointError: no set, or more than one.
-    """
-    stem = _STEMS[layout]
-    single, index_path = f"{stem}.safetensors", _index_path(folder, layout)
-    index = _read_index(index_path) if is_there(index_path) else None
-    sets: dict[str, list[Path]] = {}
-    if index is not None:
-        sets[index_path.name] = [folder / name for name in sorted(set(index.values()))]
-    elif shards := _shards(folder, stem):
-        sets[f"{stem}-*-of-*.safetensors"] = shards
-    if is_there(folder / single) and sets.get(index_path.name) != [folder / single]:
-        sets[single] = [folder / single]
-    pickles = sorted(folder.glob("consolidated.*.pth")) if layout == "consolidated" else []
-    if pickles:
-        if [path.name for path in pickles] != [PICKLE]:
-            raise CheckpointError(
-                f"{folder}: found {', '.join(p.name for p in pickles)}; expected {PICKLE} alone "
-                f"(parts for several pipeline or model ranks are not supported)"
-            )
-        sets[PICKLE] = pickles
-    if len(sets) > 1:
-        raise CheckpointError(
-            f"{folder}: found {len(sets)} sets of weights ({', '.join(sets)}); expected one: "
-            f"remove or move the others"
-        )
-    if not sets:
-        other: hf.Layout = "hf" if layout == "consolidated" else "consolidated"
-        theirs = find_files(folder, other) or sorted(folder.glob("pytorch_model*.bin"))
-        found = "none"
-        if theirs:
-            whose = _OF[other] if theirs[0].suffix != ".bin" else "which is never read"
-            found = f"only {theirs[0].name}, {whose}"
-        or_pickle = f" or {PICKLE}" if layout == "consolidated" else ""
-        raise CheckpointError(
-            f"{folder}: weights are missing (found {found}); expected {single}, "
-            f"{stem}-*-of-*.safetensors{or_pickle}"
-        )
-    (paths,) = sets.values()
-    return WeightFiles(folder=folder, layout=layout, paths=paths, index=index)
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
@@ -196,63 +238,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_headers(files: WeightFiles, table: dict[str, Placement]) -> Headers:
-    """Read the headers of all files, and check that they hold the tensors that a model needs.
-
-    Args:
-        files: of the weights.
-        table: what the model needs, under the layout's names; of any rank, since only names and
-            whole shapes count.
-
-    Raises:
-        CheckpointError: every fault at once: a file that is missing, unreadable, truncated or
-            malformed, a tensor that stands twice, an index that disagrees with its files, and
-            each tensor that is missing, unexpected, of the wrong shape or not a float, by name.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    faults: list[str] = []
-    unread = set()  # names of files of which nothing is known
-    index, index_name = files.index or {}, _index_path(files.folder, files.layout).name
-    for path in files.paths:
-        if not is_there(path):
-            by_index = f"{index_name} names {path.name}, which"
-            faults.append(f"{by_index if index else path.name} is missing")
-            unread.add(path.name)
-            continue
-        try:
-            found, wrong = read_header(path)
-        except CheckpointError as error:
-            faults.append(str(error))
-            unread.add(path.name)
-            continue
-        faults += wrong
-        for name in sorted(tensors.keys() & found.keys()):
-            faults.append(f"{named(name)} stands in {tensors[name].path.name} and in {path.name}")
-        tensors |= found
-    if index:
-        for name, file in sorted(index.items()):
-            elsewhere = name not in tensors or tensors[name].path.name != file
-            if elsewhere and file not in unread:
-                holds = f"{file} holds {named(name)}"
-                faults.append(f"{index_name} says that {holds}, which it does not")
-        for name in sorted(tensors.keys() - index.keys()):
-            holds = f"{tensors[name].path.name} holds {named(name)}"
-            faults.append(f"{holds}, which {index_name} omits")
-    for name in table:
-        may_be_unread = index.get(name) in unread if index else bool(unread)
-        if name not in tensors and not may_be_unread:
-            faults.append(f"{name} is missing")
-    faults += _wrong_tensors(tensors, table, files.layout)
-    if faults:
-        n_more = len(faults) - MOST_FAULTS
-        more = f"; and {n_more} more" if n_more > 0 else ""
-        raise CheckpointError(f"{files.folder}: {'; '.join(faults[:MOST_FAULTS])}{more}")
-    return Headers(files.layout, tensors)
-
-
-def _wrong_tensors(
-    tensors: dict[str, StoredTensor], table: dict[str, Placement], layout: hf.Layout
-) -> list[str]:
+def _wrong_tensors(tensors: dict[str, StoredTensor], table: Table, layout: hf.Layout) -> list[str]:
     """What is wrong with tensors that are there."""
     faults = []
     for name, tensor in tensors.items():

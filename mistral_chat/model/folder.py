@@ -18,13 +18,7 @@ from mistral_chat.errors import CheckpointError, TokenizerError, shown
 from mistral_chat.files import is_there, read_json, read_json_object
 from mistral_chat.model import hf
 from mistral_chat.model.args import MOST_POSITIONS, TransformerArgs
-from mistral_chat.model.checkpoint import (
-    Headers,
-    WeightFiles,
-    find_files,
-    find_weights,
-    read_headers,
-)
+from mistral_chat.model.checkpoint import Headers, WeightFiles, find_files
 from mistral_chat.model.sharding import Shard, placements
 
 __all__ = ["ModelFolder", "choose_layout"]
@@ -156,14 +150,14 @@ class ModelFolder:
 
     @cached_property
     def weights(self) -> WeightFiles:
-        """The files of weights, as `find_weights` gives and refuses them."""
+        """The files of weights, as `WeightFiles.find` gives and refuses them."""
         assert self.path is not None
-        return find_weights(self.path, self.layout)
+        return WeightFiles.find(self.path, self.layout)
 
     @cached_property
     def headers(self) -> Headers:
-        """Where each tensor of the weights is stored, as `read_headers` gives and refuses it."""
-        return read_headers(self.weights, placements(Shard(self.args), self.layout))
+        """Where each tensor of the weights is stored, as `Headers.read` gives and refuses it."""
+        return Headers.read(self.weights, placements(Shard(self.args), self.layout))
 
 
 def choose_layout(folder: Path, load_format: LoadFormat = "auto") -> hf.Layout:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mistral_chat.errors import CheckpointError
-from mistral_chat.model.sharding import Placement
-from mistral_chat.model.stored import StoredTensor
+from mistral_chat.model.checkpoint import Headers, StoredTensor
+from mistral_chat.model.sharding import Table
 from mistral_chat.model.transformer import Transformer
 
 __all__ = ["Reading"]
@@ -74,21 +74,17 @@ class Reading:
 
     Args:
         model: whose parameters are filled, in their own type and on their own device.
-        tensors: where each tensor is stored, checked.
+        headers: where each tensor is stored.
         table: where this rank's slice of each tensor goes, by the same names.
         n_threads: that read side by side.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        tensors: dict[str, StoredTensor],
-        table: dict[str, Placement],
-        n_threads: int = 1,
+        self, model: Transformer, headers: Headers, table: Table, n_threads: int = 1
     ) -> None:
         self._model = model
         piece_bytes = GPU_PIECE_BYTES if model.device.type == "cuda" else CPU_PIECE_BYTES
-        self._pieces = list(_divide(model, tensors, table, piece_bytes))
+        self._pieces = list(_divide(model, headers.tensors, table, piece_bytes))
         self._n_threads = max(1, min(n_threads, len(self._pieces)))
         self.total = sum(piece.size for piece in self._pieces)
         self._read = [0] * self._n_threads  # by thread: no lock needed
@@ -228,10 +224,7 @@ def _cannot_read(piece: _Piece, error: OSError) -> CheckpointError:
 
 
 def _divide(
-    model: Transformer,
-    tensors: dict[str, StoredTensor],
-    table: dict[str, Placement],
-    piece_bytes: int,
+    model: Transformer, tensors: dict[str, StoredTensor], table: Table, piece_bytes: int
 ) -> Iterator[_Piece]:
     """All that this rank reads, in the order of the files."""
     for name in sorted(table, key=lambda name: (tensors[name].path.name, tensors[name].offset)):

@@ -12,7 +12,7 @@ from mistral_chat.errors import DeviceError
 from mistral_chat.model import hf
 from mistral_chat.model.args import TransformerArgs
 
-__all__ = ["Placement", "Shard", "placements", "split"]
+__all__ = ["Placement", "Shard", "Table", "placements", "split"]
 
 Kind = Literal["column", "row", "vocab", "replicated"]
 
@@ -142,7 +142,10 @@ class Placement:
         return (len(self.rows),) if self.cols is None else (len(self.rows), len(self.cols))
 
 
-def placements(shard: Shard, layout: hf.Layout = "consolidated") -> dict[str, Placement]:
+Table = dict[str, Placement]  # by the names of a checkpoint's tensors
+
+
+def placements(shard: Shard, layout: hf.Layout = "consolidated") -> Table:
     """The table: every tensor that a checkpoint must hold -> its place on this rank.
 
     wq, wk, wv lie one under the other in `wqkv`, and w1, w3 in `w13`, so that each is one product.
@@ -196,7 +199,7 @@ def placements(shard: Shard, layout: hf.Layout = "consolidated") -> dict[str, Pl
     return table if layout == "consolidated" else _as_hf(table, head_dim)
 
 
-def _as_hf(table: dict[str, Placement], head_dim: int) -> dict[str, Placement]:
+def _as_hf(table: Table, head_dim: int) -> Table:
     return {
         hf.stored_name(name): replace(placement, half_split=head_dim)
         if name.endswith((".wq.weight", ".wk.weight"))

@@ -52,28 +52,26 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
         monkeypatch.setattr(module, name, note)
 
     monkeypatch.setattr(os, "open", note_open)
-    for name in ("choose_layout", "find_weights", "read_headers", "_read_shape", "_read_end_ids"):
+    for name in ("choose_layout", "_read_shape", "_read_end_ids"):
         note_calls(folder, name)
     note_calls(checkpoint, "read_header")
     note_calls(hf, "disagreements")
     return counted
 
 
-@pytest.mark.parametrize("is_checked_before", [False, True])
 def test_a_load_opens_each_file_once_and_those_of_weights_once_more(
-    counts: Counts, broken_folder: Path, is_checked_before: bool
+    counts: Counts, broken_folder: Path
 ) -> None:
     (broken_folder / "config.json").write_text('{"eos_token_id": 2}')
     (broken_folder / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
     config = EngineConfig(model=broken_folder, device="cpu")
-    known = ModelFolder.checked(config) if is_checked_before else None
-    loaded = start.load(config, Group(Place()), 0.0, known, quiet=True)
+    checked = ModelFolder.checked(config)
+    loaded = start.load(config, checked, Group(Place()), 0.0, quiet=True)
     assert loaded.tokenizer.end_ids == {2, 9}
     for name in ("params.json", "config.json", "generation_config.json", "tokenizer.model.v3"):
         assert counts[name] == 1, name
     assert counts["consolidated.safetensors"] == 2  # its header, and its weights
-    for name in ("choose_layout", "find_weights", "read_headers", "read_header", "_read_shape",
-                 "_read_end_ids", "disagreements"):  # fmt: skip
+    for name in ("choose_layout", "read_header", "_read_shape", "_read_end_ids", "disagreements"):
         assert counts[name] == 1, name
 
 
@@ -83,7 +81,7 @@ def test_a_program_opens_each_file_once_and_those_of_weights_once_more(
     with LLM(tiny_folder, device="cpu"):
         assert counts["params.json"] == counts["tokenizer.model.v3"] == 1
         assert counts["consolidated.safetensors"] == 2
-        assert counts["choose_layout"] == counts["read_headers"] == 1
+        assert counts["choose_layout"] == counts["read_header"] == 1
 
 
 def test_a_rank_but_the_first_takes_rank_0s_word_for_where_tensors_lie(
@@ -107,7 +105,7 @@ def test_a_rank_but_the_first_takes_rank_0s_word_for_where_tensors_lie(
 
 def test_headers_survive_the_way_to_another_process(tiny_folder: Path) -> None:
     headers = open_folder(tiny_folder).headers
-    assert Headers.from_json(headers.to_json()) == headers
+    assert Headers.from_json(headers.to_json(), tiny_folder) == headers
 
 
 def fail_on_reading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +126,7 @@ def test_a_folder_without_a_tokenizer_is_refused_before_weights_are_read(
         if by == "program":
             LLM(broken_folder, device="cpu")
         else:
-            start.load(config, Group(Place()), 0.0, quiet=True)
+            start.load(config, ModelFolder.checked(config), Group(Place()), 0.0, quiet=True)
 
     with pytest.raises(AssertionError, match="weights are read"):
         load()

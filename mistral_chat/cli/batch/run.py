@@ -22,7 +22,7 @@ from mistral_chat.cli.offered import Offered, read_offered
 from mistral_chat.cli.pipes import keep_pipe
 from mistral_chat.cli.suggestions import require_model
 from mistral_chat.cli.words import OwnFlag, read_own, split, whole_from
-from mistral_chat.engine.launch import launched_rank, launched_ranks
+from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
@@ -108,15 +108,10 @@ def run(words: Sequence[str], begun: Begun) -> int:
     say_what_starts(options, begun)
     check_source(asked.source)
     check_target(asked.target)
-    from mistral_chat.model.folder import ModelFolder
-
-    folder = None
-    if not begun.by_us:
-        n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
-        folder = ModelFolder.checked(options.engine, n_ranks)
+    folder = start.check(options)
     offered = read_offered(options)
     with begun.handed_on():
-        code = start.launch(options, ["batch", *words], folder)
+        code = start.launch(options, ["batch", *words], folder.args.n_heads)
     return _lead(asked, folder, offered, begun) if code is None else code
 
 
@@ -155,7 +150,7 @@ def _follow(options: flags.Options) -> int:
     return start.follow(replace(options.engine, max_batch_size=n_slots))
 
 
-def _lead(asked: Asked, folder: "ModelFolder | None", offered: Offered, begun: Begun) -> int:
+def _lead(asked: Asked, folder: "ModelFolder", offered: Offered, begun: Begun) -> int:
     """Rank 0: read IN and OUT, load if anything is left to do, answer."""
     options = asked.options
     data, source_stat = read_source(asked.source)
@@ -186,7 +181,7 @@ def _lead(asked: Asked, folder: "ModelFolder | None", offered: Offered, begun: B
 
 def _answer(
     asked: Asked,
-    folder: "ModelFolder | None",
+    folder: "ModelFolder",
     lines: Sequence[Line],
     offered: Offered,
     output: Output,
@@ -223,7 +218,7 @@ def _answer(
         return True
     config = replace(options.engine, max_batch_size=n_slots)
     try:
-        loaded = start.load(config, group, begun.at, folder, quiet=options.quiet)
+        loaded = start.load(config, folder, group, begun.at, quiet=options.quiet)
     except PeerFailedError:
         return False
     progress.begin()

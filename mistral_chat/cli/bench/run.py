@@ -18,7 +18,7 @@ from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.offered import read_offered
 from mistral_chat.cli.suggestions import require_model
 from mistral_chat.cli.words import OwnFlag, read_own, whole_from
-from mistral_chat.engine.launch import launched_rank, launched_ranks
+from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -118,12 +118,11 @@ def run(words: list[str], begun: Begun) -> int:
         plot.check(asked.plot)
     if asked.shard_of and launched_rank() is not None:
         raise UsageError("--shard_of measures one process: expected no torchrun")
-    folder = None
-    if not (launched_rank() or begun.by_us):
-        folder = _check(options, asked, begun)
+    folder = None if launched_rank() else _check(options, asked, begun)
     if not asked.shard_of:
         with begun.handed_on():
-            code = start.launch(options, ["bench", *words], folder)
+            n_heads = folder.args.n_heads if folder else 1
+            code = start.launch(options, ["bench", *words], n_heads)
         if code is not None:
             return code
     return _measure(options, asked, begun.at, folder)
@@ -133,12 +132,7 @@ def _check(options: flags.Options, asked: Asked, begun: Begun) -> "ModelFolder":
     """Check all that can be checked without torch."""
     require_model(options.engine.model)
     say_what_starts(options, begun)
-    from mistral_chat.model.folder import ModelFolder
-
-    in_all = (options.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
-    folder = ModelFolder.checked(
-        options.engine, asked.shard_of or in_all, needs_text=bool(options.json_schema)
-    )
+    folder = start.check(options, asked.shard_of, needs_text=bool(options.json_schema))
     read_offered(options)
     return folder
 

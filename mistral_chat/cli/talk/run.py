@@ -14,7 +14,7 @@ from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.codes import FAILED
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.interrupts import require_no_interrupt
-from mistral_chat.engine.launch import launched_rank, launched_ranks
+from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import OutputError
 
 if TYPE_CHECKING:
@@ -42,15 +42,11 @@ def run(options: flags.Options, words: list[str], begun: Begun) -> int:
     require_model(options.engine.model)
     say_what_starts(options, begun)
     from mistral_chat.cli.talk.inputs import read_inputs
-    from mistral_chat.model.folder import ModelFolder
 
-    folder = None
-    if not begun.by_us:
-        n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
-        folder = ModelFolder.checked(options.engine, n_ranks)
+    folder = start.check(options)
     inputs = read_inputs(options, for_ranks=rank is None)
     with begun.handed_on():
-        code = start.launch(options, words, folder)
+        code = start.launch(options, words, folder.args.n_heads)
     if code is not None:
         return code
     with contextlib.ExitStack() as held:
@@ -59,7 +55,7 @@ def run(options: flags.Options, words: list[str], begun: Begun) -> int:
 
 def _lead(
     options: flags.Options,
-    folder: "ModelFolder | None",
+    folder: "ModelFolder",
     inputs: "Inputs",
     begun: Begun,
     held: contextlib.ExitStack,
@@ -107,7 +103,7 @@ def _lead(
     start.end_on_signals(lambda code: end_process("", code), signal.SIGTERM, signal.SIGHUP)
     try:
         loaded = start.load(
-            options.engine, group, begun.at, folder, quiet=options.quiet, stats=options.stats
+            options.engine, folder, group, begun.at, quiet=options.quiet, stats=options.stats
         )
     except PeerFailedError:
         return FAILED
