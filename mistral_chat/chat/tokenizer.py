@@ -25,10 +25,10 @@ from mistral_chat.model.folder import ModelFolder
 __all__ = ["Detokenizer", "Tokenizer"]
 
 TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
-# Control tokens that models write themselves: a tool call's parts and a reasoning model's marks.
+# Control tokens that models write: the parts of a tool call and the marks around thinking.
 _WRITTEN = (TOOL_CALLS, ARGS, CALL_ID, "[THINK]", "[/THINK]")
-_SPACE = "\u2581"  # SentencePiece writes a space so
-# A terminal gives bytes that are no UTF-8 as such halves, and SentencePiece a bare RuntimeError.
+_SPACE = "\u2581"  # SentencePiece's mark for a space
+# Python reads bytes that are not UTF-8 as such halves; SentencePiece raises a bare RuntimeError.
 _NO_TEXT = "found half of a surrogate pair, which is no text: expected UTF-8"
 
 
@@ -39,11 +39,10 @@ class Tokenizer:
         path: a tekken.json or a SentencePiece model of Mistral's.
         end_ids: ids that end an answer, beside the tokenizer's own.
 
-    `fingerprint` is the same for two files that hold the same.
+    `fingerprint` is equal for files with equal content.
 
     Raises:
-        TokenizerError: the file cannot be read as one, or an end id that begins a part of an
-            answer.
+        TokenizerError: the file is no tokenizer, or an end id begins a part of an answer.
     """
 
     def __init__(self, path: Path, end_ids: Iterable[int] = ()) -> None:
@@ -65,7 +64,7 @@ class Tokenizer:
 
     @classmethod
     def shipped(cls, vocab_size: int) -> "Tokenizer":
-        """The v3 tokenizer of mistral-common that a vocabulary size calls for, for dummy weights.
+        """mistral-common's v3 tokenizer with a vocabulary of the given size, for dummy weights.
 
         Raises:
             TokenizerError: no tokenizer of that size is shipped.

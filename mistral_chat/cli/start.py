@@ -1,7 +1,7 @@
-"""Starting a model and parting from it: what the main job, batch and bench do alike.
+"""Starting a model and ending it, as the main job, batch and bench do.
 
-Which ranks there are, what the others do, tokenizer and weights of rank 0, and how all end. Knows
-nothing of prompts and answers.
+Checks the folder, starts ranks, loads tokenizer and weights on rank 0, serves it on the others, and
+ends all of them. Knows nothing of prompts and answers.
 """
 
 import os
@@ -72,7 +72,7 @@ def launch(options: Options, words: Sequence[str], n_heads: int = 1) -> int | No
     Args:
         options: as read.
         words: the command line that each rank is given.
-        n_heads: most ranks that the model can use; of no matter once a launcher has started them.
+        n_heads: most ranks that the model can use; unused in ranks that a launcher has started.
 
     Returns:
         the code to end with; None where this process is a rank itself.
@@ -118,7 +118,7 @@ def _ranks_to_start(options: Options, n_heads: int) -> int:
 
 
 def follow(config: "EngineConfig") -> int:
-    """Any rank but 0: serve rank 0 until it ends; the code to end with."""
+    """Serve rank 0 from any other rank until it ends; the code to end with."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as our own launcher has it
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
     from mistral_chat.cli.console.terminal_state import TerminalState
@@ -151,9 +151,9 @@ def follow(config: "EngineConfig") -> int:
 
 
 def put_back_at_end(terminal: "TerminalState") -> None:
-    """Have a rank leave the terminal as it was when the launcher or a signal ends it.
+    """Restore the terminal when the launcher or a signal ends this rank.
 
-    Until there is a group, and with it more to do: importing torch takes seconds.
+    Covers the seconds of importing torch, before there is a group and `end_with` takes over.
 
     Args:
         terminal: as it was before a rank changed it.
@@ -177,16 +177,16 @@ def end_with(
     last_words: Callable[[], None] = lambda: None,
     terminal: "TerminalState | None" = None,
 ) -> Callable[[str, int], NoReturn]:
-    """Have rank 0 put the terminal back and end when another rank, or the launcher, does.
+    """Make rank 0 restore the terminal and end when another rank or the launcher ends.
 
     Args:
         group: all ranks.
-        clean_up: what to take off the screen first; called from any thread.
-        last_words: says what a person can do after that; called from any thread.
+        clean_up: removes what is drawn on the screen; called first, from any thread.
+        last_words: says what a person can do next; called last, from any thread.
         terminal: as it was before this process changed it; None is as it is now.
 
     Returns:
-        ends the process in the same way, with a message (or none) and a code.
+        a function that ends the process in the same way, with a message (or "") and a code.
     """
     from mistral_chat.cli.console.terminal_state import TerminalState
 
@@ -196,7 +196,7 @@ def end_with(
     def end_process(message: str, code: int = FAILED) -> NoReturn:
         ending.append(threading.get_ident())
         if ending[0] != threading.get_ident():
-            time.sleep(ONE_SPEAKS_S)  # one is speaking already
+            time.sleep(ONE_SPEAKS_S)  # another thread is already printing
         if len(ending) > 1:
             os._exit(code)
         printing.take_down_drawn()
@@ -215,11 +215,11 @@ def end_with(
 
 
 def end_on_signals(end: Callable[[int], object], *numbers: signal.Signals) -> None:
-    """Have signals end the process; SIGHUP that is ignored, as under nohup, stays so.
+    """Make signals end the process; a SIGHUP that is ignored, as under nohup, stays ignored.
 
     Args:
-        end: ends it with a code.
-        numbers: of the signals.
+        end: called with the code to end with.
+        numbers: the signals.
     """
 
     def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -265,8 +265,8 @@ def load(
         stats: say what the start took.
 
     Raises:
-        PeerFailedError: another rank cannot, and says why itself.
-        MistralChatError: this rank cannot; the others end without a word.
+        PeerFailedError: another rank cannot load, and says why itself.
+        MistralChatError: this rank cannot load; the others end silently.
     """
     from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.cli.console import render
@@ -297,7 +297,7 @@ def load(
 
 @contextmanager
 def parting(group: "Group") -> Iterator[None]:
-    """End the other ranks with a block, in peace unless what failed may be theirs."""
+    """End the other ranks at the end of a block: in order, unless they may be why it failed."""
     try:
         yield
     except RankLostError:

@@ -74,10 +74,10 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def reading_threads(device: torch.device, place: Place) -> int:
-    """Threads of one rank that read weights.
+    """Number of threads that read weights on one rank.
 
-    On GPUs up to 16, what it takes to keep up with copies to the device (BENCHMARKS.md); on CPU
-    all but free memory is the limit.
+    On GPUs up to 16, which keeps up with copies to the device; on CPU up to 4, since there fresh
+    memory for the weights costs more than reading them (BENCHMARKS.md).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = (cores or 1) // place.local_world_size
@@ -85,7 +85,7 @@ def reading_threads(device: torch.device, place: Place) -> int:
 
 
 def chunk_size_of(config: EngineConfig, device: torch.device) -> int:
-    """Most tokens of one step: as asked for, else what takes about half a second."""
+    """Most tokens of one step: as asked for, else as many as take about half a second."""
     return config.chunk_size or (2048 if device.type == "cuda" else 256)
 
 
@@ -95,7 +95,7 @@ def _begin(
     make: Callable[[TransformerArgs], AnyTransformer],
     folder: ModelFolder | None = None,
 ) -> tuple[AnyTransformer, Plan, Reading | None]:
-    """Check, plan, make the empty model and begin to read its weights, or draw them."""
+    """Check, plan, make the empty model, and start reading its weights or draw random ones."""
     with group.together():
         folder = folder or ModelFolder.open(config)
         args = replace(folder.args, max_batch_size=config.max_batch_size)

@@ -37,7 +37,7 @@ class WeightFiles:
 
     Args:
         folder: where the files are.
-        layout: whose names files and tensors have.
+        layout: decides the names of files and tensors.
         paths: the files in order; some may be missing.
         index: tensor to file name, where the folder has an index.
     """
@@ -103,7 +103,7 @@ class Headers:
     """Where each tensor of a model is stored; rank 0 reads it and hands it to the other ranks.
 
     Args:
-        layout: whose names the tensors have, and whose order the rows of wq and wk.
+        layout: decides the tensors' names, and the order of the rows of wq and wk.
         tensors: by the names that they are stored under.
     """
 
@@ -189,7 +189,7 @@ class Headers:
 
 
 def find_files(folder: Path, layout: hf.Layout) -> list[Path]:
-    """Files of weights with a layout's names; an index alone is none."""
+    """Files of weights with a layout's names; an index is not one."""
     names = ["model*.safetensors"]
     if layout == "consolidated":
         names = ["consolidated*.safetensors", "consolidated.*.pth"]
@@ -197,7 +197,7 @@ def find_files(folder: Path, layout: hf.Layout) -> list[Path]:
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
-    """`STEM-NNNNN-of-MMMMM.safetensors` in order, all of one set, the missing ones too."""
+    """The set of `STEM-NNNNN-of-MMMMM.safetensors` in order, missing files included."""
     numbered: dict[tuple[int, int], Path] = {}
     for path in folder.glob(f"{stem}-*-of-*.safetensors"):
         match = re.fullmatch(stem + r"-(\d{1,5})-of-(\d{1,5})\.safetensors", path.name)
@@ -239,7 +239,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _wrong_tensors(tensors: dict[str, StoredTensor], table: Table, layout: hf.Layout) -> list[str]:
-    """What is wrong with tensors that are there."""
+    """The faults of tensors that were found."""
     faults = []
     for name, tensor in tensors.items():
         if name not in table:

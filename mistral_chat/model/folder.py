@@ -38,7 +38,7 @@ class ModelFolder:
 
     Args:
         path: the folder; None for dummy weights of a preset's shape.
-        layout: whose files of weights are read, and whose names their tensors have.
+        layout: decides the names of the files of weights and of their tensors.
         args: the model's shape.
         end_ids: tokens that end an answer, beside the tokenizer's own.
     """
@@ -161,7 +161,7 @@ class ModelFolder:
 
 
 def choose_layout(folder: Path, load_format: LoadFormat = "auto") -> hf.Layout:
-    """The layout that a folder is read in: Mistral's own where all of it is there.
+    """The layout that a folder is read in: Mistral's own if all of it is there.
 
     Args:
         folder: a model folder.
@@ -175,14 +175,14 @@ def choose_layout(folder: Path, load_format: LoadFormat = "auto") -> hf.Layout:
         return "consolidated"
     if config and theirs:
         return "hf"
-    # Neither is whole: go by what is there, so that the error names what is not.
+    # Neither is complete: go by what is there, so that the error names what is missing.
     if params or ours:
         return "consolidated"
     return "hf" if config or theirs else "consolidated"
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse what is no folder whose files can be seen."""
+    """Refuse a path that is not a folder, or whose files cannot be looked at."""
     expected = "params.json or config.json"
     try:
         with os.scandir(folder) as entries:
@@ -206,7 +206,7 @@ def _check_folder(folder: Path) -> None:
 def _read_shape(
     folder: Path, layout: hf.Layout, found: dict[str, dict[str, Any]]
 ) -> TransformerArgs:
-    """The shape that a layout's file says, held against the other file where both are there."""
+    """The shape in a layout's file, compared with the other layout's file if both are there."""
     path = folder / hf.SHAPE_FILES[layout]
     if path.name not in found:
         raise CheckpointError(
