@@ -25,6 +25,7 @@ __all__ = [
     "open_regular",
     "parse_json",
     "read_json",
+    "read_json_object",
     "read_small_file",
     "read_text",
     "read_toml",
@@ -150,6 +151,18 @@ def read_json(
 ) -> Any:
     """A file's JSON value; arguments and errors as those of `read_text` and `parse_json`."""
     return parse_json(read_text(path, error, most_bytes, pipes=pipes), str(path), error)
+
+
+def read_json_object(path: Path, error: Error) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        MistralChatError: of the type `error`: as `read_json`, or another kind of value.
+    """
+    value = read_json(path, error)
+    if not isinstance(value, dict):
+        raise error(f"{path}: found a {type(value).__name__}, expected a JSON object")
+    return value
 
 
 def parse_json(text: str, where: str, error: Error) -> Any:

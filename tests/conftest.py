@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mistral_chat.config import EngineConfig, LoadFormat
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.checkpoint import Headers
+from mistral_chat.model.folder import ModelFolder, choose_layout
 from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
@@ -63,9 +65,31 @@ def random_weights(args: TransformerArgs, dtype: torch.dtype = torch.float32) ->
     return weights
 
 
+def folder_of(
+    path: Path, args: TransformerArgs = TINY, load_format: LoadFormat = "auto"
+) -> ModelFolder:
+    """A model folder of a known shape; it need not have a params.json."""
+    return ModelFolder(path=path, layout=choose_layout(path, load_format), args=args)
+
+
+def open_folder(path: Path, load_format: LoadFormat = "auto") -> ModelFolder:
+    """A model folder of the shape that its files say."""
+    return ModelFolder.open(EngineConfig(model=path, load_format=load_format))
+
+
+def read_args(path: Path, load_format: LoadFormat = "auto") -> TransformerArgs:
+    """The shape that a folder's files say."""
+    return open_folder(path, load_format).args
+
+
+def reading_of(model: Transformer, headers: Headers, n_threads: int = 1) -> Reading:
+    """What reads a rank's share of the weights."""
+    return Reading(model, headers, headers.placements(model.shard), n_threads)
+
+
 def load_weights(model: Transformer, headers: Headers, n_threads: int = 1) -> None:
     """Fill a model's parameters, as loading does."""
-    reading = Reading(model, headers, n_threads)
+    reading = reading_of(model, headers, n_threads)
     reading.start()
     assert reading.finish()
 

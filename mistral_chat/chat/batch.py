@@ -202,5 +202,4 @@ def prepare(
         tools=instruct and bool(tools),
         grammar=grammar,
     )
-    engine.check(request)
     return request, AnswerBuilder(tokenizer, request, seed, continues=continues)

@@ -166,7 +166,6 @@ class Chat:
             tools=bool(self.conversation.tools),
             grammar=grammar,
         )
-        self.engine.check(request)
         builder = AnswerBuilder(self.tokenizer, request, seed, continues=not self.instruct)
         return ChatStream(self, text, request, builder, replace_last=replace_last)
 
@@ -266,7 +265,7 @@ def make_request(
     seed_offset: int = 0,
     grammar: Grammar | None = None,
 ) -> tuple[Request, int]:
-    """A request with its seed drawn, its end tokens and its banned ids; and the seed.
+    """A checked request with its seed drawn, its end tokens and its banned ids; and the seed.
 
     Args:
         engine: whose model's vocabulary is banned beyond the tokenizer's.
@@ -279,6 +278,8 @@ def make_request(
         grammar: what the answer must be; None is free text.
 
     Raises:
+        ContextLengthError: the prompt leaves no room for an answer.
+        PromptError: the prompt is empty or has ids outside the vocabulary.
         UsageError: a grammar, and params that would end an answer early or not at all.
     """
     if grammar is not None and (params.stop or params.ignore_eos):
@@ -297,4 +298,5 @@ def make_request(
         banned_ids=tokenizer.banned_ids(vocab_size, tools=tools),
         mask=None if grammar is None else grammar.mask(tokenizer, vocab_size),
     )
+    engine.check(request)
     return request, used

@@ -19,7 +19,7 @@ from mistral_chat.engine.engine import Engine, Request
 from mistral_chat.engine.start_up import load_runner
 from mistral_chat.engine.worker import Session, serve
 from mistral_chat.errors import UsageError
-from mistral_chat.model.args import read_args
+from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["LLM"]
 
@@ -72,9 +72,9 @@ class LLM:
             serve(config, group)
             sys.exit(0)
         try:
-            args = read_args(Path(model), load_format)
-            self.tokenizer = Tokenizer.from_folder(Path(model), args.vocab_size)
-            runner = load_runner(config, group)
+            folder = ModelFolder.open(config)
+            self.tokenizer = Tokenizer.from_folder(folder)
+            runner = load_runner(config, group, folder=folder)
             self._session.guard = runner.guard
             self.engine = Engine(runner)
         except BaseException:
@@ -202,8 +202,6 @@ class LLM:
                 grammar=grammar,
             )
             prepared.append((request, AnswerBuilder(self.tokenizer, request, seed, continues=True)))
-        for request, _ in prepared:
-            self.engine.check(request)
         return self._run(prepared)
 
     def _run(self, prepared: Sequence[tuple[Request, AnswerBuilder]]) -> list[Answer]:

@@ -1,7 +1,7 @@
 """Text to ids and back, through mistral-common, for every template version it knows.
 
-Encodes prompts and conversations, and turns ids into text as
-they come. Knows nothing of models, sampling or terminals.
+Encodes prompts and conversations, and decodes ids as they arrive. Knows nothing of weights,
+sampling or terminals.
 """
 
 import codecs
@@ -18,17 +18,17 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from mistral_chat.chat.tokenizer_file import find_tokenizer, read_tokenizer
+from mistral_chat.chat.tokenizer_file import read_tokenizer
 from mistral_chat.errors import PromptError, TokenizerError, one_line
-from mistral_chat.model.end_ids import read_end_ids
+from mistral_chat.model.folder import ModelFolder
 
-__all__ = ["Detokenizer", "Tokenizer", "find_tokenizer"]
+__all__ = ["Detokenizer", "Tokenizer"]
 
 TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
-# Control tokens that models write themselves: a tool call's parts and a reasoning model's marks.
+# Control tokens that models write: the parts of a tool call and the marks around thinking.
 _WRITTEN = (TOOL_CALLS, ARGS, CALL_ID, "[THINK]", "[/THINK]")
-_SPACE = "\u2581"  # SentencePiece writes a space so
-# A terminal gives bytes that are no UTF-8 as such halves, and SentencePiece a bare RuntimeError.
+_SPACE = "\u2581"  # SentencePiece's mark for a space
+# Python reads bytes that are not UTF-8 as such halves; SentencePiece raises a bare RuntimeError.
 _NO_TEXT = "found half of a surrogate pair, which is no text: expected UTF-8"
 
 
@@ -39,11 +39,10 @@ class Tokenizer:
         path: a tekken.json or a SentencePiece model of Mistral's.
         end_ids: ids that end an answer, beside the tokenizer's own.
 
-    `fingerprint` is the same for two files that hold the same.
+    `fingerprint` is equal for files with equal content.
 
     Raises:
-        TokenizerError: the file cannot be read as one, or an end id that begins a part of an
-            answer.
+        TokenizerError: the file is no tokenizer, or an end id begins a part of an answer.
     """
 
     def __init__(self, path: Path, end_ids: Iterable[int] = ()) -> None:
@@ -65,7 +64,7 @@ class Tokenizer:
 
     @classmethod
     def shipped(cls, vocab_size: int) -> "Tokenizer":
-        """The v3 tokenizer of mistral-common that a vocabulary size calls for, for dummy weights.
+        """mistral-common's v3 tokenizer with a vocabulary of the given size, for dummy weights.
 
         Raises:
             TokenizerError: no tokenizer of that size is shipped.
@@ -81,21 +80,18 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path, vocab_size: int | None = None) -> "Tokenizer":
-        """The tokenizer of a model folder.
-
-        Args:
-            folder: of the model.
-            vocab_size: of the model; with it the folder's own end tokens are ends as well.
+    def from_folder(cls, folder: ModelFolder) -> "Tokenizer":
+        """The tokenizer of a model folder; for dummy weights the shipped one of the same size.
 
         Raises:
-            TokenizerError: none, more than one, one that cannot be read, whose template its name
-                does not tell, or that is not this model's.
-            CheckpointError: an end token that is none.
+            TokenizerError: there is none or more than one, or it cannot be read, its name does not
+                tell its template, or it belongs to another model.
         """
-        path = find_tokenizer(folder)
-        tokenizer = cls(path, read_end_ids(folder, vocab_size) if vocab_size else ())
-        if vocab_size and tokenizer.n_words > vocab_size:
+        path, vocab_size = folder.tokenizer_file, folder.args.vocab_size
+        if path is None:
+            return cls.shipped(vocab_size)
+        tokenizer = cls(path, folder.end_ids)
+        if tokenizer.n_words > vocab_size:
             raise TokenizerError(
                 f"{path} has {tokenizer.n_words:,} tokens, the model {vocab_size:,}: expected the "
                 f"tokenizer of this model"

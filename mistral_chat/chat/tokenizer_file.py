@@ -1,7 +1,7 @@
-"""A tokenizer's file: which one of a folder, and whether mistral-common may be given it.
+"""Reads a tokenizer's file, after checking that it is safe to give to mistral-common.
 
-mistral-common believes what a file says: a count that fills all memory, a pattern that ends its
-library with a panic. Knows nothing of how text becomes ids.
+mistral-common trusts the file: a huge count fills all memory, a bad pattern makes its library
+panic. Knows nothing of folders, nor of how text becomes ids.
 """
 
 import hashlib
@@ -11,13 +11,12 @@ from typing import Any
 
 import regex  # type: ignore[import-untyped]  # what tiktoken reads patterns with, too
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from mistral_common.tokens.tokenizers.sentencepiece import is_sentencepiece
 from mistral_common.tokens.tokenizers.tekken import is_tekken
 
 from mistral_chat.errors import TokenizerError, one_line, shown
 from mistral_chat.files import read_small_file
 
-__all__ = ["find_tokenizer", "is_panic", "read_tokenizer"]
+__all__ = ["is_panic", "read_tokenizer"]
 
 Mistral = MistralTokenizer[Any, Any, Any, Any, Any]
 
@@ -28,36 +27,8 @@ _PROBE = "Aa b\u00e9\u4e2d1 22\n\n  \t'll (x)=_\U0001f600\u0301.\r\n"
 PROBE_S = 1.0
 
 
-def find_tokenizer(folder: Path) -> Path:
-    """The tokenizer file of a model folder.
-
-    `tokenizer.model` beside a versioned `tokenizer.model.vN` is Hugging Face's copy of it and does
-    not count.
-
-    Raises:
-        TokenizerError: none, or more than one.
-    """
-    try:
-        names = sorted(p.name for p in folder.iterdir() if is_tekken(p) or is_sentencepiece(p))
-    except OSError as error:
-        raise TokenizerError(f"{folder} cannot be read ({error.strerror})") from error
-    versioned = [name for name in names if name != "tokenizer.model"]
-    names = versioned or names
-    if not names:
-        raise TokenizerError(
-            f"{folder}: the tokenizer is missing; expected tekken.json or tokenizer.model.vN "
-            f"(Hugging Face's tokenizer.json is never read)"
-        )
-    if len(names) > 1:
-        raise TokenizerError(
-            f"{folder}: found {len(names)} tokenizers ({', '.join(names)}); expected one: remove "
-            f"or move the others"
-        )
-    return folder / names[0]
-
-
 def read_tokenizer(path: Path) -> tuple[Mistral, str]:
-    """mistral-common's tokenizer of a file, and what tells the file from others that differ.
+    """Load mistral-common's tokenizer, and give it with a fingerprint of the file's content.
 
     Args:
         path: a tekken.json or a SentencePiece model of Mistral's.
@@ -70,12 +41,12 @@ def read_tokenizer(path: Path) -> tuple[Mistral, str]:
         if is_tekken(path):
             _check_tekken(path, data)
         tokenizer: Mistral = MistralTokenizer.from_file(path)
-        # Files that cannot encode a word are found out now, and not at the first prompt.
+        # A file that cannot encode a word fails now instead of at the first prompt.
         tokenizer.instruct_tokenizer.tokenizer.encode(_PROBE, bos=True, eos=False)
     except TokenizerError:
         raise
     except BaseException as error:
-        # mistral-common and its libraries check a file with asserts and bare look-ups.
+        # mistral-common and its libraries raise bare AssertionErrors, KeyErrors and others.
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         first_line = one_line((str(error) or type(error).__name__).splitlines()[0], 120)
@@ -86,12 +57,12 @@ def read_tokenizer(path: Path) -> tuple[Mistral, str]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust has given up; its error is no Exception."""
+    """Whether an error is the panic of a library written in Rust, which is no Exception."""
     return type(error).__name__ == "PanicException"
 
 
 def _check_tekken(path: Path, data: bytes) -> None:
-    """Refuse numbers that would fill the memory, and a pattern that has no end."""
+    """Refuse counts that would fill the memory, and patterns that match nothing or take forever."""
     try:
         value = json.loads(data)
     except RecursionError:
@@ -128,7 +99,7 @@ def _check_tekken(path: Path, data: bytes) -> None:
         is_sound = all(match.end() > match.start() for match in matches)
     except TimeoutError:
         is_sound = False
-    except regex.error:  # written for another library, which says itself what it cannot read
+    except regex.error:  # tiktoken's own library may read it, or says what is wrong
         return
     if not is_sound:
         raise TokenizerError(

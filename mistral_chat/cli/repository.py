@@ -17,7 +17,6 @@ __all__ = [
     "home_of",
     "is_name",
     "is_repository",
-    "is_tokenizer",
 ]
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -33,11 +32,6 @@ def is_name(word: str) -> bool:
 def is_repository(word: str) -> bool:
     """Whether MODEL can only be meant as a repository: owner/name, and no path that exists."""
     return is_name(word) and not is_there(Path(word))
-
-
-def is_tokenizer(name: str) -> bool:
-    """Whether a file's name is that of a tokenizer of Mistral's."""
-    return _TOKENIZER.fullmatch(name) is not None
 
 
 def cached_folder(repo: str) -> Path:

@@ -1,7 +1,7 @@
-"""Starting a model and parting from it: what the main job, batch and bench do alike.
+"""Starting a model and ending it, as the main job, batch and bench do.
 
-Which ranks there are, what the others do, tokenizer and weights of rank 0, and how all end. Knows
-nothing of prompts and answers.
+Checks the folder, starts ranks, loads tokenizer and weights on rank 0, serves it on the others, and
+ends all of them. Knows nothing of prompts and answers.
 """
 
 import os
@@ -20,7 +20,7 @@ from mistral_chat.cli.console import printing
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.engine import parent
-from mistral_chat.engine.launch import launched_rank, launched_ranks_here
+from mistral_chat.engine.launch import launched_rank, launched_ranks, launched_ranks_here
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from mistral_chat.config import EngineConfig
     from mistral_chat.engine.group import Group
     from mistral_chat.engine.runner import Runner
+    from mistral_chat.model.folder import ModelFolder
 
 __all__ = [
     "Loaded",
+    "check",
     "end_on_signals",
     "end_with",
     "follow",
@@ -39,29 +41,47 @@ __all__ = [
     "load",
     "parting",
     "put_back_at_end",
-    "ranks_to_start",
-    "tokenizer_of",
 ]
 
 ONE_SPEAKS_S = 2.0
 
 
-def launch(options: Options, words: Sequence[str]) -> int | None:
-    """Start the ranks that are asked for, where no launcher has.
+def check(
+    options: Options, n_ranks: int | None = None, *, needs_text: bool = True
+) -> "ModelFolder":
+    """Check all that the model's folder must hold, before ranks are started or torch is imported.
 
     Args:
         options: as read.
-        words: the command line that each of them is given.
+        n_ranks: how many share the model; None is those that are asked for, or launched.
+        needs_text: a tokenizer is needed, too.
+
+    Raises:
+        MistralChatError: as `ModelFolder.checked`.
+    """
+    from mistral_chat.model.folder import ModelFolder
+
+    if n_ranks is None:
+        n_ranks = (options.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
+    return ModelFolder.checked(options.engine, n_ranks, needs_text=needs_text)
+
+
+def launch(options: Options, words: Sequence[str], n_heads: int = 1) -> int | None:
+    """Start the ranks that are asked for, unless a launcher already has.
+
+    Args:
+        options: as read.
+        words: the command line that each rank is given.
+        n_heads: most ranks that the model can use; unused in ranks that a launcher has started.
 
     Returns:
         the code to end with; None where this process is a rank itself.
 
     Raises:
         UsageError: torchrun started another number of ranks than is asked for.
-        MistralChatError: the folder cannot be a model's, so that nothing need be started.
     """
     if launched_rank() is None:
-        n_ranks = ranks_to_start(options)
+        n_ranks = _ranks_to_start(options, n_heads)
         if n_ranks > 1:
             return _run_ranks(n_ranks, words)
     elif options.nproc_per_node not in (None, launched_ranks_here()):
@@ -86,20 +106,10 @@ def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
     return ended.code
 
 
-def ranks_to_start(options: Options) -> int:
-    """Ranks on this machine: as asked for, else every GPU that the model can use, else one.
-
-    Raises:
-        MistralChatError: the folder cannot be a model's, so that nothing need be started.
-    """
+def _ranks_to_start(options: Options, n_heads: int) -> int:
+    """Ranks on this machine: as asked for, else every GPU that the model can use, else one."""
     from mistral_chat.engine.launch import visible_gpus
-    from mistral_chat.model.args import read_args
 
-    n_heads = 1
-    if options.engine.model is not None:
-        n_heads = read_args(options.engine.model).n_heads
-    elif options.engine.shape is not None:
-        n_heads = int(options.engine.shape.get("n_heads", 1))
     if options.nproc_per_node is not None:
         return options.nproc_per_node
     if options.engine.device == "cpu":
@@ -108,7 +118,7 @@ def ranks_to_start(options: Options) -> int:
 
 
 def follow(config: "EngineConfig") -> int:
-    """Any rank but 0: serve rank 0 until it ends; the code to end with."""
+    """Serve rank 0 from any other rank until it ends; the code to end with."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as our own launcher has it
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
     from mistral_chat.cli.console.terminal_state import TerminalState
@@ -141,9 +151,9 @@ def follow(config: "EngineConfig") -> int:
 
 
 def put_back_at_end(terminal: "TerminalState") -> None:
-    """Have a rank leave the terminal as it was when the launcher or a signal ends it.
+    """Restore the terminal when the launcher or a signal ends this rank.
 
-    Until there is a group, and with it more to do: importing torch takes seconds.
+    Covers the seconds of importing torch, before there is a group and `end_with` takes over.
 
     Args:
         terminal: as it was before a rank changed it.
@@ -167,16 +177,16 @@ def end_with(
     last_words: Callable[[], None] = lambda: None,
     terminal: "TerminalState | None" = None,
 ) -> Callable[[str, int], NoReturn]:
-    """Have rank 0 put the terminal back and end when another rank, or the launcher, does.
+    """Make rank 0 restore the terminal and end when another rank or the launcher ends.
 
     Args:
         group: all ranks.
-        clean_up: what to take off the screen first; called from any thread.
-        last_words: says what a person can do after that; called from any thread.
+        clean_up: removes what is drawn on the screen; called first, from any thread.
+        last_words: says what a person can do next; called last, from any thread.
         terminal: as it was before this process changed it; None is as it is now.
 
     Returns:
-        ends the process in the same way, with a message (or none) and a code.
+        a function that ends the process in the same way, with a message (or "") and a code.
     """
     from mistral_chat.cli.console.terminal_state import TerminalState
 
@@ -186,7 +196,7 @@ def end_with(
     def end_process(message: str, code: int = FAILED) -> NoReturn:
         ending.append(threading.get_ident())
         if ending[0] != threading.get_ident():
-            time.sleep(ONE_SPEAKS_S)  # one is speaking already
+            time.sleep(ONE_SPEAKS_S)  # another thread is already printing
         if len(ending) > 1:
             os._exit(code)
         printing.take_down_drawn()
@@ -205,11 +215,11 @@ def end_with(
 
 
 def end_on_signals(end: Callable[[int], object], *numbers: signal.Signals) -> None:
-    """Have signals end the process; SIGHUP that is ignored, as under nohup, stays so.
+    """Make signals end the process; a SIGHUP that is ignored, as under nohup, stays ignored.
 
     Args:
-        end: ends it with a code.
-        numbers: of the signals.
+        end: called with the code to end with.
+        numbers: the signals.
     """
 
     def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -236,36 +246,41 @@ class Loaded:
 
 
 def load(
-    config: "EngineConfig", group: "Group", started: float, *, quiet: bool, stats: bool = False
+    config: "EngineConfig",
+    folder: "ModelFolder",
+    group: "Group",
+    started: float,
+    *,
+    quiet: bool,
+    stats: bool = False,
 ) -> Loaded:
     """Load tokenizer and weights on rank 0, with a bar at a terminal.
 
     Args:
         config: what to load; the same on every rank.
+        folder: the config's, checked.
         group: all ranks.
-        started: when the command was, in `time.monotonic()`.
+        started: when the command was started, in `time.monotonic()`.
         quiet: no bar and no notice.
         stats: say what the start took.
 
     Raises:
-        PeerFailedError: another rank cannot, and says why itself.
-        MistralChatError: this rank cannot; the others end without a word.
+        PeerFailedError: another rank cannot load, and says why itself.
+        MistralChatError: this rank cannot load; the others end silently.
     """
-    from mistral_chat.chat.tokenizer_file import find_tokenizer
+    from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.cli.console import render
     from mistral_chat.engine.group import PeerFailedError
     from mistral_chat.engine.start_up import load_runner
-    from mistral_chat.model.args import read_args
 
     tokenizers: list[Tokenizer] = []
+
+    def read_tokenizer() -> None:
+        tokenizers.append(Tokenizer.from_folder(folder))
+
     try:
-        if config.model is not None:  # before weights are read, which may take minutes
-            read_args(config.model, config.load_format)
-            find_tokenizer(config.model)
         with render.loading_bar(quiet=quiet) as on_loading:
-            runner = load_runner(
-                config, group, on_loading, lambda: tokenizers.append(tokenizer_of(config))
-            )
+            runner = load_runner(config, group, on_loading, read_tokenizer, folder=folder)
         require_no_interrupt()
     except PeerFailedError:
         raise
@@ -280,24 +295,9 @@ def load(
     return Loaded(runner=runner, tokenizer=tokenizers[0], load_s=load_s)
 
 
-def tokenizer_of(config: "EngineConfig") -> "Tokenizer":
-    """The model's tokenizer; for dummy weights the shipped one of the vocabulary's size.
-
-    Raises:
-        TokenizerError: there is none, or it cannot be used.
-    """
-    from mistral_chat.chat.tokenizer import Tokenizer
-    from mistral_chat.model.args import read_args
-
-    if config.model is not None:
-        args = read_args(config.model, config.load_format)
-        return Tokenizer.from_folder(config.model, args.vocab_size)
-    return Tokenizer.shipped(int((config.shape or {}).get("vocab_size", 0)))
-
-
 @contextmanager
 def parting(group: "Group") -> Iterator[None]:
-    """End the other ranks with a block, in peace unless what failed may be theirs."""
+    """End the other ranks at the end of a block: in order, unless they may be why it failed."""
     try:
         yield
     except RankLostError:

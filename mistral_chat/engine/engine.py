@@ -64,6 +64,7 @@ class Request:
         mask: what each token may be, besides; at the beginning of the answer. A request that has
             one runs once.
         cancelled: set it at any time: the sequence ends before its next step.
+        checked: `Engine.check` has passed it.
     """
 
     ids: list[int]
@@ -72,6 +73,7 @@ class Request:
     banned_ids: tuple[int, ...] = ()
     mask: TokenMask | None = None
     cancelled: bool = False
+    checked: bool = field(default=False, init=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +257,12 @@ class Engine:
             )
         if len(request.ids) >= self.max_seq_len:
             raise ContextLengthError(len(request.ids), self.max_seq_len)
+        request.checked = True
 
     def _admit(self, index: int, request: Request, free: deque[int]) -> _Sequence:
         """Give a request the free slot that shares the longest prefix with it."""
-        self.check(request)
+        if not request.checked:
+            self.check(request)
         shared = {slot: _common_prefix(self._held[slot], request.ids) for slot in free}
         slot = max(free, key=lambda s: (shared[s], -len(self._held[s])))
         free.remove(slot)

@@ -21,10 +21,10 @@ from mistral_chat.engine.exchange import collective_of
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.start_up import choose_device, choose_dtype, reading_threads
 from mistral_chat.errors import UsageError
-from mistral_chat.model.args import read_args
-from mistral_chat.model.checkpoint import Headers, check_tensors, read_headers
+from mistral_chat.model.checkpoint import Headers
+from mistral_chat.model.folder import ModelFolder
 from mistral_chat.model.loading import Reading
-from mistral_chat.model.sharding import Placement, Shard, placements
+from mistral_chat.model.sharding import Shard, Table
 from mistral_chat.model.transformer import Transformer
 
 __all__ = ["measure_loading"]
@@ -54,13 +54,13 @@ def measure_loading(
     """
     if config.model is None:
         raise UsageError("--loading reads a MODEL folder: found none")
-    args = read_args(config.model, config.load_format)
+    folder = ModelFolder.open(config)
+    args = folder.args
     shard = Shard(args, group.shards, group.rank)
     device = choose_device(config.device, group.place.local_rank)
     dtype = choose_dtype(config.dtype, device)
-    headers = read_headers(config.model, config.load_format)
-    table = placements(shard, headers.layout)
-    check_tensors(config.model, headers, table)
+    headers = folder.headers
+    table = headers.placements(shard)
     paths = sorted({tensor.path for tensor in headers.tensors.values()})
     if peer and paths[0].suffix != ".safetensors":
         raise UsageError(f"--peer safetensors: found {paths[0].name}")
@@ -86,7 +86,7 @@ def measure_loading(
         return Transformer(args, shard, collective_of(group, shard))
 
     seconds, share, host_bytes = _read_as_loading_does(
-        headers, make, device, dtype, n_threads, timed
+        headers, table, make, device, dtype, n_threads, timed
     )
     wanted = share if group.shards > group.world_size else -group.minimum(-size)
     plain_s = timed(lambda: _read_plainly(paths, group, n_threads, device))
@@ -120,6 +120,7 @@ def measure_loading(
 
 def _read_as_loading_does(
     headers: Headers,
+    table: Table,
     make: Callable[[], Transformer],
     device: torch.device,
     dtype: torch.dtype,
@@ -137,7 +138,7 @@ def _read_as_loading_does(
         with device:
             model = make()  # anew each time: on CPU its memory must be fresh, as at a start
         torch.set_default_dtype(before)
-        reading = Reading(model, headers, n_threads)
+        reading = Reading(model, headers, table, n_threads)
         share = reading.total
         reading.start()
         reading.finish()
@@ -224,7 +225,7 @@ def _copies(device: torch.device, group: Group) -> float:
 
 
 def _read_by_safetensors(
-    headers: Headers, table: dict[str, Placement], device: torch.device, dtype: torch.dtype
+    headers: Headers, table: Table, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Seconds to read this rank's slices by `safe_open` and `get_slice`."""
     by_path: dict[Path, list[str]] = {}

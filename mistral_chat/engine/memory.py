@@ -1,4 +1,4 @@
-"""Will it fit: bytes a rank needs against bytes that are free, before any weight is read.
+"""Will it fit: the bytes that a rank needs against those that are free, before weights are read.
 
 Arithmetic on shapes, and two readings of the machine. Knows nothing of files.
 """
@@ -13,7 +13,7 @@ from mistral_chat.errors import NotEnoughMemoryError
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
 from mistral_chat.model.cache import kv_bytes_per_token
 from mistral_chat.model.checkpoint import local_bytes
-from mistral_chat.model.sharding import Shard, placements
+from mistral_chat.model.sharding import Shard, Table
 
 __all__ = ["Plan", "free_bytes", "plan_memory"]
 
@@ -55,6 +55,7 @@ def free_bytes(device: torch.device, ranks_here: int) -> int:
 
 def plan_memory(
     shard: Shard,
+    table: Table,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -67,6 +68,7 @@ def plan_memory(
 
     Args:
         shard: this rank's share.
+        table: the slices of weights that it holds.
         dtype: of weights and cache.
         device: where they go.
         free: bytes that this rank may take.
@@ -78,7 +80,7 @@ def plan_memory(
         NotEnoughMemoryError: weights and the least or asked-for context do not fit.
     """
     args = shard.args
-    weights = local_bytes(placements(shard).values(), dtype)
+    weights = local_bytes(table.values(), dtype)
     kv_per_token = n_slots * kv_bytes_per_token(shard, dtype)
     widths = 6 * args.dim + 4 * len(shard.hidden) + 4 * len(shard.heads) * args.head_dim
     reserve = GPU_RESERVE_BYTES if device.type == "cuda" else CPU_RESERVE_BYTES

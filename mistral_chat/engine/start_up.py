@@ -1,12 +1,12 @@
-"""From a config to a model that runs, on every rank: check, plan, read weights, make ready.
+"""From a config to a model that runs, on every rank: check, plan, read weights, prepare kernels.
 
-All ranks go through it together, and fail together. Knows nothing of steps or of files' contents.
+All ranks go through it together and fail together. Knows nothing of steps or of files' contents.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -19,8 +19,9 @@ from mistral_chat.engine.loading import OnLoading, Watch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
 from mistral_chat.engine.runner import Runner, StartUp, why_no_decoder
 from mistral_chat.errors import DeviceError
-from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs, args_of
-from mistral_chat.model.checkpoint import Headers, check_tensors, read_headers
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs
+from mistral_chat.model.checkpoint import Headers
+from mistral_chat.model.folder import ModelFolder
 from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
@@ -74,10 +75,10 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def reading_threads(device: torch.device, place: Place) -> int:
-    """Threads of one rank that read weights.
+    """Number of threads that read weights on one rank.
 
-    On GPUs up to 16, what it takes to keep up with copies to the device (BENCHMARKS.md); on CPU
-    all but free memory is the limit.
+    On GPUs up to 16, which keeps up with copies to the device; on CPU up to 4, since there fresh
+    memory for the weights costs more than reading them (BENCHMARKS.md).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = (cores or 1) // place.local_world_size
@@ -85,33 +86,37 @@ def reading_threads(device: torch.device, place: Place) -> int:
 
 
 def chunk_size_of(config: EngineConfig, device: torch.device) -> int:
-    """Most tokens of one step: as asked for, else what takes about half a second."""
+    """Most tokens of one step: as asked for, else as many as take about half a second."""
     return config.chunk_size or (2048 if device.type == "cuda" else 256)
 
 
 def _begin(
-    config: EngineConfig, group: Group, make: Callable[[TransformerArgs], AnyTransformer]
+    config: EngineConfig,
+    group: Group,
+    make: Callable[[TransformerArgs], AnyTransformer],
+    folder: ModelFolder | None = None,
 ) -> tuple[AnyTransformer, Plan, Reading | None]:
-    """Check, plan, make the empty model and begin to read its weights, or draw them."""
+    """Check, plan, make the empty model, and start reading its weights or draw random ones."""
     with group.together():
-        args = replace(args_of(config), max_batch_size=config.max_batch_size)
+        folder = folder or ModelFolder.open(config)
+        args = replace(folder.args, max_batch_size=config.max_batch_size)
         shard = Shard(args, group.shards, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)
     headers: Headers | None = None
     with group.together():
         if group.is_leader and config.load_format != "dummy":
-            assert config.model is not None
-            headers = read_headers(config.model, config.load_format)
-            check_tensors(config.model, headers, placements(shard, headers.layout))
+            headers = folder.headers
     told = group.share(headers.to_json() if headers else None)
-    if headers is None and told is not None:
-        headers = Headers.from_json(told)
+    if told is not None and headers is None and folder.path is not None:
+        headers = Headers.from_json(told, folder.path)
+    table = headers.placements(shard) if headers else placements(shard)
     with group.together():
         config.require_positions(args.max_seq_len)
         most = config.max_seq_len or args.max_seq_len or DEFAULT_MAX_SEQ_LEN
         plan = plan_memory(
             shard,
+            table,
             dtype=dtype,
             device=device,
             free=free_bytes(device, group.place.local_world_size),
@@ -133,7 +138,7 @@ def _begin(
                         parameter.data.zero_()
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)  # threads that read have their own streams
-                reading = Reading(model, headers, reading_threads(device, group.place))
+                reading = Reading(model, headers, table, reading_threads(device, group.place))
                 reading.start()
     except BaseException:
         if reading is not None:
@@ -142,21 +147,16 @@ def _begin(
     return model, plan, reading
 
 
-def _finish(reading: Reading | None, group: Group) -> None:
-    is_whole = True
-    with group.together():
-        if reading is not None:
-            is_whole = reading.finish()
-    assert is_whole  # stopped only where a rank has failed
-
-
 @contextmanager
 def _watched(reading: Reading | None, group: Group, on_loading: OnLoading) -> Iterator[None]:
-    if reading is None:
+    """Tell how far a reading is while a block runs, and then wait until it has read all."""
+    is_whole = True
+    with nullcontext() if reading is None else Watch(reading, group, on_loading):
         yield
-    else:
-        with Watch(reading, group, on_loading):
-            yield
+        with group.together():
+            if reading is not None:
+                is_whole = reading.finish()
+        assert is_whole  # stopped only where a rank has failed
 
 
 def load_model(
@@ -180,7 +180,7 @@ def load_model(
     """
     model, plan, reading = _begin(config, group, make)
     with _watched(reading, group, on_loading):
-        _finish(reading, group)
+        pass
     return model, plan
 
 
@@ -189,6 +189,8 @@ def load_runner(
     group: Group,
     on_loading: OnLoading = lambda loading: None,
     meanwhile: Callable[[], None] = lambda: None,
+    *,
+    folder: ModelFolder | None = None,
 ) -> Runner:
     """`load_model`, with its cache; kernels are made ready while weights are read.
 
@@ -196,7 +198,8 @@ def load_runner(
         config: what to load and where.
         group: the ranks.
         on_loading: on rank 0 told of progress, from a thread.
-        meanwhile: what else this rank is to do while weights are read; where it fails, all do.
+        meanwhile: run on this rank while weights are read; if it fails, all ranks fail.
+        folder: of the config, where this rank has opened it already; None opens it.
 
     Raises:
         MistralChatError: as `load_model`, or from `meanwhile`.
@@ -207,7 +210,7 @@ def load_runner(
         return Transformer(args, shard, collective_of(group, shard))
 
     started = time.monotonic()
-    model, plan, reading = _begin(config, group, make)
+    model, plan, reading = _begin(config, group, make, folder)
     begun = time.monotonic()
     with _watched(reading, group, on_loading):
         runner = Runner(
@@ -224,7 +227,6 @@ def load_runner(
         with group.together():
             meanwhile()
         done = time.monotonic()
-        _finish(reading, group)
     decoder = runner.decoder
     runner.start_up = StartUp(
         load_s=time.monotonic() - started,

@@ -1,27 +1,21 @@
-"""The shape of a model, read from Mistral's params.json or Hugging Face's config.json.
+"""The shape of a model, in the keys of Mistral's params.json.
 
-Knows which keys exist and what they mean; knows nothing of files of weights or of ranks.
+Knows which keys exist and what they mean; knows nothing of files or ranks.
 """
 
-import errno
-import os
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from mistral_chat.config import EngineConfig, LoadFormat
 from mistral_chat.errors import CheckpointError, named, shown
-from mistral_chat.files import is_there, read_json
 from mistral_chat.model import hf
-from mistral_chat.model.end_ids import read_end_ids
 
-__all__ = ["TransformerArgs", "args_of", "read_args"]
+__all__ = ["TransformerArgs"]
 
-# A folder that says nothing about its context: what Mistral's dense models have at least had
-# since 7B v0.2. --max_seq_len may go beyond it, since nothing says that the model does not.
+# The context where a folder does not say it: at least what Mistral's dense models have had since
+# 7B v0.2. --max_seq_len may go beyond it, since the model may know more.
 DEFAULT_MAX_SEQ_LEN = 32_768
 
-# Far above any dense model there is, and so low that tables of them are made in no time.
+# Far above every dense model, and low enough that tables of layers are made at once.
 _MOST = {
     "dim": 1 << 20,
     "n_layers": 1000,
@@ -31,12 +25,12 @@ _MOST = {
     "n_kv_heads": 1 << 14,
     "vocab_size": 1 << 22,
 }
-MOST_POSITIONS = 1 << 24  # float32 holds every whole number up to here, as angles need them
-_RANGES = {"norm_eps": (1e-30, 1.0), "rope_theta": (1.0, 1e15)}  # float32 computes with them
+MOST_POSITIONS = 1 << 24  # RoPE's angles are float32, which holds every whole number up to here
+_RANGES = {"norm_eps": (1e-30, 1.0), "rope_theta": (1.0, 1e15)}  # safe in float32
 
 _UNSUPPORTED = ("moe", "vision_encoder", "quantization", "yarn", "llama_4_scaling")
-_IGNORED = ("use_biases", "causal", "ragged_attention")  # only refused when they ask for something
-# What mistral-finetune writes of its training. Whether the adapters are merged, tensors tell.
+_IGNORED = ("use_biases", "causal", "ragged_attention")  # refused only if they ask for a change
+# What mistral-finetune writes about its training. Tensors tell whether adapters are merged.
 _LORA = {"enable", "rank", "dropout", "scaling"}
 
 
@@ -54,16 +48,16 @@ class TransformerArgs:
         norm_eps: epsilon of RMSNorm.
         vocab_size: rows of the embedding.
         max_batch_size: most sequences that `generate` runs at once.
-        rope_theta: base of the rotary embedding; None is 1e6, or 1e4 with a sliding window: what
-            Mistral's models before 7B v0.2 had, and mistral-inference takes.
-        sliding_window: how many tokens back, itself included, a token attends; None is all, a
-            list is one entry a layer, repeated over the layers where it is shorter.
+        rope_theta: base of the rotary embedding; None is 1e6, or 1e4 with a sliding window (as
+            in Mistral's models before 7B v0.2 and in mistral-inference).
+        sliding_window: number of tokens, itself included, that a token attends to; None is all. A
+            list has one entry a layer and is repeated where it is shorter.
         tied_embeddings: the output matrix is the embedding.
-        max_seq_len: positions that the model was trained for; None when the folder does not say.
+        max_seq_len: positions that the model was trained for; None if the folder does not say.
         model_type: must be "transformer".
 
     Raises:
-        CheckpointError: a value that no model can have, named.
+        CheckpointError: names a value that no model can have.
     """
 
     dim: int
@@ -131,7 +125,7 @@ class TransformerArgs:
 
     @property
     def theta(self) -> float:
-        """Base of the rotary embedding, also where the folder does not say it."""
+        """Base of the rotary embedding; a default where the folder does not say it."""
         return self.rope_theta or hf.default_theta(self.sliding_window)
 
     @property
@@ -144,10 +138,10 @@ class TransformerArgs:
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "TransformerArgs":
-        """Read params.json's keys; every key is honoured or refused by name.
+        """Read the keys of params.json; every key is either honoured or refused by name.
 
         Raises:
-            CheckpointError: a missing, unknown or unsupported key, named.
+            CheckpointError: names a missing, unknown or unsupported key.
         """
         params = {name: value for name, value in params.items() if value is not None}
         kind = params.get("model_type", "transformer")
@@ -175,13 +169,11 @@ class TransformerArgs:
             params["sliding_window"] = alias
         positions = params.pop("max_position_embeddings", None)
         params.setdefault("max_seq_len", positions)
-        known = {f.name: f for f in fields(cls)}
-        unknown = sorted(set(params) - set(known))
+        unknown = sorted(set(params) - {f.name for f in fields(cls)})
         if unknown:
             names = ", ".join(map(named, unknown[:8]))
             raise CheckpointError(f"{names} is not supported: not a key we know")
-        required = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads",
-                    "norm_eps", "vocab_size")  # fmt: skip
+        required = [f.name for f in fields(cls) if f.default is MISSING]
         missing = [name for name in required if params.get(name) is None]
         if missing:
             raise CheckpointError(f"{', '.join(missing)} is missing")
@@ -194,109 +186,3 @@ def _check_whole(name: str, value: object, least: int, most: int) -> None:
             f"{name} is {shown(value)}: expected a whole number of at least {least} and at most "
             f"{most:,}"
         )
-
-
-def args_of(config: EngineConfig) -> TransformerArgs:
-    """The shape of what is to be loaded: its folder's or, for dummy weights, a preset's.
-
-    Raises:
-        CheckpointError: as `read_args`, or a preset's table that is no shape.
-    """
-    if config.model is not None:
-        return read_args(config.model, config.load_format)
-    assert config.shape is not None
-    try:
-        return TransformerArgs.from_dict(config.shape)
-    except CheckpointError as error:
-        raise CheckpointError(f"--config, table [model]: {error}") from error
-
-
-def read_args(folder: Path, load_format: LoadFormat = "auto") -> TransformerArgs:
-    """Read a model folder's shape: `params.json`, or `config.json` in Hugging Face's layout.
-
-    Where both are there they must agree on all that both say. The context length is taken from
-    params.json, else from a config.json beside it.
-
-    Args:
-        folder: of the model.
-        load_format: which layout; auto and dummy choose as `hf.choose_layout` says.
-
-    Raises:
-        CheckpointError: no folder that can be listed, no such file, not JSON, a key or value not
-            supported, an end token that is none, or two files that disagree.
-    """
-    _check_folder(folder)
-    found = {
-        path.name: read_json_object(path)
-        for path in (folder / "params.json", folder / "config.json")
-        if is_there(path)
-    }
-    layout = hf.choose_layout(folder, load_format)
-    path = folder / ("params.json" if layout == "consolidated" else "config.json")
-    if path.name not in found:
-        raise CheckpointError(
-            f"{folder}: {path.name} is missing (found {', '.join(found) or 'none'}); expected "
-            f"a folder in Mistral's format (params.json, consolidated safetensors, tokenizer) or "
-            f"Hugging Face's (config.json, model safetensors, tokenizer)"
-        )
-    args = _from_params(path, found) if layout == "consolidated" else _from_config(path, found)
-    if len(found) == 2 and (faults := hf.disagreements(found["params.json"], found["config.json"])):
-        raise CheckpointError(
-            f"{folder}: {'; '.join(faults)}; expected one shape: remove the file that is not "
-            f"this model's"
-        )
-    read_end_ids(folder, args.vocab_size)
-    return args
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse what is no folder whose files can be seen."""
-    expected = "params.json or config.json"
-    try:
-        with os.scandir(folder) as entries:
-            next(entries, None)
-        if not os.access(folder, os.X_OK):  # a right that listing does not need
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except NotADirectoryError:
-        wrong = f"is a file; expected the folder that holds {expected}"
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no such folder; expected a model folder with {expected}"
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        wrong = f"cannot be read ({reason}); expected a model folder with {expected}"
-    else:
-        return
-    raise CheckpointError(f"{folder} {wrong}")
-
-
-def _from_params(path: Path, found: dict[str, dict[str, Any]]) -> TransformerArgs:
-    try:
-        args = TransformerArgs.from_dict(found["params.json"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    positions = found.get("config.json", {}).get("max_position_embeddings")
-    if args.max_seq_len is None and type(positions) is int and 2 <= positions <= MOST_POSITIONS:
-        args = replace(args, max_seq_len=positions)
-    return args
-
-
-def _from_config(path: Path, found: dict[str, dict[str, Any]]) -> TransformerArgs:
-    params = hf.to_params(path, found["config.json"])
-    try:
-        return TransformerArgs.from_dict(params)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {hf.in_config_words(str(error))}") from error
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        CheckpointError: unreadable, not UTF-8, not JSON, or not an object.
-    """
-    value = read_json(path, CheckpointError)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: found a {type(value).__name__}, expected a JSON object")
-    return value

@@ -1,7 +1,7 @@
-"""Weights on disk: which files, which tensors where in them, and all faults at once.
+"""A folder's files of weights and their headers: where each tensor lies, and all faults at once.
 
-Knows Mistral's layout and Hugging Face's, and reads headers alone; what a model needs comes from
-its placements.
+Knows the file names of Mistral's layout and of Hugging Face's. Reads no data of weights; what a
+model needs comes from its placements.
 """
 
 import math
@@ -11,25 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral_chat.config import LoadFormat
 from mistral_chat.errors import CheckpointError, named, shown
-from mistral_chat.files import is_there
+from mistral_chat.files import is_there, read_json_object
 from mistral_chat.model import hf
-from mistral_chat.model.args import read_json_object
-from mistral_chat.model.sharding import Placement
+from mistral_chat.model.sharding import Placement, Shard, Table, placements
 from mistral_chat.model.stored import FLOATS, StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "Headers",
-    "StoredTensor",
-    "check_tensors",
-    "find_weights",
-    "local_bytes",
-    "read_headers",
-]
+__all__ = ["Headers", "StoredTensor", "WeightFiles", "find_files", "local_bytes"]
 
 PICKLE = "consolidated.00.pth"
 MOST_FAULTS = 8  # named in one error
@@ -40,115 +31,173 @@ _STEMS: dict[hf.Layout, str] = {"consolidated": "consolidated", "hf": "model"}
 _OF: dict[hf.Layout, str] = {"consolidated": "Mistral's layout", "hf": "Hugging Face's layout"}
 
 
-@dataclass(frozen=True, slots=True)
-class Headers:
-    """What a folder's files of weights say they hold; `check_tensors` before they are used.
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """A folder's one set of weights.
 
     Args:
-        layout: whose files they are.
-        tensors: by the names that they are stored under.
-        faults: what is wrong with the files.
+        folder: where the files are.
+        layout: decides the names of files and tensors.
+        paths: the files in order; some may be missing.
         index: tensor to file name, where the folder has an index.
-        unread: names of the files of which nothing is known.
+    """
+
+    folder: Path
+    layout: hf.Layout
+    paths: list[Path]
+    index: dict[str, str] | None
+
+    @classmethod
+    def find(cls, folder: Path, layout: hf.Layout) -> "WeightFiles":
+        """Find the folder's one set of weights in a layout.
+
+        Raises:
+            CheckpointError: no set, or more than one.
+        """
+        stem = _STEMS[layout]
+        single, index_path = f"{stem}.safetensors", _index_path(folder, layout)
+        index = _read_index(index_path) if is_there(index_path) else None
+        sets: dict[str, list[Path]] = {}
+        if index is not None:
+            sets[index_path.name] = [folder / name for name in sorted(set(index.values()))]
+        elif shards := _shards(folder, stem):
+            sets[f"{stem}-*-of-*.safetensors"] = shards
+        if is_there(folder / single) and sets.get(index_path.name) != [folder / single]:
+            sets[single] = [folder / single]
+        pickles = sorted(folder.glob("consolidated.*.pth")) if layout == "consolidated" else []
+        if pickles:
+            if [path.name for path in pickles] != [PICKLE]:
+                raise CheckpointError(
+                    f"{folder}: found {', '.join(p.name for p in pickles)}; expected {PICKLE} "
+                    f"alone (parts for several pipeline or model ranks are not supported)"
+                )
+            sets[PICKLE] = pickles
+        if len(sets) > 1:
+            raise CheckpointError(
+                f"{folder}: found {len(sets)} sets of weights ({', '.join(sets)}); expected one: "
+                f"remove or move the others"
+            )
+        if not sets:
+            other: hf.Layout = "hf" if layout == "consolidated" else "consolidated"
+            theirs = find_files(folder, other) or sorted(folder.glob("pytorch_model*.bin"))
+            found = "none"
+            if theirs:
+                whose = _OF[other] if theirs[0].suffix != ".bin" else "which is never read"
+                found = f"only {theirs[0].name}, {whose}"
+            or_pickle = f" or {PICKLE}" if layout == "consolidated" else ""
+            raise CheckpointError(
+                f"{folder}: weights are missing (found {found}); expected {single}, "
+                f"{stem}-*-of-*.safetensors{or_pickle}"
+            )
+        (paths,) = sets.values()
+        return cls(folder=folder, layout=layout, paths=paths, index=index)
+
+    @property
+    def are_safetensors(self) -> bool:
+        """Whether their headers can be read without importing torch."""
+        return all(path.suffix == ".safetensors" for path in self.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """Where each tensor of a model is stored; rank 0 reads it and hands it to the other ranks.
+
+    Args:
+        layout: decides the tensors' names, and the order of the rows of wq and wk.
+        tensors: by the names that they are stored under.
     """
 
     layout: hf.Layout
     tensors: dict[str, StoredTensor]
-    faults: tuple[str, ...]
-    index: dict[str, str]
-    unread: frozenset[str]
 
-    def lacks(self, name: str) -> bool:
-        """Whether a tensor is in no file, as far as the headers tell."""
-        may_be_unread = self.index.get(name) in self.unread if self.index else bool(self.unread)
-        return name not in self.tensors and not may_be_unread
+    @classmethod
+    def read(cls, files: WeightFiles, table: Table) -> "Headers":
+        """Read the headers of all files, and check that they hold the tensors that a model needs.
+
+        Args:
+            files: of the weights.
+            table: what the model needs, under the layout's names; of any rank, since only names and
+                whole shapes count.
+
+        Raises:
+            CheckpointError: every fault at once: a file that is missing, unreadable, truncated or
+                malformed, a tensor that stands twice, an index that disagrees with its files, and
+                each tensor that is missing, unexpected, of the wrong shape or not a float, by name.
+        """
+        tensors: dict[str, StoredTensor] = {}
+        faults: list[str] = []
+        unread = set()  # names of files of which nothing is known
+        index, index_name = files.index or {}, _index_path(files.folder, files.layout).name
+        for path in files.paths:
+            if not is_there(path):
+                by_index = f"{index_name} names {path.name}, which"
+                faults.append(f"{by_index if index else path.name} is missing")
+                unread.add(path.name)
+                continue
+            try:
+                found, wrong = read_header(path)
+            except CheckpointError as error:
+                faults.append(str(error))
+                unread.add(path.name)
+                continue
+            faults += wrong
+            for name in sorted(tensors.keys() & found.keys()):
+                faults.append(
+                    f"{named(name)} stands in {tensors[name].path.name} and in {path.name}"
+                )
+            tensors |= found
+        if index:
+            for name, file in sorted(index.items()):
+                elsewhere = name not in tensors or tensors[name].path.name != file
+                if elsewhere and file not in unread:
+                    holds = f"{file} holds {named(name)}"
+                    faults.append(f"{index_name} says that {holds}, which it does not")
+            for name in sorted(tensors.keys() - index.keys()):
+                holds = f"{tensors[name].path.name} holds {named(name)}"
+                faults.append(f"{holds}, which {index_name} omits")
+        for name in table:
+            may_be_unread = index.get(name) in unread if index else bool(unread)
+            if name not in tensors and not may_be_unread:
+                faults.append(f"{name} is missing")
+        faults += _wrong_tensors(tensors, table, files.layout)
+        if faults:
+            n_more = len(faults) - MOST_FAULTS
+            more = f"; and {n_more} more" if n_more > 0 else ""
+            raise CheckpointError(f"{files.folder}: {'; '.join(faults[:MOST_FAULTS])}{more}")
+        return cls(files.layout, tensors)
+
+    def placements(self, shard: Shard) -> Table:
+        """Where each tensor goes on one rank, by the names that they are stored under."""
+        return placements(shard, self.layout)
 
     def to_json(self) -> dict[str, Any]:
         """The same as lists, texts and numbers, for another process."""
-        files = sorted({str(stored.path) for stored in self.tensors.values()})
-        number = {path: n for n, path in enumerate(files)}
-        return {
-            "layout": self.layout,
-            "files": files,
-            "tensors": {
-                name: [number[str(stored.path)], stored.dtype, list(stored.shape), stored.offset]
-                for name, stored in self.tensors.items()
-            },
-            "faults": list(self.faults),
-            "index": self.index,
-            "unread": sorted(self.unread),
+        tensors = {
+            name: [stored.path.name, stored.dtype, list(stored.shape), stored.offset]
+            for name, stored in self.tensors.items()
         }
+        return {"layout": self.layout, "tensors": tensors}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> "Headers":
-        """What `to_json` gave."""
-        files = [Path(path) for path in told["files"]]
-        return cls(
-            layout=told["layout"],
-            tensors={
-                name: StoredTensor(files[n], dtype, tuple(shape), offset)
-                for name, (n, dtype, shape, offset) in told["tensors"].items()
-            },
-            faults=tuple(told["faults"]),
-            index=told["index"],
-            unread=frozenset(told["unread"]),
-        )
+    def from_json(cls, told: dict[str, Any], folder: Path) -> "Headers":
+        """The inverse of `to_json`, for files in a folder."""
+        tensors = {
+            name: StoredTensor(folder / file, dtype, tuple(shape), offset)
+            for name, (file, dtype, shape, offset) in told["tensors"].items()
+        }
+        return cls(told["layout"], tensors)
 
 
-def find_weights(folder: Path, load_format: LoadFormat = "auto") -> list[Path]:
-    """The files of the folder's one set of weights; some of them may be missing.
-
-    Args:
-        folder: of the model.
-        load_format: which layout; auto chooses as `hf.choose_layout` says.
-
-    Raises:
-        CheckpointError: no set, or more than one.
-    """
-    layout = hf.choose_layout(folder, load_format)
-    stem = _STEMS[layout]
-    single, index = f"{stem}.safetensors", _index_path(folder, layout)
-    sets: dict[str, list[Path]] = {}
-    if is_there(index):
-        sets[index.name] = [folder / name for name in sorted(set(_read_index(index).values()))]
-    elif shards := _shards(folder, stem):
-        sets[f"{stem}-*-of-*.safetensors"] = shards
-    if is_there(folder / single) and sets.get(index.name) != [folder / single]:
-        sets[single] = [folder / single]
-    pickles = sorted(folder.glob("consolidated.*.pth")) if layout == "consolidated" else []
-    if pickles:
-        if [path.name for path in pickles] != [PICKLE]:
-            raise CheckpointError(
-                f"{folder}: found {', '.join(p.name for p in pickles)}; expected {PICKLE} alone "
-                f"(parts for several pipeline or model ranks are not supported)"
-            )
-        sets[PICKLE] = pickles
-    if len(sets) > 1:
-        raise CheckpointError(
-            f"{folder}: found {len(sets)} sets of weights ({', '.join(sets)}); expected one: "
-            f"remove or move the others"
-        )
-    if not sets:
-        other: hf.Layout = "hf" if layout == "consolidated" else "consolidated"
-        theirs = hf.find_files(folder, other) or sorted(folder.glob("pytorch_model*.bin"))
-        found = "none"
-        if theirs:
-            whose = _OF[other] if theirs[0].suffix != ".bin" else "which is never read"
-            found = f"only {theirs[0].name}, {whose}"
-        or_pickle = f" or {PICKLE}" if layout == "consolidated" else ""
-        raise CheckpointError(
-            f"{folder}: weights are missing (found {found}); expected {single}, "
-            f"{stem}-*-of-*.safetensors{or_pickle}"
-        )
-    (files,) = sets.values()
-    return files
+def find_files(folder: Path, layout: hf.Layout) -> list[Path]:
+    """Files of weights with a layout's names; an index is not one."""
+    names = ["model*.safetensors"]
+    if layout == "consolidated":
+        names = ["consolidated*.safetensors", "consolidated.*.pth"]
+    return sorted(path for name in names for path in folder.glob(name))
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
-    """`STEM-NNNNN-of-MMMMM.safetensors` in order, all of one set, the missing ones too.
-
-    An index decides instead where there is one; then only its files are read.
-    """
+    """The set of `STEM-NNNNN-of-MMMMM.safetensors` in order, missing files included."""
     numbered: dict[tuple[int, int], Path] = {}
     for path in folder.glob(f"{stem}-*-of-*.safetensors"):
         match = re.fullmatch(stem + r"-(\d{1,5})-of-(\d{1,5})\.safetensors", path.name)
@@ -175,7 +224,7 @@ def _index_path(folder: Path, layout: hf.Layout) -> Path:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_json_object(path).get("weight_map")
+    weight_map = read_json_object(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: expected a weight_map of tensor to file names")
     files = set(weight_map.values())
@@ -189,74 +238,15 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_headers(folder: Path, load_format: LoadFormat = "auto") -> Headers:
-    """All tensors of the folder's weights, without reading any of their data.
-
-    A file that is missing, unreadable, truncated or malformed, a tensor that stands twice and an
-    index that disagrees with its files are among the result's faults.
-
-    Args:
-        folder: of the model.
-        load_format: which layout; auto chooses as `hf.choose_layout` says.
-
-    Raises:
-        CheckpointError: no set of weights, or more than one.
-    """
-    layout = hf.choose_layout(folder, load_format)
-    index_path = _index_path(folder, layout)
-    index = _read_index(index_path) if is_there(index_path) else {}
-    tensors: dict[str, StoredTensor] = {}
-    faults: list[str] = []
-    unread = set()
-    for path in find_weights(folder, layout):
-        if not is_there(path):
-            by_index = f"{index_path.name} names {path.name}, which"
-            faults.append(f"{by_index if index else path.name} is missing")
-            unread.add(path.name)
-            continue
-        try:
-            found, wrong = read_header(path)
-        except CheckpointError as error:
-            faults.append(str(error))
-            unread.add(path.name)
-            continue
-        faults += wrong
-        for name in sorted(tensors.keys() & found.keys()):
-            faults.append(f"{named(name)} stands in {tensors[name].path.name} and in {path.name}")
-        tensors |= found
-    if index:
-        for name, file in sorted(index.items()):
-            elsewhere = name not in tensors or tensors[name].path.name != file
-            if elsewhere and file not in unread:
-                holds = f"{file} holds {named(name)}"
-                faults.append(f"{index_path.name} says that {holds}, which it does not")
-        for name in sorted(tensors.keys() - index.keys()):
-            holds = f"{tensors[name].path.name} holds {named(name)}"
-            faults.append(f"{holds}, which {index_path.name} omits")
-    return Headers(layout, tensors, tuple(faults), index, frozenset(unread))
-
-
-def check_tensors(folder: Path, headers: Headers, table: dict[str, Placement]) -> None:
-    """Refuse files that are at fault, or whose tensors are not the ones that the model needs.
-
-    Args:
-        folder: where they are, for the error.
-        headers: of its files.
-        table: what the model needs, under the layout's names.
-
-    Raises:
-        CheckpointError: everything that is wrong with the files, and every tensor that is
-            missing, unexpected, of the wrong shape or not a float, by name.
-    """
-    faults = [*headers.faults]
-    faults += [f"{name} is missing" for name in table if headers.lacks(name)]
-    shapes_from = "params.json" if headers.layout == "consolidated" else "config.json"
-    for name, tensor in headers.tensors.items():
+def _wrong_tensors(tensors: dict[str, StoredTensor], table: Table, layout: hf.Layout) -> list[str]:
+    """The faults of tensors that were found."""
+    faults = []
+    for name, tensor in tensors.items():
         if name not in table:
             if ".lora" in name:
                 adapter = f"{named(name)} in {tensor.path.name} is of an adapter (LoRA)"
                 faults.append(f"{adapter}: merge it into the model")
-            elif headers.layout != "hf" or not hf.is_unused(name):
+            elif layout != "hf" or not hf.is_unused(name):
                 faults.append(f"{named(name)} in {tensor.path.name} is not a tensor of this model")
             continue
         if tensor.dtype not in FLOATS:
@@ -267,12 +257,9 @@ def check_tensors(folder: Path, headers: Headers, table: dict[str, Placement]) -
         if tensor.shape != table[name].shape:
             faults.append(
                 f"{name} in {tensor.path.name} has shape {list(tensor.shape)}; "
-                f"expected {list(table[name].shape)} from {shapes_from}"
+                f"expected {list(table[name].shape)} from {hf.SHAPE_FILES[layout]}"
             )
-    if faults:
-        n_more = len(faults) - MOST_FAULTS
-        more = f"; and {n_more} more" if n_more > 0 else ""
-        raise CheckpointError(f"{folder}: {'; '.join(faults[:MOST_FAULTS])}{more}")
+    return faults
 
 
 def local_bytes(table: Iterable[Placement], dtype: "torch.dtype") -> int:

@@ -1,24 +1,19 @@
-"""Hugging Face's layout of a Mistral model, in Mistral's words: files, config.json, tensor names.
+"""Hugging Face's layout of a Mistral model in Mistral's terms: config.json and tensor names.
 
-Translates and chooses; reads no weights and knows no ranks. Where config.json leaves a key out,
-its meaning is that of transformers' MistralConfig (transformers 5,
-`models/mistral/configuration_mistral.py`).
+Translates; reads no files and knows no ranks. A key that config.json leaves out has the meaning it
+has in transformers' MistralConfig (transformers 5, `models/mistral/configuration_mistral.py`).
 """
 
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-from mistral_chat.config import LoadFormat
 from mistral_chat.errors import CheckpointError, named, shown
-from mistral_chat.files import is_there
 
 __all__ = [
     "Layout",
-    "choose_layout",
     "default_theta",
     "disagreements",
-    "find_files",
     "in_config_words",
     "is_unused",
     "stored_name",
@@ -26,6 +21,7 @@ __all__ = [
 ]
 
 Layout = Literal["consolidated", "hf"]
+SHAPE_FILES: dict[Layout, str] = {"consolidated": "params.json", "hf": "config.json"}
 
 ARCHITECTURE = "MistralForCausalLM"
 DEFAULT_SLIDING_WINDOW = 4096  # MistralConfig's, for a config.json without the key
@@ -44,7 +40,7 @@ _KEYS = _SIZES | {
     "tied_embeddings": "tie_word_embeddings",
     "max_seq_len": "max_position_embeddings",
 }
-# What a dense Mistral model computes whatever these say; any other value asks for another model.
+# What a dense Mistral model computes anyway; any other value asks for another model.
 _ONLY: dict[str, tuple[object, ...]] = {
     "hidden_act": (None, "silu"),
     "attention_bias": (None, False),
@@ -71,48 +67,18 @@ _IN_LAYER = {
 }
 
 
-def find_files(folder: Path, layout: Layout) -> list[Path]:
-    """Files of weights with a layout's names; an index alone is none."""
-    names = ["model*.safetensors"]
-    if layout == "consolidated":
-        names = ["consolidated*.safetensors", "consolidated.*.pth"]
-    return sorted(path for name in names for path in folder.glob(name))
-
-
-def choose_layout(folder: Path, load_format: LoadFormat = "auto") -> Layout:
-    """The layout that a folder is read in: Mistral's own where all of it is there.
-
-    Args:
-        folder: a model folder.
-        load_format: `consolidated` and `hf` are taken at their word.
-    """
-    if load_format == "consolidated" or load_format == "hf":
-        return load_format
-    ours, theirs = find_files(folder, "consolidated"), find_files(folder, "hf")
-    params, config = (is_there(folder / name) for name in ("params.json", "config.json"))
-    if params and ours:
-        return "consolidated"
-    if config and theirs:
-        return "hf"
-    # Neither is whole: go by what is there, so that the error names what is not.
-    if params or ours:
-        return "consolidated"
-    return "hf" if config or theirs else "consolidated"
-
-
 def to_params(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What params.json would say of a config.json.
+    """A config.json in the keys of params.json.
 
     Args:
         path: of config.json, for errors.
         config: its content.
 
     Returns:
-        values under params.json's keys, not yet checked; a required key that config.json lacks
-        is None.
+        unchecked values by params.json's keys; None for a required key that config.json lacks.
 
     Raises:
-        CheckpointError: another architecture, or a value that asks for one, by name.
+        CheckpointError: names another architecture, or a value that asks for one.
     """
     kinds = config.get("architectures")
     if not (isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds)):

@@ -1,8 +1,8 @@
 """Reads one rank's slices of a checkpoint: several threads, large reads, in the order of the files.
 
-Every file is opened before the first byte is read, and read at given positions, never mapped: a
-file that shrinks is an error and not the end of the process, and a network disk sees large
-requests. Where only some columns of a matrix are kept, one call reads whole rows and the system
+Every file is opened before the first byte is read. Files are read at given positions, never mapped:
+a file that shrinks raises an error instead of killing the process, and a network disk gets large
+requests. Where only some columns of a matrix are kept, one call reads whole rows and the kernel
 drops the others as it copies. Knows nothing of ranks, nor of how progress is shown.
 """
 
@@ -22,18 +22,18 @@ from torch import Tensor
 
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.checkpoint import Headers, StoredTensor
-from mistral_chat.model.sharding import placements
+from mistral_chat.model.sharding import Table
 from mistral_chat.model.transformer import Transformer
 
 __all__ = ["Reading"]
 
-# Kept bytes of one read. Large ones hide what Python does in between, small ones stay in a CPU's
-# cache until they are converted.
+# Bytes that one read keeps. Large reads hide Python's overhead, small ones stay in the CPU's cache
+# until they are converted.
 GPU_PIECE_BYTES = 8 * 2**20
 CPU_PIECE_BYTES = 2 * 2**20
 MOST_RANGES = 1024  # of one preadv (IOV_MAX)
 TRUNCATED = "the file ended early: it shrank since its header was read"
-JOIN_S = 1.0  # for threads to end after another one's failure; one may hang
+JOIN_S = 1.0  # to wait for the other threads after a failure; one may hang
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,17 @@ class Reading:
 
     Args:
         model: whose parameters are filled, in their own type and on their own device.
-        headers: of the files, checked.
+        headers: where each tensor is stored.
+        table: where this rank's slice of each tensor goes, by the same names.
         n_threads: that read side by side.
     """
 
-    def __init__(self, model: Transformer, headers: Headers, n_threads: int = 1) -> None:
+    def __init__(
+        self, model: Transformer, headers: Headers, table: Table, n_threads: int = 1
+    ) -> None:
         self._model = model
         piece_bytes = GPU_PIECE_BYTES if model.device.type == "cuda" else CPU_PIECE_BYTES
-        self._pieces = list(_divide(model, headers, piece_bytes))
+        self._pieces = list(_divide(model, headers.tensors, table, piece_bytes))
         self._n_threads = max(1, min(n_threads, len(self._pieces)))
         self.total = sum(piece.size for piece in self._pieces)
         self._read = [0] * self._n_threads  # by thread: no lock needed
@@ -106,7 +109,7 @@ class Reading:
         return self._failure is not None
 
     def waits_for(self) -> str | None:
-        """What the read that has taken longest reads; None where there is none."""
+        """What the read that is longest under way reads; None where no read is."""
         at = [place for place in self._at if place is not None]
         if not at:
             return None
@@ -143,13 +146,13 @@ class Reading:
             thread.start()
 
     def finish(self) -> bool:
-        """Wait until all is read, or nothing more will be.
+        """Wait until all is read, or until reading has stopped.
 
         Returns:
-            whether all of it was read: no, where `stop` was called before.
+            whether all of it was read; False if `stop` was called before the end.
 
         Raises:
-            CheckpointError: a read failed or ended early, with file and tensor.
+            CheckpointError: names file and tensor of a read that failed or ended early.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.failed or self._stopped or not self._n_running)
@@ -159,14 +162,14 @@ class Reading:
         return self.read == self.total
 
     def stop(self) -> None:
-        """Begin no more reads, and have `finish` wait for none that hangs."""
+        """Begin no more reads; `finish` then waits for none that hangs."""
         with self._changed:
             self._stopped = True
             self._next = iter(())
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Stop, after a failure of something else."""
+        """Stop because something else has failed."""
         self.stop()
         self._join(JOIN_S)
 
@@ -220,9 +223,10 @@ def _cannot_read(piece: _Piece, error: OSError) -> CheckpointError:
     )
 
 
-def _divide(model: Transformer, headers: Headers, piece_bytes: int) -> Iterator[_Piece]:
+def _divide(
+    model: Transformer, tensors: dict[str, StoredTensor], table: Table, piece_bytes: int
+) -> Iterator[_Piece]:
     """All that this rank reads, in the order of the files."""
-    tensors, table = headers.tensors, placements(model.shard, headers.layout)
     for name in sorted(table, key=lambda name: (tensors[name].path.name, tensors[name].offset)):
         tensor, placement = tensors[name], table[name]
         n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
@@ -251,7 +255,7 @@ def _divide(model: Transformer, headers: Headers, piece_bytes: int) -> Iterator[
 
 
 class _Buffer:
-    """Memory on the host that one piece at a time passes through.
+    """Host memory that one piece at a time passes through.
 
     Args:
         size: in bytes.
@@ -264,7 +268,7 @@ class _Buffer:
         self._ranges: dict[tuple[int, int, int], list[memoryview]] = {}
 
     def ranges_of(self, piece: _Piece) -> list[memoryview]:
-        """Where a piece's bytes go. Made once: it is much of what Python does for a piece."""
+        """Where a piece's bytes go; cached, since it is much of Python's time for a piece."""
         key = (piece.n_rows, piece.kept, piece.skipped)
         if key not in self._ranges:
             self._ranges[key] = _ranges(piece, self.bytes[: piece.size])
@@ -281,7 +285,7 @@ class _Reader:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._device = device
-        # Two, so that one is read into while the GPU reads the other.
+        # Two, so that the file is read into one while the GPU copies the other.
         self._buffers: list[_Buffer | None] = [None, None]
         self._staging: Tensor | None = None
         self.at_work: Any = nullcontext()
@@ -332,7 +336,7 @@ class _Reader:
 
 
 def _ranges(piece: _Piece, into: Tensor) -> list[memoryview]:
-    """The kept rows of a flat uint8 tensor on CPU, and between them memory for what is skipped."""
+    """Memory for the kept rows, in a flat uint8 CPU tensor, and for what lies between them."""
     view = memoryview(into.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
     if not piece.skipped:
         return [view]
@@ -349,7 +353,7 @@ def _read_ranges(fd: int, piece: _Piece, ranges: list[memoryview]) -> None:
     """
     left = piece.size + (piece.n_rows - 1) * piece.skipped
     offset = piece.offset
-    if hasattr(os, "posix_fadvise"):  # have the disk work on all of it at once
+    if hasattr(os, "posix_fadvise"):  # lets the disk prepare all of it at once
         os.posix_fadvise(fd, offset, left, os.POSIX_FADV_WILLNEED)
     while (n := os.preadv(fd, ranges, offset)) < left:
         if n == 0:

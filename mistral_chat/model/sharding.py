@@ -1,7 +1,7 @@
-"""Who holds what: a table from checkpoint tensors to ranges of rows and columns of one rank.
+"""Sharding: a table from a checkpoint's tensors to the rows and columns that one rank holds.
 
 Integers only: no tensors, no files, no process groups. One rule covers it all: a rank owns a
-range of query heads and loads whatever KV heads those need; everything else is an even split.
+range of query heads and loads the KV heads that those need; everything else is split evenly.
 """
 
 import math
@@ -12,16 +12,16 @@ from mistral_chat.errors import DeviceError
 from mistral_chat.model import hf
 from mistral_chat.model.args import TransformerArgs
 
-__all__ = ["Placement", "Shard", "placements", "split"]
+__all__ = ["Placement", "Shard", "Table", "placements", "split"]
 
 Kind = Literal["column", "row", "vocab", "replicated"]
 
 
 def split(size: int, world_size: int, rank: int, unit: int = 1) -> range:
-    """The part of `range(size)` that `rank` owns: whole units, as even as can be, in rank order.
+    """The part of `range(size)` that `rank` owns: whole units, as even as possible, in rank order.
 
     Args:
-        size: what is divided; a multiple of `unit`.
+        size: a multiple of `unit`.
         world_size: number of parts.
         rank: which part.
         unit: parts begin and end at multiples of this.
@@ -112,9 +112,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one checkpoint tensor goes on one rank.
+    """Where one tensor of a checkpoint goes on one rank.
 
-    `source[rows, cols]` is stored in `target[target_row : target_row + len(rows)]`, all columns.
+    `source[rows, cols]` goes to `target[target_row : target_row + len(rows)]`, all columns.
 
     Args:
         kind: column (rows of the matrix are divided), row (columns are), vocab, replicated.
@@ -123,9 +123,9 @@ class Placement:
         cols: columns that this rank reads; None for a vector.
         target: the parameter's name in our model.
         target_row: first row of the target.
-        half_split: size of a head whose rows the checkpoint keeps as the first and then the second
-            elements of RoPE's pairs, where ours has them pair by pair; 0 for rows in our order.
-            `rows` are whole heads then.
+        half_split: head size of a tensor whose heads are stored as all first and then all second
+            elements of RoPE's pairs, while ours has them pair by pair; `rows` are then whole heads.
+            0 for rows in our order.
     """
 
     kind: Kind
@@ -142,14 +142,17 @@ class Placement:
         return (len(self.rows),) if self.cols is None else (len(self.rows), len(self.cols))
 
 
-def placements(shard: Shard, layout: hf.Layout = "consolidated") -> dict[str, Placement]:
+Table = dict[str, Placement]  # by the names of a checkpoint's tensors
+
+
+def placements(shard: Shard, layout: hf.Layout = "consolidated") -> Table:
     """The table: every tensor that a checkpoint must hold -> its place on this rank.
 
-    wq, wk, wv lie one under the other in `wqkv`, and w1, w3 in `w13`, so that each is one matmul.
+    wq, wk, wv are stacked in `wqkv`, and w1, w3 in `w13`, so that each is one matmul.
 
     Args:
         shard: this rank's share.
-        layout: whose names the tensors have, and whose order the rows of wq and wk.
+        layout: decides the tensors' names, and the order of the rows of wq and wk.
     """
     args = shard.args
     head_dim = args.head_dim
@@ -196,7 +199,7 @@ def placements(shard: Shard, layout: hf.Layout = "consolidated") -> dict[str, Pl
     return table if layout == "consolidated" else _as_hf(table, head_dim)
 
 
-def _as_hf(table: dict[str, Placement], head_dim: int) -> dict[str, Placement]:
+def _as_hf(table: Table, head_dim: int) -> Table:
     return {
         hf.stored_name(name): replace(placement, half_split=head_dim)
         if name.endswith((".wq.weight", ".wk.weight"))

@@ -1,8 +1,8 @@
-"""What one file of weights says it holds: the header of a safetensors or a torch.save file.
+"""The header of one file of weights: a safetensors or a torch.save file.
 
-The formats' own libraries judge the files, of which no data is read; where each tensor lies is
-worked out here, since we read slices. Knows nothing of models. Imports torch only for its own
-files, so that the others are judged before ranks are started.
+The formats' own libraries decide whether a file is valid; no tensor data is read. Where each tensor
+lies is worked out here, because slices are read. Knows nothing of models. Imports torch only for
+torch.save files, so that safetensors files can be checked before ranks are started.
 """
 
 import io
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FLOATS", "StoredTensor", "read_header"]
 
-MAX_HEADER_BYTES = 1 << 24  # a thousand layers take a tenth; safetensors itself stops at 100 MB
+MAX_HEADER_BYTES = 1 << 24  # ten times a thousand layers' header; safetensors stops at 100 MB
 MOST_DIMENSIONS = 8
-MOST_RECORDS = 100_000  # of a torch.save file, with 256 bytes of its pickle for each
+MOST_RECORDS = 100_000  # of a torch.save file, whose pickle has at most 256 bytes for each
 LOCAL_HEADER_BYTES = 30  # of a zip file's record, before its name
 
-# Types that weights may be stored in: torch's names of them, and bytes.
+# Types that weights may be stored in: torch's name and the bytes of an element.
 FLOATS = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -39,13 +39,13 @@ FLOATS = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a checkpoint: row-major, uncompressed.
+    """Where a file holds one tensor, row-major and uncompressed.
 
     Args:
-        path: the file that holds it.
-        dtype: its type's name, as the file has it.
-        shape: its whole shape.
-        offset: first byte in the file.
+        path: the file.
+        dtype: name of the type, as the file writes it.
+        shape: of the whole tensor.
+        offset: of its first byte in the file.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class StoredTensor:
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        """Type as torch has it; a KeyError where it is not a float."""
+        """The type in torch; raises KeyError if it is not a float."""
         import torch
 
         dtype = getattr(torch, FLOATS[self.dtype][0])
@@ -67,13 +67,13 @@ Found = tuple[dict[str, StoredTensor], list[str]]
 
 
 def read_header(path: Path) -> Found:
-    """A file's tensors by name, and what is wrong with some of them.
+    """Read a file's tensors by name, and what is wrong with some of them.
 
     Args:
-        path: of a safetensors file, or a torch.save file by the suffix .pth.
+        path: of a safetensors file, or with the suffix .pth of a torch.save file.
 
     Raises:
-        CheckpointError: it cannot be read, or what it holds cannot be known.
+        CheckpointError: the file cannot be read, or its header makes no sense.
     """
     with open_regular(path, CheckpointError) as (fd, size):
         if path.suffix == ".pth":
@@ -146,12 +146,12 @@ def _entry(path: Path, name: str, entry: Any, begin: int) -> tuple[StoredTensor,
 
 
 def _pickle_header(path: Path, fd: int, size: int) -> Found:
-    """What `torch.save` wrote: a zip file of one pickle and a record for each storage.
+    """Read what `torch.save` wrote: a zip file of one pickle and a record for each storage.
 
-    torch reads the pickle out of an archive in memory whose records are empty: it sees nothing
-    else of the file, and where it takes a record to lie says which of ours it means. Our own
-    places come from the file's directory, since torch computes them as torch.save lays them out,
-    and not every file is as that left it.
+    torch unpickles it from an archive in memory whose records are empty, and sees nothing else of
+    the file. The offset that torch then gives for a storage identifies the record. The record's
+    real offset comes from the file's zip directory: torch computes offsets as torch.save lays them
+    out, and a file may have been repacked since.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode  # the documented way to load headers
@@ -205,14 +205,14 @@ def _placed(path: Path, state: Any, places: dict[int | None, "_Record"]) -> Foun
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Where a zip file keeps the bytes of a storage."""
+    """Where a zip file holds the bytes of a storage."""
 
     offset: int
     n_bytes: int
 
 
 class _SmallReads(io.FileIO):
-    """A file of which no more is read at once than a directory may have."""
+    """A file whose reads are limited to the size that a zip directory may have."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -225,10 +225,10 @@ class _SmallReads(io.FileIO):
 def _records(
     path: Path, archive: zipfile.ZipFile, fd: int, size: int
 ) -> tuple[bytes, dict[str, _Record]]:
-    """The pickle of a torch.save file, and its storages by their keys.
+    """The pickle of a torch.save file, and the records of its storages by key.
 
     Raises:
-        CheckpointError: it is no such file, or one whose bytes are not the tensors' own.
+        CheckpointError: it is no such file, or it does not hold the tensors' bytes as they are.
     """
     again = "save it again as safetensors, or with torch.save"
     infos = archive.infolist()
@@ -264,7 +264,7 @@ def _records(
 def _skeleton(
     pickled: bytes, records: dict[str, _Record]
 ) -> tuple[io.BytesIO, dict[int | None, _Record]]:
-    """An archive with a pickle and empty records; and for each place in it the record it means."""
+    """An archive with the pickle and empty records, and the real record for each offset in it."""
     file = io.BytesIO()
     places: dict[int | None, _Record] = {}
     with zipfile.ZipFile(file, "w") as archive:

@@ -18,7 +18,7 @@ from mistral_chat import LLM, Answer, SamplingParams
 from mistral_chat.chat.answer import Delta
 from mistral_chat.chat.chat import Chat
 from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.engine.engine import Prefill
+from mistral_chat.engine.engine import Engine, Prefill, Request
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import (
     CheckpointError,
@@ -28,7 +28,7 @@ from mistral_chat.errors import (
     TokenizerError,
     UsageError,
 )
-from tests.conftest import ROOT, TINY, command_env
+from tests.conftest import ROOT, TINY, command_env, open_folder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 WEATHER: dict[str, Any] = {
@@ -82,6 +82,23 @@ def test_generate_answers_texts_in_their_order(llm: LLM) -> None:
     assert [a.text for a in answers] == [
         llm.tokenizer.raw.decode([*llm.tokenizer.encode("x"), *a.token_ids])[1:] for a in answers
     ]
+
+
+def test_a_request_is_checked_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    check = Engine.check
+
+    def note(self: Engine, request: Request) -> None:
+        checked.append(len(request.ids))
+        check(self, request)
+
+    monkeypatch.setattr(Engine, "check", note)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    llm.generate([[1, 5], [1, 5, 6], [1, 7, 8, 9]], params)
+    assert checked == [2, 3, 4]
+    llm.chat([{"role": "user", "content": "a"}], params)
+    list(llm.conversation().send("a", params))
+    assert len(checked) == 5
 
 
 def test_generate_takes_ids_for_texts(llm: LLM) -> None:
@@ -329,7 +346,7 @@ class Said:
 
 @pytest.fixture(scope="module")
 def prompt(embedded_folder: Path) -> list[int]:
-    ids = Tokenizer.from_folder(embedded_folder).encode(PROSE)
+    ids = Tokenizer.from_folder(open_folder(embedded_folder)).encode(PROSE)
     assert len(ids) >= 300
     return ids
 

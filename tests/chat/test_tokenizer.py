@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from mistral_common.protocol.instruct.messages import (
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from mistral_chat.chat.tokenizer import Tokenizer, find_tokenizer
+from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.errors import PromptError, TokenizerError, one_line
+from tests.conftest import TINY, folder_of, open_folder, write_params
 from tests.scripts.tokenizers import (
     SENTENCEPIECE,
     TEKKEN,
@@ -304,7 +306,7 @@ def test_find_tokenizer_takes_the_one_that_counts(
         (tmp_path / name).write_bytes(
             small_tekken("v3").encode() if name == "tekken.json" else b"anything"
         )
-    assert find_tokenizer(tmp_path) == tmp_path / wanted
+    assert folder_of(tmp_path).tokenizer_file == tmp_path / wanted
 
 
 @pytest.mark.parametrize(
@@ -321,7 +323,7 @@ def test_find_tokenizer_refuses_to_choose(tmp_path: Path, names: list[str]) -> N
             small_tekken("v3").encode() if name == "tekken.json" else b"anything"
         )
     with pytest.raises(TokenizerError, match="found 2 tokenizers") as caught:
-        find_tokenizer(tmp_path)
+        _ = folder_of(tmp_path).tokenizer_file
     for name in names:
         assert name in str(caught.value) or name == "tokenizer.model"
 
@@ -331,7 +333,7 @@ def test_find_tokenizer_says_what_it_expected(tmp_path: Path, names: list[str]) 
     for name in names:
         (tmp_path / name).write_text("{}")
     with pytest.raises(TokenizerError, match=r"tokenizer is missing; expected tekken.json"):
-        find_tokenizer(tmp_path)
+        _ = folder_of(tmp_path).tokenizer_file
 
 
 @pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3"])
@@ -407,7 +409,7 @@ def test_no_kind_of_file_in_the_place_of_a_tokenizer_hangs(tmp_path: Path, name:
     with pytest.raises(TokenizerError, match="no regular file"):
         Tokenizer(path)
     with pytest.raises(TokenizerError, match="tokenizer is missing"):
-        find_tokenizer(tmp_path)
+        _ = folder_of(tmp_path).tokenizer_file
     path.unlink()
     path.symlink_to("/dev/zero")
     with pytest.raises(TokenizerError, match="no regular file"):
@@ -421,19 +423,21 @@ def test_no_kind_of_file_in_the_place_of_a_tokenizer_hangs(tmp_path: Path, name:
 
 def test_from_folder_refuses_the_tokenizer_of_another_model(tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text(small_tekken("v3"))
-    made = Tokenizer.from_folder(tmp_path, 10_000)
+    made = Tokenizer.from_folder(folder_of(tmp_path, replace(TINY, vocab_size=10_000)))
+    smaller = replace(TINY, vocab_size=made.n_words - 1)
     with pytest.raises(
         TokenizerError, match=r"has .* tokens, the model .*: expected the tokenizer"
     ):
-        Tokenizer.from_folder(tmp_path, made.n_words - 1)
+        Tokenizer.from_folder(folder_of(tmp_path, smaller))
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_end_ids_of_a_folder_are_ends_and_not_banned(tmp_path: Path, name: str) -> None:
     (tmp_path / "tekken.json").write_text(small_tekken("v3"))
-    plain = Tokenizer.from_folder(tmp_path, 10_000)
+    write_params(tmp_path, TINY, vocab_size=10_000)
+    plain = Tokenizer.from_folder(open_folder(tmp_path))
     (tmp_path / name).write_text(json.dumps({"eos_token_id": [plain.eos_id, 9_999, 4]}))
-    made = Tokenizer.from_folder(tmp_path, 10_000)
+    made = Tokenizer.from_folder(open_folder(tmp_path))
     assert plain.end_ids == {plain.eos_id}
     assert made.end_ids == {plain.eos_id, 9_999, 4}
     banned = set(plain.banned_ids(10_000, tools=False))
@@ -441,13 +445,13 @@ def test_end_ids_of_a_folder_are_ends_and_not_banned(tmp_path: Path, name: str) 
     assert set(made.banned_ids(10_000, tools=False)) == banned - {9_999, 4}
     (tmp_path / name).write_text(json.dumps({"eos_token_id": made.tool_calls_id}))
     with pytest.raises(TokenizerError, match=r"is \[TOOL_CALLS\], which begins a part"):
-        Tokenizer.from_folder(tmp_path, 10_000)
+        Tokenizer.from_folder(open_folder(tmp_path))
 
 
 def test_tokenizer_from_folder_is_the_folders_own(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model.v3").write_bytes(shipped_file("v3").read_bytes())
     (tmp_path / "tokenizer.model").write_bytes(b"not this one")
-    made = Tokenizer.from_folder(tmp_path)
+    made = Tokenizer.from_folder(folder_of(tmp_path))
     assert made.encode("Hello") == tokenizer("v3").encode("Hello")
 
 
@@ -500,4 +504,4 @@ def test_tokenizer_whose_name_hides_its_version_is_refused(tmp_path: Path) -> No
 
     (tmp_path / "tokenizer.model").write_bytes(shipped_tokenizer().read_bytes())
     with pytest.raises(TokenizerError, match=r"rename it"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_folder(folder_of(tmp_path))

@@ -19,6 +19,7 @@ from mistral_chat.engine import start_up
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.errors import TokenizerError
 from mistral_chat.model import hf
+from mistral_chat.model.folder import ModelFolder
 from tests.conftest import ROOT, TINY, Finished, Run, command_env, random_weights, write_params
 
 PROMPT = ("--prompt", "Hello", "--max_tokens", "2", "--device", "cpu")
@@ -205,16 +206,16 @@ def test_broken_folder_is_named(
 def test_tokenizer_is_looked_for_before_any_weight_is_read(
     monkeypatch: pytest.MonkeyPatch, broken_folder: Path
 ) -> None:
-    def read_weights(*_: Any) -> None:
+    def read_weights(*_: Any, **__: Any) -> None:
         raise AssertionError("weights are read")
 
     monkeypatch.setattr(start_up, "load_runner", read_weights)
     config = EngineConfig(model=broken_folder, device="cpu")
     with pytest.raises(AssertionError, match="weights are read"):
-        start.load(config, Group(Place()), 0.0, quiet=True)
+        start.load(config, ModelFolder.checked(config), Group(Place()), 0.0, quiet=True)
     _no_tokenizer(broken_folder)
     with pytest.raises(TokenizerError, match="tokenizer is missing"):
-        start.load(config, Group(Place()), 0.0, quiet=True)
+        start.load(config, ModelFolder.checked(config), Group(Place()), 0.0, quiet=True)
 
 
 def test_tokenizer_that_is_missing_is_said_once_by_several_ranks(

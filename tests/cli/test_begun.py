@@ -15,16 +15,14 @@ import pexpect
 import pytest
 
 from mistral_chat.chat.tokenizer import Tokenizer
-from mistral_chat.cli import main, start
+from mistral_chat.cli import main
 from mistral_chat.cli.begun import HANDED_ON, OWN_START_S, Begun, name_of
 from mistral_chat.cli.bench import tables as bench_tables
-from mistral_chat.config import EngineConfig
 from mistral_chat.errors import MistralChatError
-from mistral_chat.model.checkpoint import read_headers
-from mistral_chat.model.loading import Reading
+from mistral_chat.model.folder import ModelFolder
 from mistral_chat.model.sharding import Shard
 from mistral_chat.model.transformer import Transformer
-from tests.conftest import ROOT, TINY, command_env
+from tests.conftest import ROOT, TINY, command_env, folder_of, reading_of
 from tests.terminal import chat_terminal
 
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -172,14 +170,14 @@ def test_interrupt_is_130_whatever_it_breaks(
 def test_interrupt_that_gets_lost_while_loading_ends_the_command_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make = start.tokenizer_of
+    make = Tokenizer.from_folder
 
-    def losing(config: EngineConfig) -> Tokenizer:
+    def losing(folder: ModelFolder) -> Tokenizer:
         with contextlib.suppress(KeyboardInterrupt):  # as a finalizer or an extension module does
             signal.raise_signal(signal.SIGINT)
-        return make(config)
+        return make(folder)
 
-    monkeypatch.setattr(start, "tokenizer_of", losing)
+    monkeypatch.setattr(Tokenizer, "from_folder", losing)
     monkeypatch.setattr(sys, "stdin", None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -205,7 +203,7 @@ def test_error_without_an_interrupt_is_an_error(monkeypatch: pytest.MonkeyPatch)
 def test_reading_that_is_interrupted_as_it_starts_can_be_abandoned(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, n_started: int
 ) -> None:
-    reading = Reading(Transformer(TINY, Shard(TINY)), read_headers(tiny_folder), 3)
+    reading = reading_of(Transformer(TINY, Shard(TINY)), folder_of(tiny_folder).headers, 3)
     start = threading.Thread.start
     left = [n_started]
 

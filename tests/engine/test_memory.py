@@ -13,7 +13,7 @@ import torch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
 from mistral_chat.errors import NotEnoughMemoryError
 from mistral_chat.model.args import TransformerArgs
-from mistral_chat.model.sharding import Shard
+from mistral_chat.model.sharding import Shard, placements
 
 LARGE = TransformerArgs(
     dim=12288,
@@ -41,7 +41,8 @@ def plan(
         "chunk_size": 2048,
     }
     shard = Shard(args, world_size, 0)
-    return plan_memory(shard, free=free, max_seq_len=max_seq_len, **(settings | changes))
+    table = placements(shard)
+    return plan_memory(shard, table, free=free, max_seq_len=max_seq_len, **(settings | changes))
 
 
 def test_plan_of_the_large_model_has_its_known_sizes() -> None:

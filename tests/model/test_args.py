@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mistral_chat.errors import CheckpointError
-from mistral_chat.model.args import TransformerArgs, read_args
-from mistral_chat.model.end_ids import read_end_ids
+from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.sharding import Shard, placements
+from tests.conftest import open_folder, read_args
 
 # Mistral-Large-Instruct-2407, as its params.json has it.
 LARGE: dict[str, Any] = {
@@ -338,9 +338,8 @@ def test_absurd_numbers_are_refused_in_one_short_line(name: str, value: float) -
 def test_end_ids_are_what_the_folder_says(tmp_path: Path, name: str, value: Any) -> None:
     write(tmp_path, SMALL)
     write(tmp_path, {"eos_token_id": value}, name)
-    read_args(tmp_path)
     wanted = value if isinstance(value, list) else [] if value is None else [value]
-    assert read_end_ids(tmp_path, 11) == frozenset(wanted)
+    assert open_folder(tmp_path).end_ids == frozenset(wanted)
 
 
 @pytest.mark.parametrize("value", [11, -1, [2, 11], "2", True, 2.0, {"id": 2}, [None], [[2]]])

@@ -19,15 +19,12 @@ from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.checkpoint import (
     MOST_FAULTS,
     PICKLE,
-    check_tensors,
-    find_weights,
     local_bytes,
-    read_headers,
 )
 from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Placement, Shard, placements
 from mistral_chat.model.transformer import Transformer
-from tests.conftest import load_weights, random_weights
+from tests.conftest import folder_of, load_weights, random_weights
 
 ARGS = TransformerArgs(
     dim=24,
@@ -103,9 +100,7 @@ def load(
     model = Transformer(args, Shard(args, **place), Alone()).to(dtype)
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    headers = read_headers(folder)
-    check_tensors(folder, headers, model.placements())
-    load_weights(model, headers)
+    load_weights(model, folder_of(folder, args).headers)
     return model
 
 
@@ -128,7 +123,7 @@ def assert_holds(model: Transformer, weights: Weights) -> None:
 
 def faults_of(folder: Path, args: TransformerArgs = ARGS) -> str:
     with pytest.raises(CheckpointError) as caught:
-        check_tensors(folder, read_headers(folder), placements(Shard(args)))
+        _ = folder_of(folder, args).headers
     assert "\n" not in str(caught.value)  # errors are one line
     return str(caught.value)
 
@@ -162,21 +157,21 @@ def test_find_weights_refuses_two_sets(
     for write in pair:
         write(tmp_path, random_weights(ARGS))
     with pytest.raises(CheckpointError, match=r"found 2 sets of weights .* expected one"):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
 
 
 def test_find_weights_says_what_is_there_instead(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"weights are missing \(found none\)"):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(CheckpointError, match=r"found only pytorch_model.bin, which is never read"):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     (tmp_path / "params.json").touch()
     with pytest.raises(
         CheckpointError, match=r"found only model-00001-of-00002.safetensors, Hugging Face's"
     ):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
@@ -227,14 +222,14 @@ def test_find_weights_refuses_shards_of_two_sets(tmp_path: Path) -> None:
     write_shards(tmp_path, random_weights(ARGS))
     save_file({}, tmp_path / shard_name(1, 2))
     with pytest.raises(CheckpointError, match="shards of several sets"):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
 
 
 def test_find_weights_refuses_pickles_of_several_ranks(tmp_path: Path) -> None:
     for n in range(2):
         torch.save(random_weights(ARGS), tmp_path / f"consolidated.{n:02}.pth")
     with pytest.raises(CheckpointError, match=r"consolidated.00.pth, consolidated.01.pth"):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
 
 
 def test_find_weights_with_an_index_leaves_other_shards_alone(tmp_path: Path) -> None:
@@ -249,7 +244,7 @@ def test_find_weights_names_an_index_that_is_none(tmp_path: Path, text: str) -> 
     write_indexed(tmp_path, random_weights(ARGS))
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / INDEX))):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
 
 
 def test_check_tensors_names_all_faults_in_one_error(tmp_path: Path) -> None:

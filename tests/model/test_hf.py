@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral_chat.errors import CheckpointError
-from mistral_chat.model.args import TransformerArgs, read_args
+from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache
-from mistral_chat.model.checkpoint import check_tensors, find_weights, read_headers
-from mistral_chat.model.hf import choose_layout
+from mistral_chat.model.folder import choose_layout
 from mistral_chat.model.operations import Alone, Span
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
@@ -27,8 +26,11 @@ from tests.conftest import (
     ROOT,
     TINY,
     Run,
+    folder_of,
     load_weights,
+    open_folder,
     random_weights,
+    read_args,
     shipped_tokenizer,
     write_params,
 )
@@ -159,19 +161,18 @@ def write_hf(folder: Path, args: TransformerArgs = WIDE, **extra: Tensor) -> Wei
 
 
 def load(folder: Path, load_format: Any = "auto", **place: int) -> Transformer:
-    args = read_args(folder, load_format)
+    opened = open_folder(folder, load_format)
+    args = opened.args
     model = Transformer(args, Shard(args, **place), Alone())
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    headers = read_headers(folder, load_format)
-    check_tensors(folder, headers, placements(model.shard, headers.layout))
-    load_weights(model, headers)
+    load_weights(model, opened.headers)
     return model
 
 
 def faults_of(folder: Path, args: TransformerArgs = WIDE) -> str:
     with pytest.raises(CheckpointError) as caught:
-        check_tensors(folder, read_headers(folder), placements(Shard(args), "hf"))
+        _ = folder_of(folder, args).headers
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -248,7 +249,7 @@ def test_heads_are_put_in_order_in_any_type(tmp_path: Path, held: torch.dtype) -
     save_file(their_state(weights, WIDE), tmp_path / SINGLE)
     write_config(tmp_path)
     model = Transformer(WIDE, Shard(WIDE), Alone()).to(held)
-    load_weights(model, read_headers(tmp_path))
+    load_weights(model, folder_of(tmp_path, WIDE).headers)
     assert_cover([model], {name: weight.to(held) for name, weight in weights.items()})
 
 
@@ -266,7 +267,7 @@ def test_a_rank_reads_its_rows_and_no_others(
 
     monkeypatch.setattr("mistral_chat.model.loading.os.preadv", note)
     model = load(tmp_path, world_size=4, rank=rank)
-    tensors = read_headers(tmp_path).tensors
+    tensors = folder_of(tmp_path, WIDE).headers.tensors
     wanted = []
     for name, placement in placements(model.shard, "hf").items():
         n_cols = placement.shape[1] if len(placement.shape) == 2 else 1
@@ -280,14 +281,8 @@ def test_a_rank_reads_its_rows_and_no_others(
 def test_loading_takes_little_more_memory_than_the_share(tmp_path: Path) -> None:
     table = placements(Shard(load_share.ARGS), "hf")
     assert write_zeros(tmp_path / SINGLE, table, "F32", 4) > 600e6
-    # load_share checks under Mistral's names
-    script = (
-        "import sys, pathlib, torch; from tests.scripts import load_share as script; "
-        "script.check_tensors = lambda *ignored: None; "
-        "script.main(pathlib.Path(sys.argv[1]), torch.float32)"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
+        [sys.executable, "-m", "tests.scripts.load_share", str(tmp_path), "float32"],
         capture_output=True,
         text=True,
         check=True,
@@ -359,7 +354,7 @@ def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
     state = write_hf(tmp_path)
     save_file(state, tmp_path / "model-00001-of-00001.safetensors")
     with pytest.raises(CheckpointError, match=r"found 2 sets of weights .* expected one"):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
 
 
 @pytest.mark.parametrize(
@@ -400,7 +395,7 @@ def test_load_format_names_what_it_misses(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"params.json is missing \(found config.json\)"):
         read_args(tmp_path, "consolidated")
     with pytest.raises(CheckpointError, match=rf"weights are missing \(found only {SINGLE}, Hugg"):
-        read_headers(tmp_path, "consolidated")
+        _ = folder_of(tmp_path, load_format="consolidated").weights
     (tmp_path / "config.json").rename(tmp_path / "params.json")
     with pytest.raises(CheckpointError, match=r"config.json is missing \(found params.json\)"):
         read_args(tmp_path, "hf")
@@ -408,7 +403,7 @@ def test_load_format_names_what_it_misses(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"found only consolidated.safetensors, Mistral's .* expected model"
     ):
-        read_headers(tmp_path, "hf")
+        _ = folder_of(tmp_path, load_format="hf").weights
 
 
 @pytest.mark.parametrize("shape", SHAPES)

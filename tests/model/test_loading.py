@@ -15,12 +15,11 @@ import torch
 
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model import loading
-from mistral_chat.model.checkpoint import PICKLE, read_headers
-from mistral_chat.model.loading import Reading
+from mistral_chat.model.checkpoint import PICKLE
 from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
-from tests.conftest import ROOT, load_weights, random_weights
+from tests.conftest import ROOT, folder_of, load_weights, random_weights, reading_of
 from tests.model.test_checkpoint import (
     ARGS,
     LAYOUTS,
@@ -91,7 +90,7 @@ def test_load_weights_reads_rows_wider_than_a_piece(
     write_single(tmp_path, weights)
     monkeypatch.setattr(loading, "CPU_PIECE_BYTES", size)
     model = Transformer(ARGS, Shard(ARGS, 2, 1), Alone())
-    load_weights(model, read_headers(tmp_path), n_threads)
+    load_weights(model, folder_of(tmp_path, ARGS).headers, n_threads)
     assert_holds(model, weights)
 
 
@@ -124,7 +123,7 @@ def test_load_weights_reads_a_pickle_of_views_of_one_storage(tmp_path: Path) -> 
 def test_a_reading_counts_the_bytes_of_its_share(tmp_path: Path, world_size: int) -> None:
     write_single(tmp_path, random_weights(ARGS))
     model = Transformer(ARGS, Shard(ARGS, world_size, 0), Alone())
-    reading = Reading(model, read_headers(tmp_path))
+    reading = reading_of(model, folder_of(tmp_path, ARGS).headers)
     assert reading.read == 0
     reading.start()
     reading.finish()
@@ -137,7 +136,7 @@ def test_a_reading_that_hangs_says_what_it_waits_for(
 ) -> None:
     weights = random_weights(ARGS)
     write_single(tmp_path, weights)
-    headers = read_headers(tmp_path)
+    headers = folder_of(tmp_path, ARGS).headers
     hung, go_on = threading.Event(), threading.Event()
     whole = os.preadv
     slow = headers.tensors["layers.1.feed_forward.w2.weight"]
@@ -150,7 +149,7 @@ def test_a_reading_that_hangs_says_what_it_waits_for(
 
     monkeypatch.setattr(loading.os, "preadv", hang)
     model = Transformer(ARGS)
-    reading = Reading(model, headers, n_threads=2)
+    reading = reading_of(model, headers, n_threads=2)
     reading.start()
     assert hung.wait(60)
     while reading.read < reading.total - 4 * weights["layers.1.feed_forward.w2.weight"].numel():
@@ -169,7 +168,7 @@ def test_a_failure_is_told_while_another_thread_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_single(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
+    headers = folder_of(tmp_path, ARGS).headers
     go_on = threading.Event()
     first = min(headers.tensors.values(), key=lambda tensor: tensor.offset)
 
@@ -180,7 +179,7 @@ def test_a_failure_is_told_while_another_thread_hangs(
 
     monkeypatch.setattr(loading.os, "preadv", fail)
     monkeypatch.setattr(loading, "JOIN_S", 0.1)
-    reading = Reading(Transformer(ARGS), headers, n_threads=2)
+    reading = reading_of(Transformer(ARGS), headers, n_threads=2)
     reading.start()
     with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)):
         reading.finish()
@@ -191,26 +190,26 @@ def test_a_failure_is_told_while_another_thread_hangs(
 
 def test_abandon_after_an_interrupt_before_all_threads_were_started(tmp_path: Path) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    reading = Reading(Transformer(ARGS), read_headers(tmp_path), n_threads=2)
+    reading = reading_of(Transformer(ARGS), folder_of(tmp_path, ARGS).headers, n_threads=2)
     reading.threads = [threading.Thread(target=print)]
     reading.abandon()
 
 
 def test_a_fifo_that_took_the_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
+    headers = folder_of(tmp_path, ARGS).headers
     path = headers.tensors["norm.weight"].path
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(CheckpointError, match="no regular file any more"):
-        Reading(Transformer(ARGS), headers).start()
+        reading_of(Transformer(ARGS), headers).start()
 
 
 def test_load_weights_names_file_and_tensor_when_a_read_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
+    headers = folder_of(tmp_path, ARGS).headers
     tensors = headers.tensors
     broken = "layers.1.feed_forward.w2.weight"
     whole = os.preadv
@@ -232,7 +231,7 @@ def test_load_weights_names_file_and_tensor_when_a_read_fails(
 
 def test_load_weights_names_file_and_tensor_when_a_file_shrank(tmp_path: Path) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
+    headers = folder_of(tmp_path, ARGS).headers
     path = tmp_path / shard_name(2, 3)
     last = max((t.offset, n) for n, t in headers.tensors.items() if t.path == path)[1]
     os.truncate(path, path.stat().st_size - 4)
@@ -244,7 +243,7 @@ def test_load_weights_names_file_and_tensor_when_a_file_shrank(tmp_path: Path) -
 
 def test_load_weights_names_a_file_that_is_gone(tmp_path: Path) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
+    headers = folder_of(tmp_path, ARGS).headers
     (tmp_path / shard_name(3, 3)).unlink()
     with pytest.raises(CheckpointError, match=shard_name(3, 3)):
         load_weights(Transformer(ARGS), headers, 2)
@@ -255,7 +254,7 @@ def test_load_weights_closes_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     write_shards(tmp_path, random_weights(ARGS))
-    headers = read_headers(tmp_path)
+    headers = folder_of(tmp_path, ARGS).headers
     opened: list[int] = []
     really_open, really_close = os.open, os.close
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistral_chat.errors import CheckpointError, one_line
-from mistral_chat.model.checkpoint import PICKLE, check_tensors, find_weights, read_headers
-from mistral_chat.model.sharding import Shard, placements
+from mistral_chat.model.checkpoint import PICKLE
 from mistral_chat.model.stored import StoredTensor, read_header
+from tests.conftest import folder_of
 from tests.model.test_checkpoint import ARGS, INDEX, SINGLE, random_weights, safetensors_bytes
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
@@ -203,21 +203,21 @@ def test_the_pickle_is_all_that_torch_sees(tmp_path: Path, monkeypatch: pytest.M
 def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"norm.weight": name}}))
     with pytest.raises(CheckpointError, match=r"names the file .* expected NAME.safetensors") as no:
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
     assert "\x1b" not in one_line(no.value)
 
 
 def test_shards_of_a_number_that_no_set_has_are_not_counted_out(tmp_path: Path) -> None:
     save_file({}, tmp_path / "consolidated-00001-of-99999999999999.safetensors")
     with pytest.raises(CheckpointError, match="weights are missing"):
-        find_weights(tmp_path)
+        _ = folder_of(tmp_path).weights
 
 
 def test_adapters_that_are_not_merged_are_named(tmp_path: Path) -> None:
     weights = random_weights(ARGS) | {"layers.0.attention.wq.lora_A.weight": torch.zeros(2, 2)}
     save_file(weights, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=r"lora_A.weight in .* is of an adapter \(LoRA\)"):
-        check_tensors(tmp_path, read_headers(tmp_path), placements(Shard(ARGS)))
+        _ = folder_of(tmp_path, ARGS).headers
 
 
 @pytest.mark.parametrize("save", [save_file, torch.save])

@@ -35,7 +35,7 @@ def _run(argv: list[str]) -> dict[str, Any]:
 def main() -> None:
     from mistral_chat.cli import start
 
-    def launch(options: object, words: object) -> int:  # noqa: ARG001
+    def launch(*_: object) -> int:
         return STARTS
 
     start.launch = launch

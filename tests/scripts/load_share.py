@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from mistral_chat.model.args import TransformerArgs
-from mistral_chat.model.checkpoint import check_tensors, local_bytes, read_headers
+from mistral_chat.model.checkpoint import local_bytes
 from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Shard
 from mistral_chat.model.transformer import Transformer
-from tests.conftest import load_weights
+from tests.conftest import folder_of, load_weights
 
 ARGS = TransformerArgs(
     dim=1024,
@@ -42,9 +42,7 @@ def main(folder: Path, dtype: torch.dtype) -> None:
     before = peak_bytes()
     torch.set_default_dtype(dtype)
     model = Transformer(ARGS, Shard(ARGS, WORLD_SIZE, RANK), Alone())
-    tensors = read_headers(folder)
-    check_tensors(folder, tensors, model.placements())
-    load_weights(model, tensors)
+    load_weights(model, folder_of(folder, ARGS).headers)
     assert all(float(p.abs().max()) == 0 for p in model.parameters())  # all pages are there
     print(peak_bytes() - before, local_bytes(model.placements().values(), dtype))
 

@@ -24,6 +24,7 @@ from mistral_chat.cli.main import main
 from mistral_chat.engine.engine import Engine, Request
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Step
+from tests.conftest import open_folder
 
 
 def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
@@ -38,7 +39,7 @@ def ids_of(tokenizer: Tokenizer, parts: list[str]) -> list[int]:
 
 def play(answers: list[str | list[str]], gap_s: float, folder: Path) -> None:
     """Have every answer from now on be the next of the script; then empty ones."""
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(open_folder(folder))
     listed = [[answer] if isinstance(answer, str) else answer for answer in answers]
     left = deque(ids_of(tokenizer, parts) for parts in listed)
     script: deque[int] = deque()

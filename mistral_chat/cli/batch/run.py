@@ -22,13 +22,14 @@ from mistral_chat.cli.offered import Offered, read_offered
 from mistral_chat.cli.pipes import keep_pipe
 from mistral_chat.cli.suggestions import require_model
 from mistral_chat.cli.words import OwnFlag, read_own, split, whole_from
-from mistral_chat.engine.launch import launched_rank, launched_ranks
+from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.answer import Answer
     from mistral_chat.engine.engine import Engine
     from mistral_chat.engine.group import Group
+    from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["run"]
 
@@ -107,15 +108,11 @@ def run(words: Sequence[str], begun: Begun) -> int:
     say_what_starts(options, begun)
     check_source(asked.source)
     check_target(asked.target)
-    from mistral_chat.cli.checks import check_model
-
-    if not begun.by_us:
-        n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
-        check_model(options.engine, n_ranks)
+    folder = start.check(options)
     offered = read_offered(options)
     with begun.handed_on():
-        code = start.launch(options, ["batch", *words])
-    return _lead(asked, offered, begun) if code is None else code
+        code = start.launch(options, ["batch", *words], folder.args.n_heads)
+    return _lead(asked, folder, offered, begun) if code is None else code
 
 
 def _read(words: Sequence[str], at_once: int | None, *, retry_errors: bool) -> Asked:
@@ -153,7 +150,7 @@ def _follow(options: flags.Options) -> int:
     return start.follow(replace(options.engine, max_batch_size=n_slots))
 
 
-def _lead(asked: Asked, offered: Offered, begun: Begun) -> int:
+def _lead(asked: Asked, folder: "ModelFolder", offered: Offered, begun: Begun) -> int:
     """Rank 0: read IN and OUT, load if anything is left to do, answer."""
     options = asked.options
     data, source_stat = read_source(asked.source)
@@ -177,13 +174,14 @@ def _lead(asked: Asked, offered: Offered, begun: Begun) -> int:
                 continue
             output.write(error_record(line, line.error or ""))
             progress.count(answered=False, failed=True)
-        if not _answer(asked, todo, offered, output, progress, begun):
+        if not _answer(asked, folder, todo, offered, output, progress, begun):
             return FAILED
     return progress.finish()
 
 
 def _answer(
     asked: Asked,
+    folder: "ModelFolder",
     lines: Sequence[Line],
     offered: Offered,
     output: Output,
@@ -220,7 +218,7 @@ def _answer(
         return True
     config = replace(options.engine, max_batch_size=n_slots)
     try:
-        loaded = start.load(config, group, begun.at, quiet=options.quiet)
+        loaded = start.load(config, folder, group, begun.at, quiet=options.quiet)
     except PeerFailedError:
         return False
     progress.begin()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mistral_chat.engine.measure import WARM_UP, prompt
 from mistral_chat.engine.runner import Runner
 from mistral_chat.errors import CheckpointError, UsageError
-from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, read_args
+from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
 from mistral_chat.model.sharding import Shard
 from mistral_chat.model.transformer import Transformer
 
@@ -33,11 +33,10 @@ def half_split(weight: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
-def as_transformers(folder: Path, model: Transformer) -> Any:
+def as_transformers(model: Transformer) -> Any:
     """A `LlamaForCausalLM` with the weights of a loaded model, in its type and on its device.
 
     Args:
-        folder: the model's, for its shape.
         model: the whole model, on one rank.
 
     Raises:
@@ -45,7 +44,7 @@ def as_transformers(folder: Path, model: Transformer) -> Any:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    args = read_args(folder)
+    args = model.args
     if any(args.window_by_layer):
         raise CheckpointError("--peer transformers does not cover sliding windows")
     assert model.shard == Shard(model.args)
@@ -127,7 +126,7 @@ def decode_beside(
         raise UsageError("--peer transformers compares one rank on a model folder")
     import transformers
 
-    model = as_transformers(folder, runner.model)
+    model = as_transformers(runner.model)
     decode = []
     for context in contexts:
         assert runner.plan is not None

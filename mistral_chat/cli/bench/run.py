@@ -18,15 +18,14 @@ from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.offered import read_offered
 from mistral_chat.cli.suggestions import require_model
 from mistral_chat.cli.words import OwnFlag, read_own, whole_from
-from mistral_chat.engine.launch import launched_rank, launched_ranks
+from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from mistral_chat.chat.grammar import Grammar
-    from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.engine.runner import Runner
+    from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["run"]
 
@@ -119,28 +118,28 @@ def run(words: list[str], begun: Begun) -> int:
         plot.check(asked.plot)
     if asked.shard_of and launched_rank() is not None:
         raise UsageError("--shard_of measures one process: expected no torchrun")
-    if not (launched_rank() or begun.by_us):
-        _check(options, asked, begun)
+    folder = None if launched_rank() else _check(options, asked, begun)
     if not asked.shard_of:
         with begun.handed_on():
-            code = start.launch(options, ["bench", *words])
+            n_heads = folder.args.n_heads if folder else 1
+            code = start.launch(options, ["bench", *words], n_heads)
         if code is not None:
             return code
-    return _measure(options, asked, begun.at)
+    return _measure(options, asked, begun.at, folder)
 
 
-def _check(options: flags.Options, asked: Asked, begun: Begun) -> None:
-    """All that can be judged without torch."""
+def _check(options: flags.Options, asked: Asked, begun: Begun) -> "ModelFolder":
+    """Check all that can be checked without torch."""
     require_model(options.engine.model)
     say_what_starts(options, begun)
-    from mistral_chat.cli.checks import check_model
-
-    in_all = (options.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
-    check_model(options.engine, asked.shard_of or in_all, needs_text=bool(options.json_schema))
+    folder = start.check(options, asked.shard_of, needs_text=bool(options.json_schema))
     read_offered(options)
+    return folder
 
 
-def _measure(options: flags.Options, asked: Asked, started: float) -> int:
+def _measure(
+    options: flags.Options, asked: Asked, started: float, folder: "ModelFolder | None"
+) -> int:
     imported = time.monotonic()
     import torch
 
@@ -151,11 +150,14 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     from mistral_chat.engine.start_up import choose_device, load_runner
 
     torch_imported = time.monotonic()
-    kept_to: tuple[Tokenizer, Grammar] | None = None
+    kept_to = None
     if options.json_schema is not None:
         from mistral_chat.chat.grammar import read_grammar
+        from mistral_chat.chat.tokenizer import Tokenizer
+        from mistral_chat.model.folder import ModelFolder
 
-        kept_to = start.tokenizer_of(options.engine), read_grammar(options.json_schema)
+        folder = folder or ModelFolder.open(options.engine)
+        kept_to = Tokenizer.from_folder(folder), read_grammar(options.json_schema)
     aside = time.monotonic() - torch_imported
     group = Group(Place(), shards=asked.shard_of) if asked.shard_of else current_group()
     joined = time.monotonic() - aside
@@ -187,7 +189,7 @@ def _measure(options: flags.Options, asked: Asked, started: float) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     loading = time.monotonic()
-    runner = load_runner(options.engine, group)
+    runner = load_runner(options.engine, group, folder=folder)
     loaded = time.monotonic()
     result: dict[str, Any] = about | {
         "dtype": str(runner.model.dtype).removeprefix("torch."),

@@ -8,7 +8,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli import flags
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from mistral_chat.config import EngineConfig
     from mistral_chat.engine.memory import Plan
     from mistral_chat.model.args import TransformerArgs
+    from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["run"]
 
@@ -100,9 +100,10 @@ def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None
     import torch
 
     from mistral_chat.engine.start_up import choose_device, choose_dtype
-    from mistral_chat.model.args import args_of
+    from mistral_chat.model.folder import ModelFolder
 
-    args = args_of(config)
+    folder = ModelFolder.open(config)
+    args = folder.args
     config.require_positions(args.max_seq_len)
     if gpu_memory is not None:
         device = torch.device("cuda")
@@ -117,8 +118,8 @@ def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None
         "model": str(config.model or "dummy weights"),
         "parameters": args.n_params,
         "shape": shape,
-        "weights": _weights(config, args),
-        "tokenizer": _tokenizer(config.model, args.vocab_size),
+        "weights": None if config.load_format == "dummy" else _weights(folder),
+        "tokenizer": None if folder.path is None else _tokenizer(folder),
         "device": device.type,
         "assumed_gpu_bytes": gpu_memory,
         "dtype": str(dtype).removeprefix("torch."),
@@ -130,33 +131,24 @@ def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None
     }
 
 
-def _weights(config: "EngineConfig", args: "TransformerArgs") -> dict[str, Any] | None:
-    """The files of weights, their headers held against the shape; None where there are none."""
-    from mistral_chat.model.checkpoint import check_tensors, find_weights, read_headers
-    from mistral_chat.model.sharding import Shard, placements
-
-    folder = config.model
-    if folder is None or config.load_format == "dummy":
-        return None
-    headers = read_headers(folder, config.load_format)
-    check_tensors(folder, headers, placements(Shard(args), headers.layout))
-    files = find_weights(folder, config.load_format)
+def _weights(folder: "ModelFolder") -> dict[str, Any]:
+    """The files of weights, their headers checked."""
+    tensors, paths = folder.headers.tensors, folder.weights.paths
     return {
-        "layout": "pth" if files[0].suffix == ".pth" else headers.layout,
-        "files": len(files),
-        "bytes": sum(path.stat().st_size for path in files),
-        "dtypes": sorted({tensor.dtype for tensor in headers.tensors.values()}),
+        "layout": folder.layout if folder.weights.are_safetensors else "pth",
+        "files": len(paths),
+        "bytes": sum(path.stat().st_size for path in paths),
+        "dtypes": sorted({tensor.dtype for tensor in tensors.values()}),
     }
 
 
-def _tokenizer(folder: Path | None, vocab_size: int) -> dict[str, str] | None:
-    if folder is None:
-        return None
+def _tokenizer(folder: "ModelFolder") -> dict[str, str]:
+    """The tokenizer, loaded as a run loads it."""
     from mistral_chat.chat.tokenizer import Tokenizer
-    from mistral_chat.chat.tokenizer_file import find_tokenizer
 
-    version = Tokenizer.from_folder(folder, vocab_size).version  # as a run takes it
-    return {"file": find_tokenizer(folder).name, "version": version}
+    version = Tokenizer.from_folder(folder).version
+    assert folder.tokenizer_file is not None
+    return {"file": folder.tokenizer_file.name, "version": version}
 
 
 def _free(
@@ -198,14 +190,17 @@ def _plan_ranks(
     from mistral_chat.engine.memory import LEAST_SEQ_LEN, plan_memory
     from mistral_chat.engine.start_up import chunk_size_of
     from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
-    from mistral_chat.model.sharding import Shard
+    from mistral_chat.model.sharding import Shard, placements
 
+    shards = [Shard(args, world_size, rank) for rank in range(world_size)]
+    tables = [placements(shard) for shard in shards]
     most = args.max_seq_len or DEFAULT_MAX_SEQ_LEN
     asked = config.max_seq_len
 
     def plan(rank: int, room: int, max_seq_len: int | None) -> "Plan":
         return plan_memory(
-            Shard(args, world_size, rank),
+            shards[rank],
+            tables[rank],
             dtype=dtype,
             device=device,
             free=room,

@@ -14,11 +14,12 @@ from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.codes import FAILED
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.interrupts import require_no_interrupt
-from mistral_chat.engine.launch import launched_rank, launched_ranks
+from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import OutputError
 
 if TYPE_CHECKING:
     from mistral_chat.cli.talk.inputs import Inputs
+    from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["run"]
 
@@ -40,23 +41,24 @@ def run(options: flags.Options, words: list[str], begun: Begun) -> int:
 
     require_model(options.engine.model)
     say_what_starts(options, begun)
-    from mistral_chat.cli.checks import check_model
     from mistral_chat.cli.talk.inputs import read_inputs
 
-    if not begun.by_us:
-        n_ranks = (options.nproc_per_node or 1) if rank is None else launched_ranks()
-        check_model(options.engine, n_ranks)
+    folder = start.check(options)
     inputs = read_inputs(options, for_ranks=rank is None)
     with begun.handed_on():
-        code = start.launch(options, words)
+        code = start.launch(options, words, folder.args.n_heads)
     if code is not None:
         return code
     with contextlib.ExitStack() as held:
-        return _lead(options, inputs, begun, held)
+        return _lead(options, folder, inputs, begun, held)
 
 
 def _lead(
-    options: flags.Options, inputs: "Inputs", begun: Begun, held: contextlib.ExitStack
+    options: flags.Options,
+    folder: "ModelFolder",
+    inputs: "Inputs",
+    begun: Begun,
+    held: contextlib.ExitStack,
 ) -> int:
     """Rank 0: load, then answer or chat; what is held is let go afterwards."""
     from mistral_chat.cli.console.terminal import QuietTerminal
@@ -101,7 +103,7 @@ def _lead(
     start.end_on_signals(lambda code: end_process("", code), signal.SIGTERM, signal.SIGHUP)
     try:
         loaded = start.load(
-            options.engine, group, begun.at, quiet=options.quiet, stats=options.stats
+            options.engine, folder, group, begun.at, quiet=options.quiet, stats=options.stats
         )
     except PeerFailedError:
         return FAILED

@@ -22,6 +22,7 @@ from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.cli.console.work_folder import work_folder
 from mistral_chat.cli.hub import embedded, pip_fetch
 from mistral_chat.errors import EmbeddedModelError
+from tests.conftest import open_folder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_folder_holds_what_was_pinned(embedded_folder: Path) -> None:
 
 
 def test_tokenizer_round_trips(embedded_folder: Path) -> None:
-    tokenizer = Tokenizer.from_folder(embedded_folder)
+    tokenizer = Tokenizer.from_folder(open_folder(embedded_folder))
     assert tokenizer.n_words == 49_344
     draw = random.Random(3)
     texts = ["The capital of France.", "x = {1: 'a'}\n\tpass", "naïve 日本語 🦊👩‍👩‍👧"]

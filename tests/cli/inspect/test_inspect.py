@@ -22,7 +22,7 @@ from mistral_chat.engine.memory import plan_memory
 from mistral_chat.engine.start_up import load_runner
 from mistral_chat.errors import NotEnoughMemoryError, TokenizerError
 from mistral_chat.model.args import TransformerArgs
-from mistral_chat.model.sharding import Shard
+from mistral_chat.model.sharding import Shard, placements
 from tests.conftest import ROOT, TINY, Run, command_env, make_folder, random_weights
 
 GB = 10**9
@@ -128,9 +128,11 @@ LARGE_ARGS = TransformerArgs(
 
 def admits(world_size: int, rank: int, free: int, max_seq_len: int) -> bool:
     """Whether a run of so many GPUs is not refused."""
+    shard = Shard(LARGE_ARGS, world_size, rank)
     try:
         plan_memory(
-            Shard(LARGE_ARGS, world_size, rank),
+            shard,
+            placements(shard),
             dtype=torch.bfloat16,
             device=torch.device("cuda"),
             free=free,
