@@ -137,7 +137,7 @@ def follow(config: "EngineConfig") -> int:
 
     try:
         group = current_group()
-        group.set_on_lost(on_lost)
+        group.lifeline.on_lost = on_lost
         for number in (signal.SIGTERM, signal.SIGHUP):  # gloo waits without hearing Python's
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
@@ -210,7 +210,7 @@ def end_with(
         os._exit(code)
 
     parent.set_on_gone(lambda: end_process(parent.GONE))
-    group.set_on_lost(end_process)
+    group.lifeline.on_lost = end_process
     return end_process
 
 
@@ -307,7 +307,7 @@ def parting(group: "Group") -> Iterator[None]:
         _part(group)
         raise
     except Exception:
-        group.await_verdict()
+        group.lifeline.await_verdict()
         group.expect_end()
         raise
     _part(group)

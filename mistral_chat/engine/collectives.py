@@ -1,139 +1,121 @@
-"""torch's process groups, as one run's ranks own them: sums, gathers, and rank 0's tensors to all.
+"""How ranks sum, gather logits and pass on tokens: the `Collective`s of more than one rank.
 
-gloo on CPU, which may wait for a month and does not spin, and NCCL on GPUs. They belong to a
-`Group` and end with it: torch's global default group is not used, since there is one of it in a
-process and a program may have several models open. Knows nothing of steps or of lifelines.
+A decode step's go through memory that the GPUs of one node map from each other, where they can;
+all others through the process group (NCCL; on CPU gloo or memory of the node). Either can be
+captured in a CUDA graph.
 """
 
-import hmac
-from datetime import timedelta
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    AllreduceOptions,
-    AllToAllOptions,
-    BroadcastOptions,
-    GatherOptions,
-    ProcessGroup,
-)
 
-from mistral_chat.engine.notes import Notes, NotesStore
-from mistral_chat.engine.place import Place
+from mistral_chat.engine.group import Group
+from mistral_chat.engine.shared_memory import share_memory, why_no_peer_access
+from mistral_chat.kernels import ops
+from mistral_chat.model import few_rows
+from mistral_chat.model.operations import Alone, Collective, Rows
+from mistral_chat.model.sharding import Shard
+from mistral_chat.model.transformer import Transformer
 
-__all__ = ["Collectives", "WrongPeerError"]
-
-# Waiting for a person to type: longer than anyone thinks. gloo counts in nanoseconds in 63 bits.
-PATIENCE = timedelta(days=30)
-START_TIMEOUT = timedelta(minutes=10)
-_PROOF_BYTES = 32
+__all__ = ["GroupCollective", "PeerCollective", "collective_of", "decode_collective"]
 
 
-class WrongPeerError(RuntimeError):
-    """A stranger has taken a rank's place in gloo."""
-
-
-class Collectives:
-    """What passes between all ranks through torch; every rank makes one at the same time.
+class GroupCollective:
+    """Through the process group.
 
     Args:
-        place: of this process.
-        notes: where the ranks tell each other how to connect.
-        key: what all ranks know and nobody else; they prove it to each other.
-
-    Raises:
-        RuntimeError: a rank has gone, or a stranger came in between.
+        group: the ranks.
+        widths: columns of logits of each rank.
+        path: what carries it, for people.
     """
 
-    def __init__(self, place: Place, notes: Notes, key: bytes) -> None:
-        self._rank, self._world_size = place.rank, place.world_size
-        # torch keeps the C++ half of a store alone, which without its Python half knows no verbs;
-        # NCCL asks it for the first time at the first sum.
-        self._stores = {name: NotesStore(notes, f"{name}/") for name in ("group", "gloo", "nccl")}
-        self._group = ProcessGroup(self._stores["group"], place.rank, place.world_size)
-        self._gloo = _make_gloo(place, self._stores["gloo"])
-        self._group._register_backend(
-            torch.device("cpu"), ProcessGroup.BackendType.GLOO, self._gloo
-        )
-        self._group._set_default_backend(ProcessGroup.BackendType.GLOO)
-        self._check_peers(key)
-        self._gloo._set_default_timeout(PATIENCE)
-        if torch.cuda.is_available() and place.local_rank < torch.cuda.device_count():
-            torch.cuda.set_device(place.local_rank)
-            self._group._register_backend(
-                torch.device("cuda"),
-                ProcessGroup.BackendType.NCCL,
-                _make_nccl(place, self._stores["nccl"]),
-            )
+    def __init__(self, group: Group, widths: tuple[int, ...], path: str = "") -> None:
+        self.path = path
+        self._group = group
+        self._widths = widths
 
-    def _check_peers(self, key: bytes) -> None:
-        """Have all prove that they are ranks: gloo takes whoever connects first for one."""
+    def reduce_add_norm(
+        self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Rows, Tensor]:
+        """All-reduce, then add and norm."""
+        with self._group.collectives() as groups:
+            groups.all_reduce(partial)
+        return ops.add_norm(partial, residual, weight, eps)
 
-        def proof(by: int, to: int) -> Tensor:
-            said = hmac.digest(key, b"%d to %d" % (by, to), "sha256")
-            return torch.frombuffer(bytearray(said), dtype=torch.uint8)
+    def gather_columns(self, part: Tensor) -> Tensor | None:
+        """Gather the ranks' parts, which need not be equally wide."""
+        padded = part.new_zeros(len(part), max(self._widths))  # a gather wants equal shapes
+        padded[:, : part.shape[1]] = part
+        with self._group.collectives() as groups:
+            parts = groups.gather(padded)
+        if parts is None:
+            return None
+        return torch.cat([p[:, :n] for p, n in zip(parts, self._widths, strict=True)], dim=1)
 
-        everyone = range(self._world_size)
-        ours = torch.cat([proof(self._rank, to) for to in everyone])
-        theirs = torch.zeros_like(ours)
-        self._gloo.alltoall_base(theirs, ours, [], [], AllToAllOptions()).wait()
-        if not torch.equal(theirs, torch.cat([proof(by, self._rank) for by in everyone])):
-            raise WrongPeerError("a stranger connected to a rank as if it were another")
-
-    def all_reduce(self, tensor: Tensor, *, minimum: bool = False) -> None:
-        """Sum over ranks, or the least of them, in place."""
-        options = AllreduceOptions()
-        op: Any = dist.ReduceOp.MIN if minimum else dist.ReduceOp.SUM
-        options.reduceOp = op
-        self._run("allreduce", [tensor], options)
-
-    def broadcast(self, tensor: Tensor) -> None:
+    def broadcast(self, tokens: Tensor) -> None:
         """Give rank 0's tensor to all, in place."""
-        options = BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        self._run("broadcast", [tensor], options)
-
-    def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """Every rank's tensor on rank 0, None on the others; of the same shape on all ranks."""
-        parts = [torch.empty_like(tensor) for _ in range(self._world_size)]
-        options = GatherOptions()
-        options.rootRank = 0
-        self._run("gather", [parts] if self._rank == 0 else [], [tensor], options)
-        return parts if self._rank == 0 else None
-
-    def _run(self, verb: str, *arguments: Any) -> None:
-        arguments[-1].asyncOp = False  # on the current stream, where a graph may be captured
-        work = getattr(self._group, verb)(*arguments)
-        if work is not None:
-            work.wait()
-
-    def close(self, *, in_peace: bool) -> None:
-        """Let go of connections, threads and communicators.
-
-        Args:
-            in_peace: whether all ranks do, so that what they have begun will end.
-        """
-        if in_peace:
-            self._group.shutdown()
-        else:
-            self._group.abort()
-        del self._group, self._gloo, self._stores
+        with self._group.collectives() as groups:
+            groups.broadcast(tokens)
 
 
-def _make_gloo(place: Place, store: NotesStore) -> Any:
-    gloo: Any = dist.ProcessGroupGloo
-    options = gloo._Options()
-    options._timeout = START_TIMEOUT
-    on_one_node = place.is_on_one_node
-    options._devices = [
-        # What listens for ranks of one node is not to be reached from others.
-        gloo.create_device(hostname="127.0.0.1") if on_one_node else gloo.create_default_device()
-    ]
-    return gloo(store, place.rank, place.world_size, options)
+class PeerCollective:
+    """Through memory that the GPUs of one node map from each other, with kernels of our own.
+
+    Args:
+        rank: this one.
+        dim: of the model.
+        widths: columns of logits of each rank.
+        addresses: (W,) int64, where each rank's `peer.bytes_needed` begin.
+    """
+
+    path = "peer memory"
+
+    def __init__(self, rank: int, dim: int, widths: tuple[int, ...], addresses: Tensor) -> None:
+        from mistral_chat.kernels import peer
+
+        self._kernels = peer
+        self._memory = peer.PeerMemory(rank=rank, addresses=addresses, widths=widths, dim=dim)
+
+    def reduce_add_norm(
+        self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Rows, Tensor]:
+        """Sum, add and norm in one kernel."""
+        return self._kernels.reduce_add_norm(self._memory, partial, residual, weight, eps)
+
+    def gather_columns(self, part: Tensor) -> Tensor | None:
+        """Ranks write to rank 0."""
+        return self._kernels.gather_columns(self._memory, part)
+
+    def broadcast(self, tokens: Tensor) -> None:
+        """Rank 0 writes to all."""
+        self._kernels.broadcast(self._memory, tokens)
 
 
-def _make_nccl(place: Place, store: NotesStore) -> Any:
-    nccl: Any = dist.ProcessGroupNCCL
-    return nccl(store, place.rank, place.world_size, nccl.Options())
+def collective_of(group: Group, shard: Shard) -> Collective:
+    """The collective of any number of rows."""
+    return Alone() if group.world_size == 1 else GroupCollective(group, _widths(group, shard))
+
+
+def decode_collective(group: Group, model: Transformer) -> Collective:
+    """The collective of a decode step; all ranks make it together.
+
+    GPUs of one node that can write each other's memory do; else the process group carries it,
+    and `path` says why.
+    """
+    if group.world_size == 1:
+        return few_rows.alone(model.device)
+    widths = _widths(group, model.shard)
+    why_not = ops.why_no_kernels(model.device) or why_no_peer_access(group)
+    if why_not is None:
+        from mistral_chat.kernels import peer
+
+        dim = model.args.dim
+        addresses = share_memory(group, peer.bytes_needed(dim, widths), model.device)
+        if isinstance(addresses, Tensor):
+            return PeerCollective(group.rank, dim, widths, addresses)
+        why_not = addresses
+    backend = "NCCL" if model.device.type == "cuda" else "the CPU group"
+    return GroupCollective(group, widths, f"{backend} ({why_not})")
+
+
+def _widths(group: Group, shard: Shard) -> tuple[int, ...]:
+    return tuple(len(shard.vocab_of(rank)) for rank in range(group.world_size))

@@ -7,7 +7,7 @@ where they part. Knows nothing of text, templates or files.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -153,13 +153,16 @@ class Engine:
 
     Args:
         runner: rank 0's, whose followers are in their loop.
+        cached: ids whose keys and values the cache holds already, slot by slot.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, cached: Iterable[Sequence[int]] = ()) -> None:
         self.runner = runner
         self._held: list[list[int]] = [[] for _ in range(runner.cache.n_slots)]
+        for held, ids in zip(self._held, cached, strict=False):
+            held.extend(ids)
         self._allowed_words: dict[tuple[int, ...], Tensor] = {}
-        self._step_s = AHEAD_S  # of late
+        self._step_s = AHEAD_S  # recent steps
         self._turn = threading.Lock()  # slots are one generation's at a time
         self._turn_of: int | None = None  # thread
 
@@ -167,10 +170,6 @@ class Engine:
     def max_seq_len(self) -> int:
         """Tokens of one sequence, prompt and answer together."""
         return self.runner.max_seq_len
-
-    def pretend(self, slot: int, ids: list[int]) -> None:
-        """Take it that a slot holds these ids: for measuring a long context without running it."""
-        self._held[slot] = list(ids)
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Go on from one prompt.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mistral_chat.config import EngineConfig, SamplingParams
-from mistral_chat.engine.exchange import collective_of
+from mistral_chat.engine.collectives import collective_of
 from mistral_chat.engine.launch import current_group
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.sampling import Draws, allowed_words, check_finite, choose, log_probability

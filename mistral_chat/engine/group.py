@@ -1,8 +1,7 @@
-"""The ranks of a run, and everything that passes between them.
+"""The ranks of a run: how they meet, what rank 0 tells them, and how they part.
 
-Waiting for rank 0's next step happens in gloo, which may wait for a month and does not spin; sums
-of activations use NCCL on GPUs and, on CPU, memory that the ranks of one node share, or gloo across
-nodes. Nothing that comes from another rank is unpickled. Knows nothing of sequences.
+Waiting for rank 0's next step happens in gloo, which may wait for a month and does not spin.
+Nothing that comes from another rank is unpickled. Knows nothing of models or sequences.
 """
 
 import contextlib
@@ -11,19 +10,17 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from mistral_chat.engine.collectives import Collectives
-from mistral_chat.engine.lifeline import Lifeline, OnLost
+from mistral_chat.engine.lifeline import Lifeline
 from mistral_chat.engine.meeting import meet
 from mistral_chat.engine.node_memory import NodeMemory
 from mistral_chat.engine.notes import Notes
 from mistral_chat.engine.place import Place
-from mistral_chat.engine.shared_memory import SharedMemory
+from mistral_chat.engine.process_groups import ProcessGroups
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import MistralChatError, RankLostError
 
@@ -32,10 +29,8 @@ __all__ = ["Group", "PeerFailedError", "Place"]
 HEADER = 64
 MOST_INTEGERS = 1 << 26  # of a step; more is not one
 MOST_SHARED_BYTES = 1 << 30
-VERDICT_S = 1.0
 ENDING_S = 5.0  # for a thread that has heard of a loss to say so, on a machine that is busy
 SPEAK_TIMEOUT_S = 5.0
-OTHERS_CANNOT_SHARE = "another rank cannot share its memory"
 
 
 class PeerFailedError(RankLostError):
@@ -46,7 +41,7 @@ class Closable(Protocol):
     """What holds device memory, graphs or communicators of a group."""
 
     def close(self) -> None:
-        """Let go of them."""
+        """Release it."""
 
 
 class Group:
@@ -57,8 +52,6 @@ class Group:
             returns on all of them.
         look: called several times a second while others are waited for, to raise where that is of
             no use any more.
-        shards: parts that a model is divided into; None is one for each rank. More than that
-            leaves this process with the part of its rank and nobody to sum with: for measuring.
     """
 
     def __init__(
@@ -66,17 +59,14 @@ class Group:
         place: Place,
         *,
         look: Callable[[], None] = lambda: None,
-        shards: int | None = None,
     ) -> None:
         self.place = place
         self.rank = place.rank
         self.world_size = place.world_size
-        self.shards = shards or place.world_size
-        self._lifeline = Lifeline({})
-        self._notes = Notes(place.rank)
-        self._collectives: Collectives | None = None
-        self._node_memory: NodeMemory | None = None
-        self._shared_memory: list[SharedMemory] = []
+        self.lifeline = Lifeline({})
+        self.notes = Notes(place.rank)
+        self._process_groups: ProcessGroups | None = None
+        self._held: list[Closable] = []
         self._users: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._n_topics = 0
         self._has_failed = False
@@ -99,39 +89,46 @@ class Group:
     def _meet(self, look: Callable[[], None]) -> None:
         meeting = meet(self.place, look)
         others = sorted(meeting.connections)
-        self._lifeline = Lifeline(meeting.connections, self._notes.hear)
-        self._notes.open(self._lifeline, others)
+        self.lifeline = Lifeline(meeting.connections, self.notes.hear)
+        self.notes.open(self.lifeline, others)
+        node_memory: NodeMemory | None = None
         try:
             if meeting.memory is not None:
-                self._node_memory = NodeMemory(self.rank, self.world_size, meeting.memory)
+                node_memory = NodeMemory(self.rank, self.world_size, meeting.memory)
         finally:
             if meeting.memory is not None:
                 os.close(meeting.memory)
         if self.is_leader:
-            self._notes.set("key", secrets.token_bytes(32))
-        self._collectives = Collectives(self.place, self._notes, self._notes.get("key"))
-
-    def set_on_lost(self, on_lost: OnLost) -> None:
-        """Have `on_lost` called, from a thread, when another rank ends; it must end the process."""
-        self._lifeline.on_lost = on_lost
+            self.notes.set("key", secrets.token_bytes(32))
+        key = self.notes.get("key")
+        self._process_groups = ProcessGroups(self.place, self.notes, key, node_memory)
 
     def close_with_me(self, user: Closable) -> None:
         """Have `user` closed before the group is; it may go earlier."""
         self._users.add(user)
 
+    def hold(self, memory: Closable) -> None:
+        """Keep what the ranks' kernels write to, and close it once they are all done."""
+        self._held.append(memory)
+
     @contextlib.contextmanager
-    def _exchanging(self) -> Iterator[Collectives]:
-        """Give the collectives, and translate their errors."""
-        assert self._collectives is not None
+    def collectives(self) -> Iterator[ProcessGroups]:
+        """Give what ranks sum, gather and broadcast through; more than one rank only.
+
+        Raises:
+            RankLostError: on rank 0: what failed.
+            PeerFailedError: on the others, after rank 0 was told.
+        """
+        assert self._process_groups is not None
         with self._translating():
-            yield self._collectives
+            yield self._process_groups
 
     @contextlib.contextmanager
     def _translating(self) -> Iterator[None]:
-        """Translate what torch and the kernel say of a rank that is gone.
+        """Translate errors of torch and the system about a rank that is gone.
 
-        Usually the lifeline hears of the loss as well, says which rank it was and ends the
-        process; whichever of the two comes first, that is what people see.
+        Usually the lifeline notices the loss as well, says which rank it was and ends the
+        process; people see whichever of the two comes first.
 
         Raises:
             RankLostError: on rank 0, and wherever ranks have not met: what failed.
@@ -145,101 +142,14 @@ class Group:
             self._has_failed = True
             first = (str(error) or type(error).__name__).splitlines()[0]
             what = f"an exchange with the other ranks failed ({first})"
-            if not self._lifeline.has_others:
+            if not self.lifeline.has_others:
                 raise RankLostError(what) from error
-            if self._lifeline.await_an_end(SPEAK_TIMEOUT_S):
+            if self.lifeline.await_an_end(SPEAK_TIMEOUT_S):
                 time.sleep(ENDING_S)  # it is about to end this process
             if self.is_leader:
                 raise RankLostError(what) from error
-            self._lifeline.fail(what)
+            self.lifeline.fail(what)
             raise PeerFailedError(what) from error
-
-    # What the model asks for.
-
-    def all_reduce(self, partial: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        if self.world_size == 1:
-            return partial
-        if self._node_memory and partial.device.type == "cpu":
-            self._node_memory.all_reduce(partial)
-        else:
-            with self._exchanging() as collectives:
-                collectives.all_reduce(partial)
-        return partial
-
-    def gather_columns(self, part: Tensor, sizes: Sequence[int]) -> Tensor | None:
-        """Put the ranks' columns side by side on rank 0.
-
-        Args:
-            part: (n, sizes[rank]) of this rank.
-            sizes: columns of every rank.
-
-        Returns:
-            (n, sum of sizes) on rank 0, None on the others.
-        """
-        if self.world_size == 1:
-            return part
-        widest = max(sizes)
-        padded = part.new_zeros(len(part), widest)  # a gather wants equal shapes
-        padded[:, : part.shape[1]] = part
-        if self._node_memory and part.device.type == "cpu":
-            parts = self._node_memory.gather(padded)
-        else:
-            with self._exchanging() as collectives:
-                parts = collectives.gather(padded)
-        if parts is None:
-            return None
-        return torch.cat([p[:, :size] for p, size in zip(parts, sizes, strict=True)], dim=1)
-
-    def hand_over(self, tokens: Tensor) -> None:
-        """Give rank 0's tensor to all, in place."""
-        if self.world_size > 1:
-            with self._exchanging() as collectives:
-                collectives.broadcast(tokens)
-
-    def why_no_peer_access(self) -> str | None:
-        """Why the GPUs cannot write each other's memory; None when they can. The same on all ranks.
-
-        Every rank must call it.
-        """
-        if self.place.local_world_size != self.world_size:
-            return "ranks on several nodes"
-        here = self.place.local_rank
-        others = [gpu for gpu in range(self.world_size) if gpu != here]
-        all_can = all(torch.cuda.can_device_access_peer(here, gpu) for gpu in others)
-        return None if self.minimum(int(all_can)) else "GPUs without peer access"
-
-    def share_memory(self, n_bytes: int, device: torch.device) -> Tensor | str:
-        """Make zeroed GPU memory that all ranks of this node can write.
-
-        Every rank must call it; it stays until the group is closed.
-
-        Returns:
-            (world_size,) int64 on the device: where each rank's begins in this address space; or
-            why there is none, on all ranks, as in a container that forbids handing it on.
-        """
-        why_not = ""
-        memory: SharedMemory | None = None
-        try:
-            memory = SharedMemory(n_bytes, device)
-        except RuntimeError as error:
-            why_not = str(error).splitlines()[0]
-        number = self.new_topic()
-        if not self.minimum(int(not why_not)):  # the others would wait for it in `meet`
-            return why_not or OTHERS_CANNOT_SHARE
-        assert memory is not None
-        found: Tensor | str
-        try:
-            found = memory.meet(self._notes, self.rank, self.world_size, number)
-        except RuntimeError as error:
-            found = str(error).splitlines()[0]
-        # Nobody writes before all have cleared theirs, nor where one cannot.
-        if self.minimum(int(isinstance(found, Tensor))):
-            self._shared_memory.append(memory)
-            return found
-        return found if isinstance(found, str) else OTHERS_CANNOT_SHARE
-
-    # What rank 0 tells, and what ranks agree on.
 
     def send(self, step: Step | None) -> None:
         """Rank 0: tell the others what to run; None ends their loop."""
@@ -249,22 +159,22 @@ class Group:
         header = torch.zeros(HEADER, dtype=torch.int64)
         inline = packed[: HEADER - 1]
         header[: len(inline) + 1] = torch.tensor([len(packed), *inline])
-        with self._exchanging() as collectives:
-            collectives.broadcast(header)
+        with self.collectives() as groups:
+            groups.broadcast(header)
             if len(packed) > len(inline):
-                collectives.broadcast(torch.tensor(packed[len(inline) :]))
+                groups.broadcast(torch.tensor(packed[len(inline) :]))
 
     def receive(self) -> Step | None:
         """Other ranks: wait, however long it takes, for what to run; None is the end."""
         header = torch.zeros(HEADER, dtype=torch.int64)
-        with self._exchanging() as collectives:
-            collectives.broadcast(header)
+        with self.collectives() as groups:
+            groups.broadcast(header)
             length, *packed = header.tolist()
             if not 0 <= length <= MOST_INTEGERS:
                 raise RuntimeError(f"a step of {length:,} integers")
             if length > len(packed):
                 rest = torch.zeros(length - len(packed), dtype=torch.int64)
-                collectives.broadcast(rest)
+                groups.broadcast(rest)
                 packed += rest.tolist()
             try:
                 return Step.unpack(packed[:length]) if length else None
@@ -281,14 +191,14 @@ class Group:
             return value
         said = json.dumps(value).encode() if self.is_leader else b""
         size = torch.tensor([len(said)])
-        with self._exchanging() as collectives:
-            collectives.broadcast(size)
+        with self.collectives() as groups:
+            groups.broadcast(size)
             if not 0 < int(size) <= MOST_SHARED_BYTES:
                 raise RuntimeError(f"a value of {int(size):,} bytes")
             data = torch.zeros(int(size), dtype=torch.uint8)
             if self.is_leader:
                 data[:] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-            collectives.broadcast(data)
+            groups.broadcast(data)
             try:
                 return json.loads(data.numpy().tobytes())
             except (ValueError, RecursionError) as error:
@@ -299,8 +209,8 @@ class Group:
         if self.world_size == 1:
             return value
         least = torch.tensor([value], dtype=torch.int64)
-        with self._exchanging() as collectives:
-            collectives.all_reduce(least, minimum=True)
+        with self.collectives() as groups:
+            groups.minimum(least)
         return int(least)
 
     @contextlib.contextmanager
@@ -327,7 +237,7 @@ class Group:
         if failure is not None and first_failed == self.rank:
             raise failure
         # A launcher ends all ranks when one ends: let the one speak first.
-        self._lifeline.await_an_end(SPEAK_TIMEOUT_S)
+        self.lifeline.await_an_end(SPEAK_TIMEOUT_S)
         raise PeerFailedError(f"rank {first_failed} has failed")
 
     def new_topic(self) -> int:
@@ -335,27 +245,10 @@ class Group:
         self._n_topics += 1
         return self._n_topics
 
-    def tell(self, text: str) -> None:
-        """Let rank 0 know something in one line, or as rank 0 all others; from any thread."""
-        self._lifeline.tell(text)
-
-    def told(self) -> dict[int, str]:
-        """The last line that each other rank told: on rank 0 of all others, else rank 0's."""
-        return dict(self._lifeline.told)
-
-    def fail(self, message: str) -> None:
-        """Tell rank 0 why this rank is about to end."""
-        self._lifeline.fail(message)
-
-    def await_verdict(self) -> None:
-        """After a failed collective: where a lost rank is why, the lifeline says so and ends us."""
-        if self._lifeline.has_others:
-            time.sleep(VERDICT_S)
-
     def expect_end(self) -> None:
         """From now on, ranks that end are no failure."""
         self._has_failed = True
-        self._lifeline.expect_end()
+        self.lifeline.expect_end()
 
     def close(self) -> None:
         """Part from the other ranks, and let go of all that this one held for them.
@@ -365,12 +258,11 @@ class Group:
         for user in [*self._users]:
             user.close()
         in_peace = not self._has_failed
-        self._lifeline.close(in_peace=in_peace)
-        self._notes.close()
-        if self._collectives is not None:
-            self._collectives.close(in_peace=in_peace)
-            self._collectives = None
-        for memory in self._shared_memory:
-            memory.close()
-        self._shared_memory.clear()
-        self._node_memory = None
+        self.lifeline.close(in_peace=in_peace)
+        self.notes.close()
+        if self._process_groups is not None:
+            self._process_groups.close(in_peace=in_peace)
+            self._process_groups = None
+        for held in self._held:
+            held.close()
+        self._held.clear()

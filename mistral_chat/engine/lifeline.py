@@ -13,11 +13,13 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["Lifeline", "OnLost", "OnNote"]
 
 CLOSE_TIMEOUT_S = 5.0
+VERDICT_S = 1.0
 _HEAD = struct.Struct("<BI")  # what it is, bytes that follow
 _BYE, _TOLD, _FAILED, _NOTE = range(4)
 _MOST_BYTES = 1 << 24
@@ -123,6 +125,11 @@ class Lifeline:
     def tell(self, text: str) -> None:
         """Have the other end, of rank 0 all others, find this line in `told`."""
         self._send(_TOLD, text.encode())
+
+    def await_verdict(self) -> None:
+        """After a failed collective: leave the thread time to end the process for a lost rank."""
+        if self._connections:
+            time.sleep(VERDICT_S)
 
     def fail(self, message: str) -> None:
         """Tell rank 0 why this rank is about to end."""

@@ -118,8 +118,8 @@ class Watch:
             if self._group.is_leader:
                 self._look()
             else:
-                self._group.tell(self._own_line())
-                if self._group.told().get(0) == self._stop_line():
+                self._group.lifeline.tell(self._own_line())
+                if self._group.lifeline.told.get(0) == self._stop_line():
                     self._reading.stop()
             if ended:
                 return
@@ -142,7 +142,7 @@ class Watch:
             for known in self._ranks:
                 known.moved, known.spoke = known.moved + away, known.spoke + away
         self._looked = now
-        for rank, line in {**self._group.told(), 0: self._own_line()}.items():
+        for rank, line in {**self._group.lifeline.told, 0: self._own_line()}.items():
             if self._heard.get(rank) == line:
                 continue
             self._heard[rank] = line
@@ -150,7 +150,7 @@ class Watch:
             if topic != self._topic:
                 continue
             if failed:
-                self._group.tell(self._stop_line())
+                self._group.lifeline.tell(self._stop_line())
                 self._reading.stop()
             known = self._ranks[rank]
             if read != known.read or total != known.total:

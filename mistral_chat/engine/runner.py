@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mistral_chat.engine.collectives import PeerCollective, decode_collective
 from mistral_chat.engine.decoder import Choosing, Decoder, Pending
-from mistral_chat.engine.exchange import PeerCollective, decode_collective
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.memory import Plan
 from mistral_chat.engine.step import Step
@@ -122,17 +122,6 @@ class Runner:
             vocab_size=self.vocab_size, is_leader=self.group.is_leader,
         )  # fmt: skip
         self.decoder.warm_up()
-
-    def resize(self, max_batch_size: int, max_seq_len: int) -> None:
-        """Another cache in place of this one, which is forgotten; all ranks together."""
-        model = self.model
-        had_decoder, self.decoder = self.decoder is not None, None
-        dtype, device = self.cache.k.dtype, self.cache.k.device
-        self._cache = None  # its memory goes first
-        self.max_seq_len = max_seq_len
-        self._cache = KVCache(model.shard, max_batch_size, max_seq_len, dtype, device)
-        if had_decoder:
-            self.open_decoder()
 
     @property
     def path(self) -> str:

@@ -20,10 +20,12 @@ from torch._C._distributed_c10d import (
     _unregister_process_group,
 )
 
+from mistral_chat.engine.group import Group
 from mistral_chat.engine.notes import Notes, NotesStore
 
-__all__ = ["SharedMemory"]
+__all__ = ["SharedMemory", "share_memory", "why_no_peer_access"]
 
+OTHERS_CANNOT_SHARE = "another rank cannot share its memory"
 _TURN = threading.Lock()  # torch counts meetings, and names its sockets, by process
 _COUNTED = re.compile(r"([^/]+)/(\d+)(?=/|$)")
 
@@ -96,3 +98,47 @@ class SharedMemory:
     def close(self) -> None:
         """Unmap; nothing may write there any more."""
         del self._memory, self._handle
+
+
+def why_no_peer_access(group: Group) -> str | None:
+    """Why the GPUs cannot write each other's memory; None when they can. The same on all ranks.
+
+    Every rank must call it.
+    """
+    if group.place.local_world_size != group.world_size:
+        return "ranks on several nodes"
+    here = group.place.local_rank
+    others = [gpu for gpu in range(group.world_size) if gpu != here]
+    all_can = all(torch.cuda.can_device_access_peer(here, gpu) for gpu in others)
+    return None if group.minimum(int(all_can)) else "GPUs without peer access"
+
+
+def share_memory(group: Group, n_bytes: int, device: torch.device) -> Tensor | str:
+    """Make zeroed GPU memory that all ranks of this node can write.
+
+    Every rank must call it; the memory stays until the group is closed.
+
+    Returns:
+        (world_size,) int64 on the device: where each rank's begins in this address space; or
+        why there is none, on all ranks, as in a container that forbids handing it on.
+    """
+    why_not = ""
+    memory: SharedMemory | None = None
+    try:
+        memory = SharedMemory(n_bytes, device)
+    except RuntimeError as error:
+        why_not = str(error).splitlines()[0]
+    number = group.new_topic()
+    if not group.minimum(int(not why_not)):  # the others would wait for it in `meet`
+        return why_not or OTHERS_CANNOT_SHARE
+    assert memory is not None
+    found: Tensor | str
+    try:
+        found = memory.meet(group.notes, group.rank, group.world_size, number)
+    except RuntimeError as error:
+        found = str(error).splitlines()[0]
+    # Nobody writes before all have cleared theirs, nor where one cannot.
+    if group.minimum(int(isinstance(found, Tensor))):
+        group.hold(memory)
+        return found
+    return found if isinstance(found, str) else OTHERS_CANNOT_SHARE

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from mistral_chat.config import EngineConfig
-from mistral_chat.engine.exchange import collective_of
+from mistral_chat.engine.collectives import collective_of
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.loading import OnLoading, Watch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
@@ -95,12 +95,13 @@ def _begin(
     group: Group,
     make: Callable[[TransformerArgs], AnyTransformer],
     folder: ModelFolder | None = None,
+    shard_of: int | None = None,
 ) -> tuple[AnyTransformer, Plan, Reading | None]:
     """Check, plan, make the empty model, and start reading its weights or draw random ones."""
     with group.together():
         folder = folder or ModelFolder.open(config)
         args = replace(folder.args, max_batch_size=config.max_batch_size)
-        shard = Shard(args, group.shards, group.rank)
+        shard = Shard(args, shard_of or group.world_size, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)
     headers: Headers | None = None
@@ -191,6 +192,7 @@ def load_runner(
     meanwhile: Callable[[], None] = lambda: None,
     *,
     folder: ModelFolder | None = None,
+    shard_of: int | None = None,
 ) -> Runner:
     """`load_model`, with its cache; kernels are made ready while weights are read.
 
@@ -200,17 +202,19 @@ def load_runner(
         on_loading: on rank 0 told of progress, from a thread.
         meanwhile: run on this rank while weights are read; if it fails, all ranks fail.
         folder: of the config, where this rank has opened it already; None opens it.
+        shard_of: how many shares the model is divided into; None is one for each rank. A single
+            rank with more than one takes the first share and has nobody to sum with.
 
     Raises:
         MistralChatError: as `load_model`, or from `meanwhile`.
     """
 
     def make(args: TransformerArgs) -> Transformer:
-        shard = Shard(args, group.shards, group.rank)
+        shard = Shard(args, shard_of or group.world_size, group.rank)
         return Transformer(args, shard, collective_of(group, shard))
 
     started = time.monotonic()
-    model, plan, reading = _begin(config, group, make, folder)
+    model, plan, reading = _begin(config, group, make, folder, shard_of)
     begun = time.monotonic()
     with _watched(reading, group, on_loading):
         runner = Runner(

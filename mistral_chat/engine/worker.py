@@ -49,12 +49,12 @@ def serve(config: EngineConfig, group: Group) -> None:
     except MistralChatError:
         raise
     except torch.OutOfMemoryError as error:
-        group.fail(f"out of memory: {str(error).splitlines()[0]}")
+        group.lifeline.fail(f"out of memory: {str(error).splitlines()[0]}")
         raise PeerFailedError("told rank 0") from error
     except Exception as error:
-        group.await_verdict()
+        group.lifeline.await_verdict()
         traceback.print_exc()
-        group.fail(f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
+        group.lifeline.fail(f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
         raise PeerFailedError("told rank 0") from error
     group.close()
 

@@ -554,17 +554,6 @@ def test_decoder_advances_however_its_steps_are_divided() -> None:
     assert [len(row) for row in found[0]] == [2] * 12
 
 
-def test_resized_runner_still_decodes_from_the_device() -> None:
-    engine, runner = make_decoding(max_seq_len=16)
-    answer(engine, draw_ids(4))
-    runner.resize(2, 50)
-    asked = len(runner.asked)
-    again = Engine(runner)
-    assert answer(again, draw_ids(20)) == greedy_by_hand(draw_ids(20), 6)
-    assert len(runner.asked) > asked
-    assert runner.path == "one by one"
-
-
 # Ranks.
 
 

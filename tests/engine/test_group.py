@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mistral_chat.engine import group as group_module
+from mistral_chat.engine import shared_memory
 from mistral_chat.engine.group import Group, PeerFailedError, Place
 from mistral_chat.engine.lifeline import Lifeline
 from mistral_chat.errors import CheckpointError, RankLostError
@@ -29,7 +30,7 @@ def test_rank_without_memory_to_share_is_waited_for_by_nobody(
         def meet(self, *_: object) -> None:
             pytest.fail("the others would wait here")
 
-    monkeypatch.setattr(group_module, "SharedMemory", Memory)
+    monkeypatch.setattr(shared_memory, "SharedMemory", Memory)
     agreed = []
 
     def minimum(value: int) -> int:
@@ -38,7 +39,7 @@ def test_rank_without_memory_to_share_is_waited_for_by_nobody(
 
     group = Group(Place())
     monkeypatch.setattr(group, "minimum", minimum)
-    why_not = group.share_memory(64, torch.device("cpu"))
+    why_not = shared_memory.share_memory(group, 64, torch.device("cpu"))
     assert agreed == [int(failing == "another")]
     assert (
         why_not
@@ -54,7 +55,7 @@ SAID = r"an exchange with the other ranks failed \(\[pair.cc:534\] Connection cl
 
 
 class Broken:
-    """Collectives whose connections have gone."""
+    """Process groups whose connections have gone."""
 
     def __init__(self, error: Exception = BROKEN) -> None:
         self._error = error
@@ -78,12 +79,12 @@ def lifelines() -> Iterator[tuple[Lifeline, Lifeline]]:
 
 
 def group_of_two(
-    rank: int, lifeline: Lifeline | None = None, collectives: object | None = None
+    rank: int, lifeline: Lifeline | None = None, groups: object | None = None
 ) -> Group:
     group = Group(Place(rank=rank))
     group.world_size = 2
-    group._lifeline = lifeline or Lifeline({})
-    group._collectives = collectives or Broken()  # type: ignore[assignment]
+    group.lifeline = lifeline or Lifeline({})
+    group._process_groups = groups or Broken()  # type: ignore[assignment]
     return group
 
 
@@ -137,11 +138,11 @@ def test_ranks_that_cannot_meet_are_told_of_it() -> None:
 def test_own_lack_of_memory_is_no_broken_exchange() -> None:
     short = Broken(torch.OutOfMemoryError("out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
-        group_of_two(1, collectives=short).share(None)
+        group_of_two(1, groups=short).share(None)
 
 
 class Says:
-    """Collectives in which rank 0 says what it likes, as integers and as bytes."""
+    """Process groups in which rank 0 says what it likes, as integers and as bytes."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._tensors = list(tensors)
@@ -176,7 +177,7 @@ def test_what_is_shared_is_json_or_an_error(tmp_path: Path, what: str) -> None:
     size = {"nothing": 0, "endless": 1 << 60}.get(what, len(said))
     data = torch.frombuffer(bytearray(said or b"0"), dtype=torch.uint8)
     with pytest.raises(RankLostError, match="an exchange with the other ranks failed"):
-        group_of_two(1, collectives=Says(integers(size), data)).share(None)
+        group_of_two(1, groups=Says(integers(size), data)).share(None)
     assert not (tmp_path / "ran").exists()
 
 
@@ -202,7 +203,7 @@ def test_what_is_shared_is_json_or_an_error(tmp_path: Path, what: str) -> None:
 )
 def test_malformed_step_is_an_error(said: tuple[int, ...]) -> None:
     with pytest.raises(RankLostError, match="step"):
-        group_of_two(1, collectives=Says(integers(*said))).receive()
+        group_of_two(1, groups=Says(integers(*said))).receive()
 
 
 def test_rank_that_fails_silently_waits_for_the_one_that_speaks() -> None:

@@ -368,7 +368,7 @@ def test_port_that_is_none_is_an_error(start_run: Start, port: str) -> None:
 SCRIPT = """
 from mistral_chat.engine.launch import current_group
 group = current_group()
-assert group._node_memory is None
+assert group._process_groups.node_memory is None
 print(group.share({"a": [1, None]} if group.is_leader else None), group.minimum(5 - group.rank))
 group.close()
 """

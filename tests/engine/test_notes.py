@@ -9,10 +9,10 @@ import psutil
 import pytest
 import torch
 
-from mistral_chat.engine.collectives import Collectives, WrongPeerError
 from mistral_chat.engine.lifeline import Lifeline
 from mistral_chat.engine.notes import Notes, NotesStore
 from mistral_chat.engine.place import Place
+from mistral_chat.engine.process_groups import ProcessGroups, StrangerError
 from mistral_chat.engine.shared_memory import _MeetingStore
 
 LONG_S = 60.0
@@ -157,17 +157,17 @@ def test_ranks_prove_to_each_other_in_gloo_too(make_ranks: Make, stranger: int |
     def act(rank: int) -> list[int]:
         place = Place(rank=rank, world_size=3, local_world_size=3, local_rank=rank)
         key = b"another" if rank == stranger else b"key"
-        collectives = Collectives(place, ranks.notes[rank], key)
+        groups = ProcessGroups(place, ranks.notes[rank], key, None)
         total = torch.tensor([rank])
-        collectives.all_reduce(total)
-        collectives.close(in_peace=True)
+        groups.all_reduce(total)
+        groups.close(in_peace=True)
         return list(total)
 
     results = ranks.run(act)
     if stranger is None:
         assert results == [[3]] * 3
     else:
-        assert all(isinstance(result, WrongPeerError) for result in results)
+        assert all(isinstance(result, StrangerError) for result in results)
 
 
 def test_gloo_listens_on_this_machine_alone(make_ranks: Make) -> None:
@@ -176,7 +176,7 @@ def test_gloo_listens_on_this_machine_alone(make_ranks: Make) -> None:
 
     def act(rank: int) -> None:
         place = Place(rank=rank, world_size=2, local_world_size=2, local_rank=rank)
-        here[rank] = Collectives(place, ranks.notes[rank], b"key")
+        here[rank] = ProcessGroups(place, ranks.notes[rank], b"key", None)
 
     ranks.run(act)
     own = psutil.Process().net_connections(kind="tcp")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from mistral_chat.config import SamplingParams
+from mistral_chat.engine.collectives import collective_of
 from mistral_chat.engine.engine import Engine, Request, Token
-from mistral_chat.engine.exchange import collective_of
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.launch import current_group
 from mistral_chat.engine.runner import Runner
@@ -89,9 +89,11 @@ def run_shape(group: Group, args: TransformerArgs, *, decoder: bool) -> Runner:
 def collect(group: Group) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for way in ("node memory", "gloo"):
+        groups = group._process_groups
         if way == "gloo":
-            group._node_memory = None  # what ranks on several nodes do
-        elif group._node_memory is None:
+            if groups is not None:
+                groups.node_memory = None  # what ranks on several nodes do
+        elif groups is None or groups.node_memory is None:
             continue
         seen[way] = {}
         for name, args in SHAPES.items():

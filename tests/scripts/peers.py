@@ -11,11 +11,12 @@ os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 from mistral_chat.config import SamplingParams
+from mistral_chat.engine.collectives import PeerCollective
 from mistral_chat.engine.decoder import Choosing, Decoder
-from mistral_chat.engine.exchange import PeerCollective
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.launch import place
 from mistral_chat.engine.sampling import allowed_words
+from mistral_chat.engine.shared_memory import share_memory
 from mistral_chat.engine.step import Chunk
 from mistral_chat.kernels import peer
 from mistral_chat.kernels.elementwise import Scaled
@@ -39,7 +40,7 @@ def draw(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def open_peers(group: Group, widths: tuple[int, ...], device: torch.device) -> PeerCollective:
-    addresses = group.share_memory(peer.bytes_needed(DIM, widths), device)
+    addresses = share_memory(group, peer.bytes_needed(DIM, widths), device)
     assert isinstance(addresses, torch.Tensor), addresses
     return PeerCollective(group.rank, DIM, widths, addresses)
 
@@ -75,7 +76,8 @@ def check_long_run(exchange: PeerCollective, group: Group) -> None:
         _, residual = exchange.reduce_add_norm((residual * mine).tanh(), residual / 2, gain, 1e-5)
     assert residual.isfinite().all()
     of_rank_0 = residual.cpu().view(torch.uint8)
-    group.hand_over(of_rank_0)
+    with group.collectives() as groups:
+        groups.broadcast(of_rank_0)
     assert torch.equal(of_rank_0, residual.cpu().view(torch.uint8))
 
 

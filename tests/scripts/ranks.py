@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mistral_chat.config import EngineConfig, SamplingParams
+from mistral_chat.engine.collectives import GroupCollective
 from mistral_chat.engine.engine import Engine, Request, Token
 from mistral_chat.engine.group import Group
 from mistral_chat.engine.launch import current_group
@@ -24,6 +25,7 @@ from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import CheckpointError, MistralChatError
 from mistral_chat.generate import generate
 from mistral_chat.model.args import TransformerArgs
+from mistral_chat.model.operations import Alone
 from mistral_chat.transformer import Transformer
 
 # 9 heads in 3 groups, head_dim that is not dim / n_heads, a prime vocabulary.
@@ -125,12 +127,21 @@ def exchange(group: Group) -> dict[str, Any]:
     sizes = [11 // world_size + (r < 11 % world_size) for r in range(world_size)]
     mine = whole.split(sizes, dim=1)[rank].contiguous()
     big = torch.randn(N_BIG, generator=torch.Generator().manual_seed(rank))
+
+    def summed(tensor: torch.Tensor) -> torch.Tensor:
+        if world_size > 1:
+            with group.collectives() as groups:
+                groups.all_reduce(tensor)
+        return tensor
+
+    collective = GroupCollective(group, tuple(sizes)) if world_size > 1 else Alone()
+
     seen: dict[str, Any] = {
-        "sum": group.all_reduce(torch.tensor([1.0, 10.0**rank, float(rank)])),
-        "sum of one": group.all_reduce(torch.tensor(2.0 + rank).view(1)),
-        "big sum": group.all_reduce(big),
-        "bfloat16 sum": group.all_reduce(torch.full((3, 4), 1 + rank, dtype=torch.bfloat16)),
-        "columns": group.gather_columns(mine, sizes),
+        "sum": summed(torch.tensor([1.0, 10.0**rank, float(rank)])),
+        "sum of one": summed(torch.tensor(2.0 + rank).view(1)),
+        "big sum": summed(big),
+        "bfloat16 sum": summed(torch.full((3, 4), 1 + rank, dtype=torch.bfloat16)),
+        "columns": collective.gather_columns(mine),
         "share": group.share({"rank": rank, "text": "é" * 1000} if group.is_leader else None),
         "minimum": group.minimum(10 - rank),
     }
@@ -165,15 +176,17 @@ def fail_together(group: Group) -> list[str]:
 def collect(models: dict[str, Path]) -> dict[str, Any]:
     group = current_group()
     seen: dict[str, Any] = {}
+    groups = group._process_groups
     for way in ("node memory", "gloo"):
         chosen = models if way == "node memory" else {name: models[name] for name in SLOW_WAY}
         seen[way] = {
-            "used": group._node_memory is not None,
+            "used": groups is not None and groups.node_memory is not None,
             "models": run_models(group, chosen),
             "exchange": exchange(group),
             "generate": run_generate(group),
         }
-        group._node_memory = None  # what ranks on several nodes do
+        if groups is not None:
+            groups.node_memory = None  # what ranks on several nodes do
     return seen
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mistral_chat.engine.measure import WARM_UP, prompt
+from mistral_chat.cli.bench.measure import WARM_UP, prompt
 from mistral_chat.engine.runner import Runner
 from mistral_chat.errors import CheckpointError, UsageError
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN

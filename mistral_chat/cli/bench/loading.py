@@ -19,8 +19,9 @@ def run(
     group: "Group",
     about: dict[str, Any],
     *,
+    shard_of: int | None,
     cold: bool,
-    peer: bool,
+    competitor: bool,
     as_json: bool,
 ) -> None:
     """Measure and print.
@@ -29,16 +30,19 @@ def run(
         config: which folder, device and type.
         group: the ranks.
         about: device, commit and command, for the head of the result.
+        shard_of: measure one rank's share of so many.
         cold: forget the files before each reading.
-        peer: measure safetensors, too.
+        competitor: measure safetensors, too.
         as_json: one object instead of a table.
 
     Raises:
         MistralChatError: the folder cannot be read.
     """
-    from mistral_chat.engine.measure_loading import measure_loading
+    from mistral_chat.cli.bench.measure_loading import measure_loading
 
-    result = about | measure_loading(config, group, cold=cold, peer=peer)
+    result = about | measure_loading(
+        config, group, shard_of=shard_of, cold=cold, competitor=competitor
+    )
     if group.is_leader:
         print(json.dumps(result) if as_json else _text(result))
 
@@ -59,8 +63,8 @@ def _text(result: dict[str, Any]) -> str:
         rows.append(("ceiling: copies to the GPUs", result["bytes_wanted"] / copy, copy))
     if once := result.get("read_once_s"):
         rows.append(("reading the files, one thread", once, result["files_bytes"] / once))
-    if peer := result.get("safetensors_s"):
-        rows.append(("safetensors, get_slice", peer, result["safetensors_bytes_per_s"]))
+    if theirs := result.get("safetensors_s"):
+        rows.append(("safetensors, get_slice", theirs, result["safetensors_bytes_per_s"]))
     for name, seconds, speed in rows:
         table.add_row(name, f"{seconds:.2f}", f"{speed / 1e9:.2f}")
     console = Console(highlight=False)

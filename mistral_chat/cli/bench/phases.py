@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mistral_chat.engine import measure
+from mistral_chat.cli.bench import measure
 from mistral_chat.engine.engine import Engine
 from mistral_chat.engine.runner import Runner
 
@@ -41,7 +41,7 @@ class Wanted:
     kept_to: "tuple[Tokenizer, Grammar] | None" = None
 
 
-Phase = tuple[int, int, Callable[[], None]]
+Phase = tuple[int, int, Callable[[Runner], None]]
 
 
 def phases(
@@ -56,7 +56,8 @@ def phases(
         result: where rank 0 puts its figures.
 
     Yields:
-        slots, positions of each, and what rank 0 then does; the same on every rank.
+        slots, positions of each, and what rank 0 then does with a runner of that shape; the same
+        on every rank.
     """
     plan = runner.plan
     assert plan is not None
@@ -68,10 +69,9 @@ def phases(
         if not contexts:
             continue
 
-        def decode(batch: int = batch, contexts: Sequence[int] = contexts) -> None:
-            engine = Engine(runner)
+        def decode(runner: Runner, batch: int = batch, contexts: Sequence[int] = contexts) -> None:
             for context in contexts:
-                seconds = measure.decode_s(engine, batch, context, n_tokens)
+                seconds = measure.decode_s(runner, batch, context, n_tokens)
                 n_bytes = measure.bytes_per_step(runner, batch, context)
                 result["decode"].append(
                     {
@@ -88,7 +88,7 @@ def phases(
 
     prompts = [n for n in wanted.prompts if n < room]
 
-    def one_sequence() -> None:
+    def one_sequence(runner: Runner) -> None:
         engine = Engine(runner)
         result["first_token"] = [_first_token(engine, n, result) for n in prompts]
         if VERIFY_CONTEXT + max(VERIFY) < runner.max_seq_len:

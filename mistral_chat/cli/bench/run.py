@@ -143,8 +143,8 @@ def _measure(
     imported = time.monotonic()
     import torch
 
+    from mistral_chat.cli.bench import measure
     from mistral_chat.cli.bench import phases as bench_phases
-    from mistral_chat.engine import measure
     from mistral_chat.engine.group import Group, Place
     from mistral_chat.engine.launch import current_group
     from mistral_chat.engine.start_up import choose_device, load_runner
@@ -159,7 +159,7 @@ def _measure(
         folder = folder or ModelFolder.open(options.engine)
         kept_to = Tokenizer.from_folder(folder), read_grammar(options.json_schema)
     aside = time.monotonic() - torch_imported
-    group = Group(Place(), shards=asked.shard_of) if asked.shard_of else current_group()
+    group = Group(Place()) if asked.shard_of else current_group()
     joined = time.monotonic() - aside
     device = choose_device(options.engine.device, group.place.local_rank)
     about = {
@@ -179,8 +179,9 @@ def _measure(
                 options.engine,
                 group,
                 about,
+                shard_of=asked.shard_of,
                 cold=asked.cold,
-                peer=asked.peer is not None,
+                competitor=asked.peer is not None,
                 as_json=asked.as_json,
             )
         group.close()
@@ -189,7 +190,7 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     loading = time.monotonic()
-    runner = load_runner(options.engine, group, folder=folder)
+    runner = load_runner(options.engine, group, folder=folder, shard_of=asked.shard_of)
     loaded = time.monotonic()
     result: dict[str, Any] = about | {
         "dtype": str(runner.model.dtype).removeprefix("torch."),
@@ -198,7 +199,7 @@ def _measure(
         "python": platform.python_version(),
         "path": runner.path,
         "read_gb_per_s": ceiling / 1e9,
-        "product_tflop_per_s": group.minimum(int(measure.product_flops(runner))) / 1e12,
+        "product_tflop_per_s": group.minimum(int(measure.matmul_flops(runner))) / 1e12,
         "sum_us": {path: s * 1e6 for path, s in measure.sum_s(group, runner).items()},
         "start": _start(runner, started, imported, torch_imported, joined, loading, loaded),
         "memory": _memory(runner),
@@ -208,20 +209,19 @@ def _measure(
         batches=asked.batches, contexts=asked.contexts, prompts=asked.prompts, kept_to=kept_to
     )
     for n_slots, max_seq_len, work in bench_phases.phases(wanted, runner, ceiling, result):
-        # Every rank makes the cache; its keys are random, so that long contexts need no run.
-        runner.resize(n_slots, max_seq_len)
-        runner.cache.k.normal_()
-        runner.cache.v.normal_()
+        runner = measure.with_cache(runner, n_slots, max_seq_len)
         if group.is_leader:
-            work()
+            work(runner)
             group.send(None)
         else:
             runner.follow()
     if group.is_leader and asked.peer:
-        from mistral_chat.cli.bench import competitor as peer
+        from mistral_chat.cli.bench import competitor
 
         n_tokens = bench_phases.N_TOKENS[device.type]
-        result["peer"] = peer.decode_beside(options.engine.model, runner, asked.contexts, n_tokens)
+        result["peer"] = competitor.decode_beside(
+            options.engine.model, runner, asked.contexts, n_tokens
+        )
     group.close()
     if not group.is_leader:
         return 0

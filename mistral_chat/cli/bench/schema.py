@@ -14,9 +14,10 @@ from torch import Tensor
 from mistral_chat.chat.chat import make_request
 from mistral_chat.chat.grammar import Grammar
 from mistral_chat.chat.tokenizer import Tokenizer
+from mistral_chat.cli.bench import measure
 from mistral_chat.config import SamplingParams
-from mistral_chat.engine import measure
 from mistral_chat.engine.engine import Engine, Request, Token, TokenMask
+from mistral_chat.engine.runner import Runner
 
 __all__ = ["beside_free_text"]
 
@@ -45,9 +46,9 @@ class _Timed:
         self._taken.append(self._spent + time.perf_counter() - begin)
 
 
-def _gaps(engine: Engine, request: Request) -> list[float]:
+def _gaps(runner: Runner, request: Request) -> list[float]:
     """Seconds between one token and the next."""
-    engine.pretend(0, request.ids)
+    engine = Engine(runner, cached=[request.ids])
     at = [time.perf_counter() for e in engine.generate(request) if isinstance(e, Token)]
     return [after - before for before, after in pairwise(at)]
 
@@ -81,10 +82,11 @@ def beside_free_text(
         )
         assert request.mask is not None
         request.mask = _Timed(request.mask, taken)
-        kept += _gaps(engine, request)
+        kept += _gaps(engine.runner, request)
         params = replace(params, ignore_eos=True)
         free += _gaps(
-            engine, make_request(engine, tokenizer, ids, params, instruct=True, tools=False)[0]
+            engine.runner,
+            make_request(engine, tokenizer, ids, params, instruct=True, tools=False)[0],
         )
         turn += 1
     return {

@@ -50,7 +50,7 @@ def _lines(result: dict[str, Any]) -> str:
         f"{result['threads']} thread(s) a rank, torch {result['torch']}, "
         f"{build_of(result)}\n"
         f"decode: {result['path']}\n"
-        f"ceilings of a rank: reads {result['read_gb_per_s']:.1f} GB/s, products "
+        f"ceilings of a rank: reads {result['read_gb_per_s']:.1f} GB/s, matmuls "
         f"{result['product_tflop_per_s']:.3g} TFLOP/s\n"
         f"start: {whole:.2f} s ({parts})\n"
         f"a rank holds {memory['weights_bytes'] / 1e9:.2f} GB of weights, "
@@ -98,7 +98,7 @@ def _tables(
         for row in result.get("verify", [])
     ]
     sums = [(path, f"{us:.1f}") for path, us in result["sum_us"].items()]
-    first_names = ["prompt", "ms", "TFLOP/s a rank", "of the product ceiling"]
+    first_names = ["prompt", "ms", "TFLOP/s a rank", "of the matmul ceiling"]
     tables: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
         ("decode", names, decode),
         ("time to first token", first_names, first),

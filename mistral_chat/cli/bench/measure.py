@@ -21,17 +21,18 @@ __all__ = [
     "bytes_per_step",
     "decode_s",
     "first_token_s",
+    "matmul_flops",
     "prefill_flops",
-    "product_flops",
     "prompt",
     "read_bandwidth",
     "sum_s",
     "verify_s",
+    "with_cache",
 ]
 
 REPEATS = 7
 WARM_UP = 4
-PRODUCT_ROWS = 2048
+MATMUL_ROWS = 2048
 SUMS = 64  # in one graph
 
 
@@ -77,10 +78,10 @@ def read_bandwidth(device: torch.device) -> float:
     return 4 * len(values) / median_s(lambda: values.sum(), device)
 
 
-def product_flops(runner: Runner) -> float:
-    """Floating-point operations a second of the feed-forward's first product, 2,048 rows."""
+def matmul_flops(runner: Runner) -> float:
+    """Floating-point operations a second of the feed-forward's first matmul, 2,048 rows."""
     weight = runner.model.blocks[0].feed_forward.w13
-    n_rows = PRODUCT_ROWS if weight.device.type == "cuda" else 256
+    n_rows = MATMUL_ROWS if weight.device.type == "cuda" else 256
     x = torch.randn(n_rows, weight.shape[1], device=weight.device).to(weight.dtype)
     work = _several(lambda: x @ weight.t(), 10)
     return 10 * 2 * n_rows * weight.numel() / median_s(work, weight.device)
@@ -129,6 +130,28 @@ def prompt(runner: Runner, length: int, seed: int = 0) -> list[int]:
     return [(7919 * i + 104729 * length + 31 * seed + seed) % size for i in range(length)]
 
 
+def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
+    """The same model with another cache of random keys; all ranks together.
+
+    The runner that is given is closed first: there may be no room for both caches.
+    """
+    model, had_decoder = runner.model, runner.decoder is not None
+    runner.close()
+    runner = Runner(
+        model,
+        runner.group,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        chunk_size=runner.chunk_size,
+        plan=runner.plan,
+    )
+    if had_decoder:
+        runner.open_decoder()
+    runner.cache.k.normal_()  # so that long contexts need no run
+    runner.cache.v.normal_()
+    return runner
+
+
 def bytes_per_step(runner: Runner, batch: int, context: int) -> int:
     """Bytes that one decode step of one rank must read: weights, and keys and values."""
     model = runner.model
@@ -141,11 +164,11 @@ def bytes_per_step(runner: Runner, batch: int, context: int) -> int:
     return weights + batch * context * row
 
 
-def decode_s(engine: Engine, batch: int, context: int, n_tokens: int) -> float:
+def decode_s(runner: Runner, batch: int, context: int, n_tokens: int) -> float:
     """Seconds of a decode step, as a reader of tokens sees them; the median of three answers.
 
     Args:
-        engine: with as many slots as `batch`.
+        runner: with as many slots as `batch`; what its cache holds is taken for the contexts.
         batch: sequences decoded together.
         context: positions that each has in the middle of it.
         n_tokens: how many to decode.
@@ -154,10 +177,10 @@ def decode_s(engine: Engine, batch: int, context: int, n_tokens: int) -> float:
     for turn in range(3):
         requests = []
         for slot in range(batch):
-            ids = prompt(engine.runner, context - n_tokens // 2, turn * batch + slot)
-            engine.pretend(slot, ids)
+            ids = prompt(runner, context - n_tokens // 2, turn * batch + slot)
             params = SamplingParams(max_tokens=n_tokens + WARM_UP, temperature=0, ignore_eos=True)
             requests.append(Request(ids=ids, params=params))
+        engine = Engine(runner, cached=[request.ids for request in requests])
         at = [
             time.perf_counter()
             for index, event in engine.generate_many(requests)
@@ -188,7 +211,7 @@ def first_token_s(engine: Engine, length: int) -> float:
 
 
 def prefill_flops(runner: Runner, length: int) -> int:
-    """Floating-point operations of this rank's products for a prompt (attention not counted)."""
+    """Floating-point operations of this rank's matmuls for a prompt (attention not counted)."""
     model = runner.model
     rows = sum(w.numel() for w in model.blocks[0].parameters() if w.dim() == 2)
     return 2 * length * rows * len(model.blocks)

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from mistral_chat.config import EngineConfig
-from mistral_chat.engine.exchange import collective_of
+from mistral_chat.engine.collectives import collective_of
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.start_up import choose_device, choose_dtype, reading_threads
 from mistral_chat.errors import UsageError
@@ -35,34 +35,35 @@ COPY_BYTES = 2**30
 
 
 def measure_loading(
-    config: EngineConfig, group: Group, *, cold: bool, peer: bool
+    config: EngineConfig, group: Group, *, shard_of: int | None, cold: bool, competitor: bool
 ) -> dict[str, Any]:
     """Read a folder's weights in several ways; every rank must call it.
 
     Args:
         config: which folder, device and type.
         group: the ranks.
+        shard_of: as `load_runner` takes it.
         cold: have the system forget the files before each way, and take each once.
-        peer: read the same slices by safetensors, too.
+        competitor: read the same slices by safetensors, too.
 
     Returns:
         figures, in seconds, bytes and bytes a second; of all ranks where not said otherwise.
 
     Raises:
         CheckpointError: the folder's weights cannot be used.
-        UsageError: no folder, or a peer that cannot read its files.
+        UsageError: no folder, or safetensors cannot read its files.
     """
     if config.model is None:
         raise UsageError("--loading reads a MODEL folder: found none")
     folder = ModelFolder.open(config)
     args = folder.args
-    shard = Shard(args, group.shards, group.rank)
+    shard = Shard(args, shard_of or group.world_size, group.rank)
     device = choose_device(config.device, group.place.local_rank)
     dtype = choose_dtype(config.dtype, device)
     headers = folder.headers
     table = headers.placements(shard)
     paths = sorted({tensor.path for tensor in headers.tensors.values()})
-    if peer and paths[0].suffix != ".safetensors":
+    if competitor and paths[0].suffix != ".safetensors":
         raise UsageError(f"--peer safetensors: found {paths[0].name}")
     n_threads = reading_threads(device, group.place)
     ready = _forget if cold else lambda paths: None
@@ -88,7 +89,7 @@ def measure_loading(
     seconds, share, host_bytes = _read_as_loading_does(
         headers, table, make, device, dtype, n_threads, timed
     )
-    wanted = share if group.shards > group.world_size else -group.minimum(-size)
+    wanted = share if shard_of else -group.minimum(-size)
     plain_s = timed(lambda: _read_plainly(paths, group, n_threads, device))
     result: dict[str, Any] = {
         "files": len(paths),
@@ -111,10 +112,10 @@ def measure_loading(
         result["copy_bytes_per_s"] = _copies(device, group) * group.world_size
         ceilings.append(result["copy_bytes_per_s"])
     result["share_of_lower_ceiling"] = wanted / seconds / min(ceilings)
-    if peer:
-        peer_s = timed(lambda: _read_by_safetensors(headers, table, device, dtype))
-        result["safetensors_s"] = peer_s
-        result["safetensors_bytes_per_s"] = wanted / peer_s
+    if competitor:
+        competitor_s = timed(lambda: _read_by_safetensors(headers, table, device, dtype))
+        result["safetensors_s"] = competitor_s
+        result["safetensors_bytes_per_s"] = wanted / competitor_s
     return result
 
 
