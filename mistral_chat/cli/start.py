@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mistral_chat.cli.codes import FAILED, code_of
 from mistral_chat.cli.console import printing
-from mistral_chat.cli.flags import Options
 from mistral_chat.cli.interrupts import require_no_interrupt
+from mistral_chat.cli.requests import ModelRequest
 from mistral_chat.engine import parent
 from mistral_chat.engine.launch import launched_rank, launched_ranks_here
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
@@ -46,11 +46,11 @@ __all__ = [
 ONE_SPEAKS_S = 2.0
 
 
-def launch(options: Options, words: Sequence[str]) -> int | None:
+def launch(request: ModelRequest, words: Sequence[str]) -> int | None:
     """Start the ranks that are asked for, where no launcher has.
 
     Args:
-        options: as read.
+        request: as read.
         words: the command line that each of them is given.
 
     Returns:
@@ -61,12 +61,12 @@ def launch(options: Options, words: Sequence[str]) -> int | None:
         MistralChatError: the folder cannot be a model's, so that nothing need be started.
     """
     if launched_rank() is None:
-        n_ranks = ranks_to_start(options)
+        n_ranks = ranks_to_start(request)
         if n_ranks > 1:
             return _run_ranks(n_ranks, words)
-    elif options.nproc_per_node not in (None, launched_ranks_here()):
+    elif request.nproc_per_node not in (None, launched_ranks_here()):
         raise UsageError(
-            f"--nproc_per_node is {options.nproc_per_node}, but torchrun started "
+            f"--nproc_per_node is {request.nproc_per_node}, but torchrun started "
             f"{launched_ranks_here()} ranks on this node: leave the flag out"
         )
     return None
@@ -86,7 +86,7 @@ def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
     return ended.code
 
 
-def ranks_to_start(options: Options) -> int:
+def ranks_to_start(options: ModelRequest) -> int:
     """Ranks on this machine: as asked for, else every GPU that the model can use, else one.
 
     Raises:

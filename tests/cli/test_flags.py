@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mistral_chat.cli import flags
+from mistral_chat.cli.main import request_of
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.errors import UsageError
 from tests.conftest import Run
 
@@ -50,11 +51,11 @@ NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--i
 _FIELDS = {"file": "files"}
 
 
-def _parse(*words: str) -> flags.Options:
-    return flags.parse(flags.normalize(["MODEL", *words]))
+def _parse(*words: str) -> ChatRequest:
+    return request_of(["MODEL", *words])
 
 
-def _arrived(options: flags.Options, name: str) -> Any:
+def _arrived(options: ChatRequest, name: str) -> Any:
     name = _FIELDS.get(name, name)
     for part in (options, options.sampling, options.engine):
         if hasattr(part, name):
@@ -292,7 +293,7 @@ def test_flags_that_do_not_go_together_are_refused(words: list[str], said: str) 
 
 def test_model_is_needed() -> None:
     with pytest.raises(UsageError, match="MODEL is missing"):
-        flags.parse(flags.normalize(["--prompt", "x"]))
+        request_of(["--prompt", "x"])
 
 
 def test_preset_sets_what_flags_leave_open(tmp_path: Path) -> None:
@@ -327,7 +328,7 @@ def test_preset_may_not_say_what_to_answer(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_resume_takes_an_id_or_nothing(words: tuple[str, ...], resume: str | None) -> None:
-    options = flags.parse(flags.normalize([*words, "--instruct", "MODEL"]))
+    options = request_of([*words, "--instruct", "MODEL"])
     assert options.resume == resume
     assert options.engine.model == Path("MODEL")
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-
 from mistral_chat.cli.words import OwnFlag, normalize, read_own, whole_from
+
 from mistral_chat.errors import UsageError
 
 OWN = {"size": OwnFlag(int, "a number"), "least": whole_from(2), "json": OwnFlag(name="as_json")}
