@@ -190,6 +190,7 @@ def spell(argv: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[str, str
         if flag is None or flag.is_switch:
             if equals:
                 raise UsageError(f"--{name} is a switch and takes no value; found {text!r}")
+            text = "True"
         elif not equals and flag.or_else:
             pattern, text = flag.or_else
             text = words.pop(0) if words and re.fullmatch(pattern, words[0]) else text

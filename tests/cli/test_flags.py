@@ -48,7 +48,6 @@ NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--i
          "yes": ["--instruct", "--tools=x.py"], "tool_timeout": ["--instruct", "--tools=x.py"],
          "tools_env": ["--instruct", "--tools=x.py"], "logprobs": ["--json"],
          "resume": ["--instruct"]}  # fmt: skip
-_FIELDS = {"file": "files"}
 
 
 def _parse(*words: str) -> ChatRequest:
@@ -56,7 +55,6 @@ def _parse(*words: str) -> ChatRequest:
 
 
 def _arrived(options: ChatRequest, name: str) -> Any:
-    name = _FIELDS.get(name, name)
     for part in (options, options.sampling, options.engine):
         if hasattr(part, name):
             return getattr(part, name)
@@ -126,7 +124,7 @@ def test_heavy_imports_are_seen_by_this_check(
 
 
 def test_help_names_every_flag_once() -> None:
-    text = flags.help_text()
+    text = request_of(["--help"])
     named = re.findall(r"^  --(\w+)", text, re.MULTILINE)
     assert sorted(named) == sorted([*VALUES, *SWITCHES, "no_save", "config", "help", "version"])
     assert "\x1b" not in text
@@ -184,7 +182,7 @@ def test_word_that_is_no_flag_is_never_taken_for_one(word: str) -> None:
 
 def test_commands_without_a_prompt_take_no_text() -> None:
     with pytest.raises(UsageError, match="found 'x' after MODEL: expected one MODEL and flags"):
-        flags.parse(["MODEL", "x"], takes_text=False)
+        request_of(["inspect", "MODEL", "x"])
 
 
 @pytest.mark.parametrize("abbreviated", ["--promp", "--max_tok", "--sys", "--tem"])
@@ -223,7 +221,7 @@ def test_text_that_begins_with_a_hyphen_is_a_value(text: str) -> None:
     ],
 )
 def test_help_is_asked_for_by_the_flag_alone(words: list[str], asks: bool) -> None:
-    assert flags.wants_help(flags.normalize(words)) == asks
+    assert isinstance(request_of(["MODEL", *words]), str) == asks
 
 
 @pytest.mark.parametrize(
@@ -334,8 +332,8 @@ def test_resume_takes_an_id_or_nothing(words: tuple[str, ...], resume: str | Non
 
 
 def test_no_save_is_heard() -> None:
-    assert _parse("--instruct").save
-    assert not _parse("--instruct", "--no-save").save
+    assert not _parse("--instruct").no_save
+    assert _parse("--instruct", "--no-save").no_save
 
 
 @pytest.mark.parametrize("words", [("--resume",), ("--instruct", "--resume", "--prompt", "x")])
