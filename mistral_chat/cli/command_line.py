@@ -47,7 +47,7 @@ class Flag:
         table: of a preset that may set it: "run", "generation" or none.
         metavar: how its value is shown; empty is by its kind.
         reads: from text to value, a ValueError for one that cannot be; None is by its kind.
-        expected: says in an error what `reads` takes.
+        expected: says in an error what it takes, where its kind does not say it all.
         or_else: its value may be left out: the pattern of a next word that is meant as one, and
             the value where there is none.
     """
@@ -78,13 +78,14 @@ class Flag:
         Raises:
             ValueError: what is wrong with the text.
         """
-        if self.choices and text not in self.choices:
-            raise ValueError(f"{shown(text)} is none of {', '.join(self.choices)}")
         try:
-            return text if self.choices else (self.reads or self.kind)(text)
+            if self.choices:
+                return self.choices[self.choices.index(text)]
+            return (self.reads or self.kind)(text)
         except ValueError:
-            said = self.expected or f"{shown(text)} is no {_NUMBERS[self.kind]}"
-            raise ValueError(said) from None
+            names = f"none of {', '.join(self.choices)}" if self.choices else ""
+            said = names or f"no {_NUMBERS.get(self.kind, self.expected)}"
+            raise ValueError(f"{shown(text)} is {said}") from None
 
     def read_all(self, text: str) -> Any:
         """What Fire reads with: all values of a flag that repeats.
@@ -96,7 +97,7 @@ class Flag:
             return tuple(map(self.read, text.split(BETWEEN))) if self.repeats else self.read(text)
         except ValueError as error:
             if self.expected:
-                raise UsageError(f"--{self.name} is {text!r}: expected {error}") from None
+                raise UsageError(f"--{self.name} is {text!r}: expected {self.expected}") from None
             raise UsageError(f"argument --{self.name}: {error}; see mistral-chat --help") from None
 
 
@@ -291,10 +292,11 @@ def _metavar(flag: Flag | None, name: str) -> str:
 
 
 def _meaning(flag: Flag, text: str) -> str:
+    says_default = flag.default is not None and (flag.choices or flag.kind in _NUMBERS)
+    default = f" ({flag.default})" if says_default and not flag.repeats else ""
     if flag.choices:
-        return f"{' | '.join(flag.choices)} ({flag.default}): {text}"
-    is_number = flag.kind in _NUMBERS and flag.default is not None
-    return text + f" ({flag.default})" * is_number + " (repeatable)" * flag.repeats
+        return f"{' | '.join(flag.choices)}{default}: {text}"
+    return f"{text}{default}{' (repeatable)' * flag.repeats}"
 
 
 def _documented(settings: type) -> list[list[tuple[str, str, str]]]:

@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mistral_chat.cli.command_line import flags_of, preset_values
 from mistral_chat.config import EngineConfig, Preset, SamplingParams, flag
@@ -48,17 +48,6 @@ def _whole_from(least: int) -> dict[str, Any]:
     return {"reads": read, "expected": f"a whole number of at least {least}"}
 
 
-def _one_of(expected: str) -> dict[str, Any]:
-    """What `flag` takes of one of the names in a text."""
-
-    def read(text: str) -> str:
-        if text not in re.findall(r"\w+", expected.replace(" or ", " | ")):
-            raise ValueError
-        return text
-
-    return {"metavar": "NAME", "reads": read, "expected": expected}
-
-
 def _whole_numbers(text: str) -> tuple[int, ...]:
     numbers = tuple(int(n) for n in text.split(","))
     if min(numbers) < 1:
@@ -71,12 +60,6 @@ def _bytes(text: str) -> int:
     if not match or match[2] not in _UNITS:
         raise ValueError
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _revision(text: str) -> str:
-    if not text:
-        raise ValueError
-    return text
 
 
 _SOME: dict[str, Any] = {
@@ -260,15 +243,19 @@ class DownloadRequest:
 
     Args:
         revision: a branch, tag or commit (main).
-        layout: auto | consolidated | hf (auto: consolidated where there is one).
+        layout: auto is consolidated where there is one.
     """
 
     repo: str
     folder: Path | None = None
-    revision: str | None = flag(
-        None, metavar="REVISION", reads=_revision, expected="a branch, tag or commit"
+    revision: str | None = flag(None, metavar="REVISION")
+    layout: Literal["auto", "consolidated", "hf"] = flag(
+        "auto", expected="auto | consolidated | hf"
     )
-    layout: str | None = flag(None, **_one_of("auto | consolidated | hf"))
+
+    def __post_init__(self) -> None:
+        if self.revision == "":
+            raise UsageError("--revision is '': expected a branch, tag or commit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +301,9 @@ class BenchRequest(Schema, Json, ModelRequest):
     contexts: tuple[int, ...] = flag((512, 8192, 32768), **_SOME)
     prompts: tuple[int, ...] = flag((128, 512, 2048, 8192), **_SOME)
     shard_of: int | None = flag(None, metavar="N", **_whole_from(2))
-    peer: str | None = flag(None, **_one_of("transformers or safetensors"))
+    peer: Literal["transformers", "safetensors"] | None = flag(
+        None, expected="transformers or safetensors"
+    )
     loading: bool = flag(False)
     cold: bool = flag(False)
     plot: str | None = flag(None, metavar="FILE")

@@ -80,7 +80,7 @@ def _download(request: DownloadRequest) -> Path:
         )
         known = {file.rfilename: _listed(file) for file in info.siblings or ()}
         try:
-            names = choose_files(known, request.layout or "auto")
+            names = choose_files(known, request.layout)
         except DownloadError as error:
             raise DownloadError(f"{request.repo}: {error}") from None
         files = [known[name] for name in names]
