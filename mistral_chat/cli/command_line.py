@@ -12,7 +12,7 @@ import difflib
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from inspect import cleandoc
@@ -28,7 +28,7 @@ from mistral_chat.errors import UsageError, shown
 __all__ = ["Command", "Flag", "flags_of", "preset_values", "read", "spell"]
 
 Command = Callable[..., Any]
-BETWEEN = "\0"  # the values of a repeated flag: no word of argv can hold it
+BETWEEN = "\0"  # the values of a flag that is given several times: no word of argv can hold it
 ABOUT = {"help": "this text", "version": "print the version"}
 INDENT, WIDEST = 26, 100
 _METAVARS = {int: "N", float: "F", Path: "FILE", str: "TEXT"}
@@ -87,18 +87,22 @@ class Flag:
             said = names or f"no {_NUMBERS.get(self.kind, self.expected)}"
             raise ValueError(f"{shown(text)} is {said}") from None
 
-    def read_all(self, text: str) -> Any:
-        """What Fire reads with: all values of a flag that repeats.
+    def read_all(self, texts: str) -> Any:
+        """What Fire reads with: the values of a flag that repeats, the last one of another.
 
         Raises:
-            UsageError: the text cannot be read, with the flag's name.
+            UsageError: a text that cannot be read, with the flag's name.
         """
-        try:
-            return tuple(map(self.read, text.split(BETWEEN))) if self.repeats else self.read(text)
-        except ValueError as error:
-            if self.expected:
-                raise UsageError(f"--{self.name} is {text!r}: expected {self.expected}") from None
-            raise UsageError(f"argument --{self.name}: {error}; see mistral-chat --help") from None
+        values = []
+        for text in texts.split(BETWEEN):
+            try:
+                values.append(self.read(text))
+            except ValueError as error:
+                said = f"argument --{self.name}: {error}; see mistral-chat --help"
+                if self.expected:
+                    said = f"--{self.name} is {text!r}: expected {self.expected}"
+                raise UsageError(said) from None
+        return tuple(values) if self.repeats else values[-1]
 
 
 @cache
@@ -137,10 +141,12 @@ def read(commands: Mapping[str, Command], argv: Sequence[str], default: str) -> 
     is_named = bool(argv) and argv[0] in commands and argv[0] != default
     name, typed = (argv[0], argv[1:]) if is_named else (default, argv)
     command = commands[name]
-    flags = flags_of(_request(command))
-    given, words = spell(typed, flags)
+    request, main_job = _request(command), _request(commands[default])
+    flags = flags_of(request)
+    about = ABOUT if issubclass(request, main_job) else ["help"]
+    given, words = spell(typed, flags, about)
     if "help" in given:
-        return _help(command, _request(commands[default]))
+        return _help(command, main_job)
     if "version" in given:
         return f"mistral-chat {__version__}\n"
     import fire
@@ -159,12 +165,15 @@ def _request(command: Command) -> type:
     return request
 
 
-def spell(argv: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[str, str], list[str]]:
+def spell(
+    argv: Sequence[str], flags: Mapping[str, Flag], about: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
     """Give words of a command line their one meaning.
 
     Args:
         argv: the words.
-        flags: by name; `--help` and `--version` are two besides.
+        flags: by name.
+        about: switches besides, such as `help`.
 
     Returns:
         the flags that are given, with their texts, and the words that are none.
@@ -173,7 +182,7 @@ def spell(argv: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[str, str
         UsageError: an unknown or misspelt flag, or one without its value.
     """
     words, given, others = list(argv), dict[str, str](), list[str]()
-    names = [*flags, *ABOUT]
+    names = [*flags, *about]
     while words:
         word = words.pop(0)
         if word == "--":
@@ -203,8 +212,7 @@ def spell(argv: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[str, str
                     f"flag is written --{name}=TEXT)"
                 )
             text = words.pop(0)
-        repeated = flag is not None and flag.repeats and name in given
-        given[name] = f"{given[name]}{BETWEEN}{text}" if repeated else text
+        given[name] = f"{given[name]}{BETWEEN}{text}" if name in given else text
     return given, others
 
 

@@ -109,6 +109,8 @@ def test_help_comes_before_values_that_cannot_be(words: list[str]) -> None:
         (["-j"], "unknown flag -j"),
         (["--help", "--siez"], "unknown flag --siez"),
         (["share", "--json"], "unknown flag --json"),
+        (["share", "--version"], "unknown flag --version"),
+        (["--size", "x", "--size", "1"], "--size is 'x': expected a number"),
         (["--words", "x"], "unknown flag --words"),
     ],
 )
