@@ -12,11 +12,10 @@ import difflib
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from inspect import cleandoc
-from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -29,7 +28,6 @@ __all__ = ["Command", "Flag", "flags_of", "preset_values", "read", "spell"]
 
 Command = Callable[..., Any]
 BETWEEN = "\0"  # the values of a flag that is given several times: no word of argv can hold it
-ABOUT = {"help": "this text", "version": "print the version"}
 INDENT, WIDEST = 26, 100
 _METAVARS = {int: "N", float: "F", Path: "FILE", str: "TEXT"}
 _NUMBERS: dict[Any, str] = {int: "whole number", float: "number"}
@@ -50,6 +48,8 @@ class Flag:
         expected: says in an error what it takes, where its kind does not say it all.
         or_else: its value may be left out: the pattern of a next word that is meant as one, and
             the value where there is none.
+        title: what its line of help stands under.
+        help: that line.
     """
 
     name: str
@@ -61,16 +61,28 @@ class Flag:
     reads: Callable[[str], Any] | None = None
     expected: str = ""
     or_else: tuple[str, str] | None = None
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether it takes no value."""
-        return self.kind is bool
+    title: str = ""
+    help: str = ""
 
     @property
     def choices(self) -> tuple[str, ...]:
         """What its value may be, where that is one of a few names."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def shown(self) -> str:
+        """What stands behind its name in help: its value."""
+        value = self.metavar or _METAVARS.get(self.kind, "NAME")
+        return self.metavar if self.kind is bool else f" {value}"
+
+    @property
+    def help_line(self) -> str:
+        """Its line of help, with what its declaration says already."""
+        says_default = self.default is not None and (self.choices or self.kind in _NUMBERS)
+        default = f" ({self.default})" if says_default and not self.repeats else ""
+        if self.choices:
+            return f"{' | '.join(self.choices)}{default}: {self.help}"
+        return f"{self.help}{default}{' (repeatable)' * self.repeats}"
 
     def read(self, text: str) -> Any:
         """One value.
@@ -105,23 +117,48 @@ class Flag:
         return tuple(values) if self.repeats else values[-1]
 
 
+_HELP = Flag(name="help", kind=bool, default=False, metavar=", -h", title="About", help="this text")
+_VERSION = Flag(name="version", kind=bool, default=False, title="About", help="print the version")
+
+
 @cache
 def flags_of(settings: type) -> dict[str, Flag]:
     """The flags that a dataclass declares, by name; those of dataclasses within it too."""
+    said = {
+        name: (title, text)
+        for kind in reversed(settings.__mro__)
+        for title, name, text in _documented(kind)
+    }
     found: dict[str, Flag] = {}
     for field in fields(settings):
+        title, text = said.get(field.name, ("", ""))
         kinds = get_args(field.type) if NoneType in get_args(field.type) else (field.type,)
         kind: Any = next(kind for kind in kinds if kind is not NoneType)
         if is_dataclass(kind):
-            found |= flags_of(kind)  # type: ignore[arg-type]
+            within = flags_of(kind)  # type: ignore[arg-type]
+            found |= {name: replace(flag, title=title) for name, flag in within.items()}
         elif "flag" in field.metadata:
-            about = field.metadata["flag"]
+            about = {"title": title, "help": text, **field.metadata["flag"]}
             repeats = get_origin(kind) is tuple and "reads" not in about
             kind = get_args(kind)[0] if repeats else kind
             found[field.name] = Flag(
                 name=field.name, kind=kind, default=field.default, repeats=repeats, **about
             )
     return found
+
+
+def _documented(kind: type) -> list[tuple[str, str, str]]:
+    """Title, name and text of each field that a class's own docstring tells of."""
+    found: list[tuple[str, str, str]] = []
+    title = ""
+    for line in cleandoc(kind.__doc__ or "").splitlines():
+        if entry := re.fullmatch(r"    (\w+): (.*)", line):
+            found.append((title, entry[1], entry[2]))
+        elif line.startswith("     ") and found:
+            found[-1] = (*found[-1][:2], f"{found[-1][2]} {line.strip()}")
+        elif line.endswith(":") and not line.startswith(" "):
+            title = line[:-1]
+    return [(title, name, text.removesuffix(".")) for title, name, text in found]
 
 
 def read(commands: Mapping[str, Command], argv: Sequence[str], default: str) -> Any:
@@ -143,8 +180,8 @@ def read(commands: Mapping[str, Command], argv: Sequence[str], default: str) -> 
     command = commands[name]
     request, main_job = _request(command), _request(commands[default])
     flags = flags_of(request)
-    about = ABOUT if issubclass(request, main_job) else ["help"]
-    given, words = spell(typed, flags, about)
+    about = [_HELP, _VERSION] if issubclass(request, main_job) else [_HELP]
+    given, words = spell(typed, flags | {flag.name: flag for flag in about})
     if "help" in given:
         return _help(command, main_job)
     if "version" in given:
@@ -165,15 +202,12 @@ def _request(command: Command) -> type:
     return request
 
 
-def spell(
-    argv: Sequence[str], flags: Mapping[str, Flag], about: Iterable[str]
-) -> tuple[dict[str, str], list[str]]:
+def spell(argv: Sequence[str], flags: Mapping[str, Flag]) -> tuple[dict[str, str], list[str]]:
     """Give words of a command line their one meaning.
 
     Args:
         argv: the words.
         flags: by name.
-        about: switches besides, such as `help`.
 
     Returns:
         the flags that are given, with their texts, and the words that are none.
@@ -182,7 +216,6 @@ def spell(
         UsageError: an unknown or misspelt flag, or one without its value.
     """
     words, given, others = list(argv), dict[str, str](), list[str]()
-    names = [*flags, *about]
     while words:
         word = words.pop(0)
         if word == "--":
@@ -192,12 +225,12 @@ def spell(
             continue
         name, equals, text = ("--help" if word == "-h" else word).removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        if name not in flags:
+            close = difflib.get_close_matches(name, flags, n=1, cutoff=0.6)
             hint = f"did you mean --{close[0]}?" if close else "see mistral-chat --help"
             raise UsageError(f"unknown flag {word.partition('=')[0]}: {hint}")
-        flag = flags.get(name)
-        if flag is None or flag.is_switch:
+        flag = flags[name]
+        if flag.kind is bool:
             if equals:
                 raise UsageError(f"--{name} is a switch and takes no value; found {text!r}")
             text = "True"
@@ -205,7 +238,7 @@ def spell(
             pattern, text = flag.or_else
             text = words.pop(0) if words and re.fullmatch(pattern, words[0]) else text
         elif not equals:
-            if not words or _names_flag(words[0], names):
+            if not words or _names_flag(words[0], flags):
                 found = f"the flag {words[0]}" if words else "nothing"
                 raise UsageError(
                     f"--{name} needs a value; found {found} after it (a text that looks like a "
@@ -216,9 +249,9 @@ def spell(
     return given, others
 
 
-def _names_flag(word: str, names: Sequence[str]) -> bool:
+def _names_flag(word: str, flags: Mapping[str, Flag]) -> bool:
     name = word.partition("=")[0].lstrip("-").replace("-", "_")
-    return word.startswith("--") and name in names
+    return word.startswith("--") and name in flags
 
 
 def preset_values(path: Path, flags: Mapping[str, Flag]) -> tuple[Preset, dict[str, Any]]:
@@ -249,7 +282,7 @@ def preset_values(path: Path, flags: Mapping[str, Flag]) -> tuple[Preset, dict[s
 
 
 def _read_value(flag: Flag, value: Any) -> Any:
-    if flag.is_switch:
+    if flag.kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{value!r} is neither true nor false")
         return value
@@ -266,74 +299,27 @@ def _help(command: Command, main_job: type) -> str:
     """
     request = _request(command)
     flags = flags_of(request)
-    is_main_job = issubclass(request, main_job)
-    # Titles as the request has them, then its bases'; rows from its bases on.
-    said = _documented(request) if is_main_job else [_entries(request)]
-    sections: dict[str, dict[str, str]] = {title: {} for rows in said for title, _, _ in rows}
-    for title, name, text in chain.from_iterable(reversed(said)):
-        if name in flags:
-            sections[title][name] = _meaning(flags[name], text)
-    named = set().union(*sections.values())
-    if is_main_job:
-        sections["About"] = sections.pop("About", {}) | ABOUT
-    width = min(WIDEST, shutil.get_terminal_size().columns - 2)
+    titles = [title for kind in request.__mro__ for title, *_ in _documented(kind)]
+    shows = [*flags.values(), _HELP, _VERSION]
+    if not issubclass(request, main_job):
+        titles = ["Args"]
+        shows = [replace(flags[name], title="Args") for _, name, _ in _documented(request)]
     lines: list[str] = []
-    for title, rows in sections.items():
+    for title in dict.fromkeys([*titles, *(flag.title for flag in shows)]):
         lines += [] if title == "Args" else ["", f"{title[0].lower()}{title[1:]}:"]
-        for name, text in rows.items():
-            first = f"  --{name}{_metavar(flags.get(name), name)}".ljust(INDENT - 2) + "  "
-            lines += textwrap.wrap(
-                text, width, initial_indent=first, subsequent_indent=" " * INDENT
-            )
-    if left_out := [f"--{name}" for name in flags if name not in named]:
-        text = f"and of the main job: {' '.join(left_out)}"
-        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ")
+        for flag in shows:
+            if flag.title == title:
+                lines += _wrap(
+                    flag.help_line, f"  --{flag.name}{flag.shown}  ".ljust(INDENT), INDENT
+                )
+    if left_out := [name for name in flags if name not in [flag.name for flag in shows]]:
+        named = " ".join(f"--{name}" for name in left_out)
+        lines += _wrap(f"and of the main job: {named}", "  ", 2)
     text = cleandoc(command.__doc__ or "").replace("Usage:", "usage:", 1)
     text = text.replace("{flags}", "\n".join(lines).strip("\n"))
     return text.replace("{sampling}", " ".join(flags_of(SamplingParams))).rstrip() + "\n"
 
 
-def _metavar(flag: Flag | None, name: str) -> str:
-    if flag is None or flag.is_switch:
-        return ", -h" if name == "help" else ""
-    return f" {flag.metavar or _METAVARS.get(flag.kind, 'NAME')}"
-
-
-def _meaning(flag: Flag, text: str) -> str:
-    says_default = flag.default is not None and (flag.choices or flag.kind in _NUMBERS)
-    default = f" ({flag.default})" if says_default and not flag.repeats else ""
-    if flag.choices:
-        return f"{' | '.join(flag.choices)}{default}: {text}"
-    return f"{text}{default}{' (repeatable)' * flag.repeats}"
-
-
-def _documented(settings: type) -> list[list[tuple[str, str, str]]]:
-    """Title, name and text of each field that docstrings tell of, by class: its own come first.
-
-    Fields of settings within it stand under the title of the field that holds them.
-    """
-    classes = []
-    for kind in settings.__mro__[:-1]:
-        within: dict[str, Any] = {f.name: f.type for f in fields(kind) if is_dataclass(f.type)}
-        rows = []
-        for title, name, text in _entries(kind):
-            if name in within:
-                inner = [row for row in _entries(within[name]) if row[1] in flags_of(within[name])]
-                rows += [(title, flag, said) for _, flag, said in inner]
-            else:
-                rows.append((title, name, text))
-        classes.append(rows)
-    return classes
-
-
-def _entries(kind: type) -> list[tuple[str, str, str]]:
-    found: list[tuple[str, str, str]] = []
-    title = ""
-    for line in cleandoc(kind.__doc__ or "").splitlines():
-        if entry := re.fullmatch(r"    (\w+): (.*)", line):
-            found.append((title, entry[1], entry[2]))
-        elif line.startswith("     ") and found:
-            found[-1] = (*found[-1][:2], f"{found[-1][2]} {line.strip()}")
-        elif line.endswith(":") and not line.startswith(" "):
-            title = line[:-1]
-    return [(title, name, text.removesuffix(".")) for title, name, text in found]
+def _wrap(text: str, first: str, indent: int) -> list[str]:
+    width = min(WIDEST, shutil.get_terminal_size().columns - 2)
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * indent)

@@ -8,6 +8,7 @@ Flags that need or exclude each other are checked when a request is made. Import
 import math
 import re
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -153,14 +154,11 @@ class AnswersRequest(Schema, ModelRequest):
         if self.system is not None and self.system_file is not None:
             raise UsageError("--system and --system_file: expected one of them")
         _require_instruct(self, "system", "system_file", "tools")
-        given = {"tools": self.tools, "stop": self.sampling.stop, "json_schema": self.json_schema}
-        for name, is_asked in (
-            ("json_schema", self.json_schema),
-            ("json_object", self.json_object),
-        ):
-            for other, value in given.items():
-                if is_asked and value and name != other:
-                    raise UsageError(f"--{other} and --{name}: expected one of them")
+        given = {**vars(self), "stop": self.sampling.stop}
+        kept_to, others = ("json_schema", "json_object"), ("tools", "stop", "json_schema")
+        for name, other in product(kept_to, others):
+            if name != other and given[name] and given[other]:
+                raise UsageError(f"--{other} and --{name}: expected one of them")
         if self.tools is not None and self.tools.suffix not in (".json", ".py"):
             raise UsageError(
                 f"--tools {self.tools}: expected a .json file of schemas, or a .py file of "
@@ -230,7 +228,7 @@ def _require_instruct(request: AnswersRequest, *names: str) -> None:
 class DemoRequest(ChatRequest):
     """The main job on the embedded model.
 
-    About:
+    What to answer:
         path: print the embedded model's folder and exit.
     """
 
