@@ -21,7 +21,6 @@ from mistral_chat.cli import start
 from mistral_chat.cli.batch import lines as batch_lines
 from mistral_chat.cli.batch import output as batch_output
 from mistral_chat.cli.batch import progress as batch_progress
-from mistral_chat.cli.batch import run as batch
 from mistral_chat.cli.main import main, request_of
 from mistral_chat.engine.group import PeerFailedError
 from mistral_chat.errors import OutputError
@@ -827,4 +826,7 @@ def test_progress_never_wraps(monkeypatch: pytest.MonkeyPatch, columns: int) -> 
 
 def test_help_is_printed_and_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["batch", "--help"]) == 0
-    assert capsys.readouterr().out == batch.HELP
+    out = capsys.readouterr().out
+    assert out == request_of(["batch", "--help"])
+    assert out.startswith("usage: mistral-chat batch MODEL IN.jsonl OUT.jsonl [flags]\n")
+    assert "\n  max_tokens temperature top_p top_k min_p seed stop logprobs    in place" in out
