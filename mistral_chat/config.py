@@ -1,26 +1,38 @@
-"""What a run is asked to do: frozen settings from a TOML preset and flags, checked when made.
+"""Settings of sampling and of the engine, declared once: frozen, and checked when they are made.
 
-Knows nothing of how flags are written, of torch, or of what a machine offers.
+A field made with `flag` is a flag of every command that takes these settings, a key of presets and
+a name for `/set`; its line in the docstring is the flag's help. This file does not know how flags
+are written, torch, or what a machine offers.
 """
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 from mistral_chat.errors import UsageError, shown
 from mistral_chat.files import read_toml
 
-__all__ = ["EngineConfig", "Preset", "SamplingParams", "read_preset"]
+__all__ = ["EngineConfig", "Preset", "SamplingParams", "flag", "read_preset"]
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "consolidated", "hf", "dummy"]
 
-DEVICES = ("auto", "cuda", "cpu")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-LOAD_FORMATS = ("auto", "consolidated", "hf", "dummy")
 COMPLETION_MAX_TOKENS = 256
 HOTTEST = 1e30  # it divides in float32, where a banned token's logit over infinity is NaN
+
+
+T = TypeVar("T")
+
+
+def flag(default: T, **about: Any) -> T:
+    """A dataclass field that a flag of the same name sets.
+
+    Args:
+        default: what the field is where the flag is not given.
+        **about: more of the flag, by the names of the fields of `cli.command_line.Flag`.
+    """
+    return field(default=default, metadata={"flag": about})
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -32,16 +44,17 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
 class SamplingParams:
     """How the tokens of one answer are chosen.
 
+    What None stands for is in parentheses; `logprobs=0` reports the chosen token alone.
+
     Args:
-        max_tokens: most tokens of the answer; None goes on until the context is full.
-        temperature: divides the logits; 0 takes the most likely token, 1e30 is the most.
-        top_p: keep the smallest set of most likely tokens whose probability reaches this.
+        max_tokens: most tokens of one answer (chat: until the context is full; plain: 256).
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: keep the most likely tokens up to this probability.
         top_k: keep this many most likely tokens; 0 keeps all.
-        min_p: drop tokens less likely than this times the most likely one; 0 keeps all.
-        seed: same seed and same ranks give the same answer; None draws one.
-        stop: texts that end the answer; the answer stops before them.
-        logprobs: how many most likely tokens to report per chosen token; None reports nothing,
-            0 the chosen token alone.
+        min_p: drop tokens less likely than this times the best; 0 drops none.
+        seed: same seed, same ranks, same answer (random).
+        stop: text that ends the answer, which stops before it.
+        logprobs: with --json: the N most likely tokens at each place (none).
         prompt_logprobs: report the log-probability of every prompt token after the first.
         ignore_eos: go on after the end token (for measuring).
 
@@ -49,14 +62,14 @@ class SamplingParams:
         UsageError: a value out of its range, named.
     """
 
-    max_tokens: int | None = None
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
+    max_tokens: int | None = flag(None, table="generation")
+    temperature: float = flag(0.7, table="generation")
+    top_p: float = flag(1.0, table="generation")
+    top_k: int = flag(0, table="generation")
+    min_p: float = flag(0.0, table="generation")
+    seed: int | None = flag(None, table="generation")
+    stop: tuple[str, ...] = flag((), table="generation")
+    logprobs: int | None = flag(None)
     prompt_logprobs: bool = False
     ignore_eos: bool = False
 
@@ -93,35 +106,31 @@ class EngineConfig:
 
     Args:
         model: the model's folder; None with `load_format="dummy"` and a shape.
-        device: where it runs; auto is cuda where there is a GPU, else cpu.
-        dtype: of weights and cache; auto is bfloat16 on GPUs that have it, else float16 there,
-            and float32 on CPU.
-        max_seq_len: tokens of context to plan memory for; None is what fits, at most the model's.
+        device: where it runs; auto is cuda where there is one.
+        dtype: of weights and cache; auto is bfloat16 or float16 on GPUs, float32 on CPU.
+        max_seq_len: context to plan memory for, in tokens (what fits, at most the model's).
         max_batch_size: sequences that the cache holds at once.
         chunk_size: most new tokens of one forward pass; None is 2048 on GPUs and 256 on CPU,
             about half a second of either, so that Ctrl-C is heard.
-        load_format: `dummy` makes random weights of the model's shape.
+        load_format: layout of the weights; dummy makes random ones of the model's shape.
         shape: params.json's keys, for dummy weights without a folder.
         seed: of dummy weights.
     """
 
     model: Path | None
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    max_seq_len: int | None = None
+    device: Device = flag("auto", table="run")
+    dtype: Dtype = flag("auto", table="run")
+    max_seq_len: int | None = flag(None, table="run")
     max_batch_size: int = 1
     chunk_size: int | None = None
-    load_format: LoadFormat = "auto"
+    load_format: LoadFormat = flag("auto", table="run")
     shape: dict[str, Any] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        _require(
-            self.load_format in LOAD_FORMATS,
-            "load_format", self.load_format, f"one of {', '.join(LOAD_FORMATS)}",
-        )  # fmt: skip
+        for name, kind in (("device", Device), ("dtype", Dtype), ("load_format", LoadFormat)):
+            value, choices = getattr(self, name), get_args(kind)
+            _require(value in choices, name, value, f"one of {', '.join(choices)}")
         _require(
             self.max_seq_len is None or self.max_seq_len >= 2,
             "max_seq_len", self.max_seq_len, "a whole number of at least 2",

@@ -30,6 +30,7 @@ __all__ = ["CallsCancelledError", "PythonFunctions"]
 MAX_CHARS = 20_000  # of a result: some 5,000 tokens
 MAX_PRINTED_LINES = 200  # shown of one call
 POLL_S = 0.05
+TIMEOUT_S = 60.0  # of one call
 WORKER = Path(__file__).with_name("function_worker.py")
 
 
@@ -58,7 +59,7 @@ class PythonFunctions:
     def __init__(
         self,
         path: Path,
-        timeout_s: float = 60.0,
+        timeout_s: float = TIMEOUT_S,
         on_printed: Callable[[str], None] = lambda line: None,
         variables: Sequence[str] = (),
     ) -> None:

@@ -19,7 +19,7 @@ from mistral_chat.engine.launch import launched_rank, launched_ranks
 from mistral_chat.errors import one_line
 
 if TYPE_CHECKING:
-    from mistral_chat.cli.flags import Options
+    from mistral_chat.cli.requests import ModelRequest
 
 __all__ = ["Begun", "name_of", "say_what_starts"]
 
@@ -69,17 +69,17 @@ def _age_s() -> float:
     return age if 0 <= age <= OWN_START_S else 0.0
 
 
-def say_what_starts(options: "Options", begun: Begun) -> None:
+def say_what_starts(request: "ModelRequest", begun: Begun, *, quiet: bool = False) -> None:
     """Say it at a terminal, at once: importing torch and reading weights take a while."""
-    if begun.by_us or options.quiet or not is_terminal(sys.stderr):
+    if begun.by_us or quiet or not is_terminal(sys.stderr):
         return
     n_ranks: int | None = launched_ranks()
     if launched_rank() is None:  # else GPUs are counted first, which takes longer than this line
-        n_ranks = options.nproc_per_node or (1 if options.engine.device == "cpu" else None)
+        n_ranks = request.nproc_per_node or (1 if request.engine.device == "cpu" else None)
     ranks = f"{n_ranks} ranks of " if n_ranks is not None and n_ranks > 1 else ""
-    device = options.engine.device
+    device = request.engine.device
     where = "" if device == "auto" else f" on {device}"
-    line = f"mistral-chat: starting {ranks}{name_of(options.engine.model)}{where} ..."
+    line = f"mistral-chat: starting {ranks}{name_of(request.engine.model)}{where} ..."
     printing.note(one_line(line), dim=True)
 
 

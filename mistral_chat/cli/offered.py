@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral_chat.cli.console.texts import read_text_file
-from mistral_chat.cli.flags import Options
+from mistral_chat.cli.requests import AnswersRequest
 from mistral_chat.errors import PromptError
 from mistral_chat.files import read_json, read_small_file
 
@@ -40,22 +40,21 @@ class Offered:
     grammar: "Grammar | None" = None
 
 
-def read_offered(options: Options) -> Offered:
+def read_offered(request: AnswersRequest) -> Offered:
     """Read system prompt, tools and schema.
 
     Raises:
         PromptError: one that cannot be read as that.
     """
-    require_text(system=[options.system], stop=options.sampling.stop)
-    system = options.system
-    if options.system_file is not None:
-        system = read_text_file(options.system_file)
-    python = options.tools if options.tools and options.tools.suffix == ".py" else None
-    schemas = options.tools if python is None else None
+    require_text(system=[request.system], stop=request.sampling.stop)
+    system = request.system
+    if request.system_file is not None:
+        system = read_text_file(request.system_file)
+    python, schemas = (request.tools, None) if request.has_python else (None, request.tools)
     if python is not None:
         _check_python(python)
     # Whether files are there and JSON is known before what judges them is imported.
-    for path in (schemas, options.json_schema):
+    for path in (schemas, request.json_schema):
         if path is not None:
             read_json(path, PromptError)
     tools: Sequence[Tool] = ()
@@ -64,10 +63,10 @@ def read_offered(options: Options) -> Offered:
 
         tools = read_tools(schemas)
     grammar: Grammar | None = None
-    if options.json_schema is not None or options.json_object:
+    if request.json_schema is not None or request.json_object:
         from mistral_chat.chat.grammar import choose_grammar, read_grammar
 
-        path = options.json_schema
+        path = request.json_schema
         grammar = read_grammar(path) if path else choose_grammar(None, json_object=True)
     return Offered(system=system, tools=tools, grammar=grammar)
 

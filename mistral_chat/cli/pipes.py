@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mistral_chat.cli.command_line import flags_of
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.errors import PromptError
 from mistral_chat.files import SMALL_FILE_BYTES
 
@@ -20,7 +22,11 @@ __all__ = ["keep_pipe", "keep_pipes", "leave_for_ranks", "read_stdin"]
 
 PATIENCE_S = 1.0
 MOST_KEPT_BYTES = 1 << 30  # a batch's lines may come from a pipe; flags' files are bounded further
-_NAME_A_FILE = ("file", "system_file", "json_schema", "config")  # tools' files tell by their suffix
+_NAME_A_FILE = [
+    flag.name
+    for flag in flags_of(ChatRequest).values()
+    if flag.kind is Path and flag.name != "tools"
+]  # whose suffix says what it is
 
 
 def read_stdin(on_waiting: Callable[[], None]) -> bytes:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mistral_chat.cli.codes import FAILED, code_of
 from mistral_chat.cli.console import printing
-from mistral_chat.cli.flags import Options
 from mistral_chat.cli.interrupts import require_no_interrupt
+from mistral_chat.cli.requests import ModelRequest
 from mistral_chat.engine import parent
 from mistral_chat.engine.launch import launched_rank, launched_ranks, launched_ranks_here
 from mistral_chat.errors import MistralChatError, RankLostError, UsageError
@@ -47,12 +47,12 @@ ONE_SPEAKS_S = 2.0
 
 
 def check(
-    options: Options, n_ranks: int | None = None, *, needs_text: bool = True
+    request: ModelRequest, n_ranks: int | None = None, *, needs_text: bool = True
 ) -> "ModelFolder":
     """Check all that the model's folder must hold, before ranks are started or torch is imported.
 
     Args:
-        options: as read.
+        request: as read.
         n_ranks: how many share the model; None is those that are asked for, or launched.
         needs_text: a tokenizer is needed, too.
 
@@ -62,15 +62,15 @@ def check(
     from mistral_chat.model.folder import ModelFolder
 
     if n_ranks is None:
-        n_ranks = (options.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
-    return ModelFolder.checked(options.engine, n_ranks, needs_text=needs_text)
+        n_ranks = (request.nproc_per_node or 1) if launched_rank() is None else launched_ranks()
+    return ModelFolder.checked(request.engine, n_ranks, needs_text=needs_text)
 
 
-def launch(options: Options, words: Sequence[str], n_heads: int = 1) -> int | None:
+def launch(request: ModelRequest, words: Sequence[str], n_heads: int = 1) -> int | None:
     """Start the ranks that are asked for, unless a launcher already has.
 
     Args:
-        options: as read.
+        request: as read.
         words: the command line that each rank is given.
         n_heads: most ranks that the model can use; unused in ranks that a launcher has started.
 
@@ -81,12 +81,12 @@ def launch(options: Options, words: Sequence[str], n_heads: int = 1) -> int | No
         UsageError: torchrun started another number of ranks than is asked for.
     """
     if launched_rank() is None:
-        n_ranks = _ranks_to_start(options, n_heads)
+        n_ranks = _ranks_to_start(request, n_heads)
         if n_ranks > 1:
             return _run_ranks(n_ranks, words)
-    elif options.nproc_per_node not in (None, launched_ranks_here()):
+    elif request.nproc_per_node not in (None, launched_ranks_here()):
         raise UsageError(
-            f"--nproc_per_node is {options.nproc_per_node}, but torchrun started "
+            f"--nproc_per_node is {request.nproc_per_node}, but torchrun started "
             f"{launched_ranks_here()} ranks on this node: leave the flag out"
         )
     return None
@@ -106,13 +106,13 @@ def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
     return ended.code
 
 
-def _ranks_to_start(options: Options, n_heads: int) -> int:
+def _ranks_to_start(request: ModelRequest, n_heads: int) -> int:
     """Ranks on this machine: as asked for, else every GPU that the model can use, else one."""
     from mistral_chat.engine.launch import visible_gpus
 
-    if options.nproc_per_node is not None:
-        return options.nproc_per_node
-    if options.engine.device == "cpu":
+    if request.nproc_per_node is not None:
+        return request.nproc_per_node
+    if request.engine.device == "cpu":
         return 1
     return max(1, min(visible_gpus(), n_heads))
 

@@ -16,8 +16,8 @@ from mistral_common.protocol.instruct.tool_calls import Function, Tool
 from mistral_chat import LLM, Answer, SamplingParams
 from mistral_chat.chat.batch import answer_many
 from mistral_chat.chat.messages import encode_messages, read_messages
-from mistral_chat.cli import flags
 from mistral_chat.cli.batch import lines as batch_lines
+from mistral_chat.cli.main import request_of
 from mistral_chat.errors import MistralChatError, PromptError, UsageError, one_line
 from tests.scripts.tokenizers import WITH_MARKS, tokenizer
 
@@ -49,7 +49,7 @@ def _ask_python(llm: LLM, messages: Any, **asked: Any) -> Answer:
 
 
 def _ask_batch(llm: LLM, messages: Any, *words: str, **asked: Any) -> Answer:
-    options = flags.parse(flags.normalize(["MODEL", "--instruct", *words]))
+    options = request_of(["MODEL", "--instruct", *words])
     value = {"messages": messages, "max_tokens": 8, "temperature": 0} | asked.get("held", {})
     (line,) = batch_lines.read_lines(json.dumps(value).encode(), options, options.system)
     if line.question is None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mistral_chat.cli import flags
+from mistral_chat.cli.main import request_of
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.errors import UsageError
 from tests.conftest import Run
 
@@ -47,15 +48,13 @@ NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--i
          "yes": ["--instruct", "--tools=x.py"], "tool_timeout": ["--instruct", "--tools=x.py"],
          "tools_env": ["--instruct", "--tools=x.py"], "logprobs": ["--json"],
          "resume": ["--instruct"]}  # fmt: skip
-_FIELDS = {"file": "files"}
 
 
-def _parse(*words: str) -> flags.Options:
-    return flags.parse(flags.normalize(["MODEL", *words]))
+def _parse(*words: str) -> ChatRequest:
+    return request_of(["MODEL", *words])
 
 
-def _arrived(options: flags.Options, name: str) -> Any:
-    name = _FIELDS.get(name, name)
+def _arrived(options: ChatRequest, name: str) -> Any:
     for part in (options, options.sampling, options.engine):
         if hasattr(part, name):
             return getattr(part, name)
@@ -125,7 +124,7 @@ def test_heavy_imports_are_seen_by_this_check(
 
 
 def test_help_names_every_flag_once() -> None:
-    text = flags.help_text()
+    text = request_of(["--help"])
     named = re.findall(r"^  --(\w+)", text, re.MULTILINE)
     assert sorted(named) == sorted([*VALUES, *SWITCHES, "no_save", "config", "help", "version"])
     assert "\x1b" not in text
@@ -183,7 +182,7 @@ def test_word_that_is_no_flag_is_never_taken_for_one(word: str) -> None:
 
 def test_commands_without_a_prompt_take_no_text() -> None:
     with pytest.raises(UsageError, match="found 'x' after MODEL: expected one MODEL and flags"):
-        flags.parse(["MODEL", "x"], takes_text=False)
+        request_of(["inspect", "MODEL", "x"])
 
 
 @pytest.mark.parametrize("abbreviated", ["--promp", "--max_tok", "--sys", "--tem"])
@@ -222,7 +221,7 @@ def test_text_that_begins_with_a_hyphen_is_a_value(text: str) -> None:
     ],
 )
 def test_help_is_asked_for_by_the_flag_alone(words: list[str], asks: bool) -> None:
-    assert flags.wants_help(flags.normalize(words)) == asks
+    assert isinstance(request_of(["MODEL", *words]), str) == asks
 
 
 @pytest.mark.parametrize(
@@ -292,7 +291,7 @@ def test_flags_that_do_not_go_together_are_refused(words: list[str], said: str) 
 
 def test_model_is_needed() -> None:
     with pytest.raises(UsageError, match="MODEL is missing"):
-        flags.parse(flags.normalize(["--prompt", "x"]))
+        request_of(["--prompt", "x"])
 
 
 def test_preset_sets_what_flags_leave_open(tmp_path: Path) -> None:
@@ -327,14 +326,14 @@ def test_preset_may_not_say_what_to_answer(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_resume_takes_an_id_or_nothing(words: tuple[str, ...], resume: str | None) -> None:
-    options = flags.parse(flags.normalize([*words, "--instruct", "MODEL"]))
+    options = request_of([*words, "--instruct", "MODEL"])
     assert options.resume == resume
     assert options.engine.model == Path("MODEL")
 
 
 def test_no_save_is_heard() -> None:
-    assert _parse("--instruct").save
-    assert not _parse("--instruct", "--no-save").save
+    assert not _parse("--instruct").no_save
+    assert _parse("--instruct", "--no-save").no_save
 
 
 @pytest.mark.parametrize("words", [("--resume",), ("--instruct", "--resume", "--prompt", "x")])

@@ -17,16 +17,15 @@ from typing import Any, BinaryIO
 from mistral_chat import errors
 from mistral_chat.chat.batch import Question
 from mistral_chat.chat.messages import read_messages
-from mistral_chat.cli import flags
+from mistral_chat.cli.command_line import flags_of
+from mistral_chat.cli.requests import AnswersRequest
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import PromptError, UsageError
 
 __all__ = ["Line", "asks_json", "check_source", "read_lines", "read_source", "shown"]
 
 MOST_BYTES = 1 << 30
-_WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
-_NUMBERS = ("temperature", "top_p", "min_p")
-_SAMPLING = (*_WHOLE, *_NUMBERS, "stop")
+_SAMPLING = flags_of(SamplingParams)
 _FIELDS = ("id", "prompt", "messages", "tools", "json_schema", "json_object", *_SAMPLING)
 _OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 _CHAT_URL, _COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
@@ -121,12 +120,12 @@ def _read_all(file: BinaryIO, where: str) -> bytes:
     return data
 
 
-def read_lines(data: bytes, options: flags.Options, system: str | None) -> list[Line]:
+def read_lines(data: bytes, request: AnswersRequest, system: str | None) -> list[Line]:
     """The lines of IN, those that cannot be answered included; empty ones are none.
 
     Args:
         data: all of IN.
-        options: their sampling is the default; instruct makes a prompt a message.
+        request: its sampling is the default; instruct makes a prompt a message.
         system: put before a conversation that has no system or developer message.
     """
     found: list[Line] = []
@@ -140,7 +139,7 @@ def read_lines(data: bytes, options: flags.Options, system: str | None) -> list[
         try:
             value = _read_object(text)
             id_ = _read_id(value, number)
-            question = _read_question(value, options, system)
+            question = _read_question(value, request, system)
         except _LineError as fault:
             error = f"line {number}: {fault}"
         if id_ in owners:
@@ -192,9 +191,9 @@ def _read_id(value: Mapping[str, Any], number: int) -> str | int:
 
 
 def _read_question(
-    value: Mapping[str, Any], options: flags.Options, system: str | None
+    value: Mapping[str, Any], request: AnswersRequest, system: str | None
 ) -> Question:
-    instruct = options.instruct
+    instruct = request.instruct
     if "custom_id" in value or "body" in value:
         value, url = _read_body(value)
         instruct = instruct and url is None  # with a url it has said which of the two it is
@@ -212,7 +211,7 @@ def _read_question(
             raise _LineError(str(error)) from error
     if tools is not None and not isinstance(tools, list):
         raise _LineError(f"tools are {errors.shown(tools)}: expected a list of function schemas")
-    params = _read_sampling(value, options.sampling)
+    params = _read_sampling(value, request.sampling)
     held = _read_format(value)
     is_message = prompt is None or instruct
     if tools and not is_message:
@@ -223,17 +222,17 @@ def _read_question(
         if messages is None:
             messages = [{"role": "user", "content": prompt}]
         question = Question(messages=messages, system=system, tools=tools, params=params, **held)
-    if question.is_json(by_default=asks_json(options)):
-        offers_tools = tools or (tools is None and is_message and options.tools is not None)
+    if question.is_json(by_default=asks_json(request)):
+        offers_tools = tools or (tools is None and is_message and request.tools is not None)
         for name, given in (("stop", params.stop), ("tools", offers_tools)):
             if given:
                 raise _LineError(f"{name} and a JSON schema: expected one of them")
     return question
 
 
-def asks_json(options: flags.Options) -> bool:
+def asks_json(request: AnswersRequest) -> bool:
     """Whether the command line asks for JSON, which a line may change for itself."""
-    return options.json_object or options.json_schema is not None
+    return request.json_object or request.json_schema is not None
 
 
 def _read_format(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,23 +305,23 @@ def _check_names(value: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 def _read_sampling(value: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
     changes: dict[str, Any] = {}
-    for name in _SAMPLING:
+    for name, flag in _SAMPLING.items():
         found = value.get(name)
         if found is None:
             continue
-        if name in _WHOLE and type(found) is not int:
+        if flag.kind is int and type(found) is not int:
             raise _LineError(f"{name} is {shown(found)}: expected a whole number")
-        if name in _NUMBERS:
+        if flag.kind is float:
             try:
                 if isinstance(found, bool) or not isinstance(found, (int, float)):
                     raise TypeError
                 found = float(found)
             except (TypeError, OverflowError):
                 raise _LineError(f"{name} is {shown(found)}: expected a number") from None
-        if name == "stop":
+        if flag.repeats:
             found = [found] if isinstance(found, str) else found
             if not _is_list_of(found, str):
-                raise _LineError(f"stop is {shown(found)}: expected a text or a list of texts")
+                raise _LineError(f"{name} is {shown(found)}: expected a text or a list of texts")
         changes[name] = found
     try:
         return replace(defaults, **changes)

@@ -8,18 +8,18 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat import __version__
-from mistral_chat.cli import flags, start
+from mistral_chat.cli import start
 from mistral_chat.cli.begun import Begun, say_what_starts
-from mistral_chat.cli.offered import read_offered
+from mistral_chat.cli.requests import BenchRequest
 from mistral_chat.cli.suggestions import require_model
-from mistral_chat.cli.words import OwnFlag, read_own, whole_from
 from mistral_chat.engine.launch import launched_rank
-from mistral_chat.errors import UsageError
+from mistral_chat.errors import PromptError, UsageError
+from mistral_chat.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -29,117 +29,44 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-CONTEXTS = (512, 8192, 32768)
-PROMPTS = (128, 512, 2048, 8192)
-HELP = """usage: mistral-chat bench MODEL [flags]
 
-Measure decode, time to first token, sums over ranks, start and memory, beside what this machine
-can do at most.
+def run(request: BenchRequest, words: Sequence[str], begun: Begun) -> int:
+    """Run the command on this rank; the code to end with.
 
-  --batches N,N        sequences decoded together (1,2,4,8; on CPU 1,2)
-  --contexts N,N       contexts to decode at (512,8192,32768 as far as they fit)
-  --prompts N,N        prompt lengths for the time to first token (128,512,2048,8192)
-  --shard_of N         one process: measure one rank's share of N, with nobody to sum with
-  --peer NAME          measure transformers on the same weights too (one rank), or safetensors
-                       beside --loading
-  --loading            measure how fast the folder's weights are read, and nothing else
-  --cold               with --loading: have the system forget the files before each reading
-  --json_schema FILE   measure answers kept to this schema beside free text, too
-  --plot FILE          draw the figures (.svg, .png; needs matplotlib)
-  --json               one JSON object on stdout instead of tables
-  and of the main job: --nproc_per_node --device --dtype --max_seq_len --config --load_format
-"""
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(n) for n in text.split(","))
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
-
-
-def _peer(text: str) -> str:
-    if text not in ("transformers", "safetensors"):
-        raise ValueError
-    return text
-
-
-_SOME = OwnFlag(_whole_numbers, "whole numbers like 128,512")
-_OWN = {
-    "batches": _SOME,
-    "contexts": _SOME,
-    "prompts": _SOME,
-    "shard_of": whole_from(2),
-    "peer": OwnFlag(_peer, "transformers or safetensors"),
-    "loading": OwnFlag(),
-    "cold": OwnFlag(),
-    "plot": OwnFlag(str),
-    "json": OwnFlag(name="as_json"),
-}
-_SHARED = (
-    "nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format", "json_schema",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What to measure."""
-
-    batches: tuple[int, ...] | None = None
-    contexts: tuple[int, ...] = CONTEXTS
-    prompts: tuple[int, ...] = PROMPTS
-    shard_of: int | None = None
-    peer: str | None = None
-    loading: bool = False
-    cold: bool = False
-    plot: str | None = None
-    as_json: bool = False
-
-
-def run(words: list[str], begun: Begun) -> int:
-    """Run the command on this rank; the code to end with."""
-    values, rest = read_own(words, _OWN, flags.shared(*_SHARED))
-    if values is None:
-        if launched_rank() in (None, 0):
-            print(HELP, end="")
-        return 0
-    asked = Asked(**values)
-    options = flags.parse(rest, takes_text=False)
-    if asked.cold and not asked.loading:
-        raise UsageError("--cold belongs to --loading")
-    if asked.peer and asked.loading != (asked.peer == "safetensors"):
-        raise UsageError("--peer safetensors belongs to --loading, --peer transformers does not")
-    if asked.loading and (asked.plot or options.json_schema):
-        name, why = ("plot", "draw") if asked.plot else ("json_schema", "answer")
-        raise UsageError(f"--loading and --{name}: there is nothing to {why}")
-    if asked.plot:
+    Args:
+        request: of the command line.
+        words: the command line itself, for ranks that are started.
+        begun: when it was.
+    """
+    if request.plot:
         from mistral_chat.cli.bench import plot
 
-        plot.check(asked.plot)
-    if asked.shard_of and launched_rank() is not None:
+        plot.check(request.plot)
+    if request.shard_of and launched_rank() is not None:
         raise UsageError("--shard_of measures one process: expected no torchrun")
-    folder = None if launched_rank() else _check(options, asked, begun)
-    if not asked.shard_of:
+    folder = None if launched_rank() else _check(request, begun)
+    if not request.shard_of:
         with begun.handed_on():
-            n_heads = folder.args.n_heads if folder else 1
-            code = start.launch(options, ["bench", *words], n_heads)
+            code = start.launch(request, words, folder.args.n_heads if folder else 1)
         if code is not None:
             return code
-    return _measure(options, asked, begun.at, folder)
+    return _measure(request, begun.at, folder)
 
 
-def _check(options: flags.Options, asked: Asked, begun: Begun) -> "ModelFolder":
+def _check(request: BenchRequest, begun: Begun) -> "ModelFolder":
     """Check all that can be checked without torch."""
-    require_model(options.engine.model)
-    say_what_starts(options, begun)
-    folder = start.check(options, asked.shard_of, needs_text=bool(options.json_schema))
-    read_offered(options)
+    require_model(request.engine.model)
+    say_what_starts(request, begun)
+    folder = start.check(request, request.shard_of, needs_text=bool(request.json_schema))
+    if request.json_schema is not None:
+        read_json(request.json_schema, PromptError)
+        from mistral_chat.chat.grammar import read_grammar
+
+        read_grammar(request.json_schema)
     return folder
 
 
-def _measure(
-    options: flags.Options, asked: Asked, started: float, folder: "ModelFolder | None"
-) -> int:
+def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None") -> int:
     imported = time.monotonic()
     import torch
 
@@ -151,38 +78,38 @@ def _measure(
 
     torch_imported = time.monotonic()
     kept_to = None
-    if options.json_schema is not None:
+    if request.json_schema is not None:
         from mistral_chat.chat.grammar import read_grammar
         from mistral_chat.chat.tokenizer import Tokenizer
         from mistral_chat.model.folder import ModelFolder
 
-        folder = folder or ModelFolder.open(options.engine)
-        kept_to = Tokenizer.from_folder(folder), read_grammar(options.json_schema)
+        folder = folder or ModelFolder.open(request.engine)
+        kept_to = Tokenizer.from_folder(folder), read_grammar(request.json_schema)
     aside = time.monotonic() - torch_imported
-    group = Group(Place()) if asked.shard_of else current_group()
+    group = Group(Place()) if request.shard_of else current_group()
     joined = time.monotonic() - aside
-    device = choose_device(options.engine.device, group.place.local_rank)
+    device = choose_device(request.engine.device, group.place.local_rank)
     about = {
         "device": _device_name(device),
-        "model": str(options.engine.model or "dummy weights"),
+        "model": str(request.engine.model or "dummy weights"),
         "version": __version__,
         "commit": _commit(),
         "command": " ".join(["mistral-chat", *sys.argv[1:]]),
         "world_size": group.world_size,
-        "shard_of": asked.shard_of,
+        "shard_of": request.shard_of,
     }
-    if asked.loading:
+    if request.loading:
         from mistral_chat.cli.bench import loading as bench_loading
 
         with group.together():
             bench_loading.run(
-                options.engine,
+                request.engine,
                 group,
                 about,
-                shard_of=asked.shard_of,
-                cold=asked.cold,
-                competitor=asked.peer is not None,
-                as_json=asked.as_json,
+                shard_of=request.shard_of,
+                cold=request.cold,
+                competitor=request.peer is not None,
+                as_json=request.json,
             )
         group.close()
         return 0
@@ -190,7 +117,7 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     loading = time.monotonic()
-    runner = load_runner(options.engine, group, folder=folder, shard_of=asked.shard_of)
+    runner = load_runner(request.engine, group, folder=folder, shard_of=request.shard_of)
     loaded = time.monotonic()
     result: dict[str, Any] = about | {
         "dtype": str(runner.model.dtype).removeprefix("torch."),
@@ -206,7 +133,7 @@ def _measure(
         "decode": [],
     }
     wanted = bench_phases.Wanted(
-        batches=asked.batches, contexts=asked.contexts, prompts=asked.prompts, kept_to=kept_to
+        batches=request.batches, contexts=request.contexts, prompts=request.prompts, kept_to=kept_to
     )
     for n_slots, max_seq_len, work in bench_phases.phases(wanted, runner, ceiling, result):
         runner = measure.with_cache(runner, n_slots, max_seq_len)
@@ -215,23 +142,23 @@ def _measure(
             group.send(None)
         else:
             runner.follow()
-    if group.is_leader and asked.peer:
+    if group.is_leader and request.peer:
         from mistral_chat.cli.bench import competitor
 
         n_tokens = bench_phases.N_TOKENS[device.type]
         result["peer"] = competitor.decode_beside(
-            options.engine.model, runner, asked.contexts, n_tokens
+            request.engine.model, runner, request.contexts, n_tokens
         )
     group.close()
     if not group.is_leader:
         return 0
-    if asked.plot:
+    if request.plot:
         from mistral_chat.cli.bench import plot
 
-        plot.draw(result, asked.plot)
+        plot.draw(result, request.plot)
     from mistral_chat.cli.bench import tables as bench_tables
 
-    if asked.as_json:
+    if request.json:
         print(json.dumps(result))
     else:
         print(bench_tables.text_of(result, bench_phases.VERIFY_CONTEXT))

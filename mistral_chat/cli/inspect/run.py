@@ -4,16 +4,15 @@ Every figure of memory is `engine.memory.plan_memory`'s, which refuses or admits
 """
 
 import json
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from mistral_chat.cli import flags
+from mistral_chat.cli.requests import InspectRequest
 from mistral_chat.cli.suggestions import require_model
-from mistral_chat.cli.words import OwnFlag, read_own, whole_from
-from mistral_chat.errors import NotEnoughMemoryError, UsageError
+from mistral_chat.engine.launch import launched_rank
+from mistral_chat.errors import NotEnoughMemoryError
 
 if TYPE_CHECKING:
     import torch
@@ -27,67 +26,18 @@ __all__ = ["run"]
 
 WORLD_SIZES = (1, 2, 4, 8)
 NO_LIMIT = 1 << 62
-HELP = """usage: mistral-chat inspect MODEL [flags]
-
-Say what a model is and what each rank would hold of it, without loading a weight. Ranks beyond
-this machine's GPUs are taken to have GPUs like them.
-
-  --gpu_memory SIZE    assume GPUs with this much free, such as 80GB or 141GB
-  --max_batch_size N   sequences held at once (1)
-  --json               one JSON object on stdout instead of text
-  and of the main job: --nproc_per_node (1, 2, 4 and 8) --device --dtype --max_seq_len --config
-  --load_format
-"""
-_UNITS = {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10,
-          "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
 
 
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
-    if not match or match[2] not in _UNITS:
-        raise ValueError
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-_OWN = {
-    "gpu_memory": OwnFlag(_bytes, "bytes with a unit, such as 141GB"),
-    "max_batch_size": whole_from(1),
-    "json": OwnFlag(name="as_json"),
-}
-_SHARED = ("nproc_per_node", "device", "dtype", "max_seq_len", "config", "load_format")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the command's own flags ask for."""
-
-    gpu_memory: int | None = None
-    max_batch_size: int = 1
-    as_json: bool = False
-
-
-def run(words: Sequence[str]) -> int:
+def run(request: InspectRequest) -> int:
     """Run the command; the code to end with."""
-    from mistral_chat.engine.launch import launched_rank
-
-    values, rest = read_own(words, _OWN, flags.shared(*_SHARED))
-    leads = launched_rank() in (None, 0)
-    if values is None:
-        if leads:
-            print(HELP, end="")
+    if launched_rank() not in (None, 0):
         return 0
-    asked = Asked(**values)
-    options = flags.parse(rest, takes_text=False)
-    config = replace(options.engine, max_batch_size=asked.max_batch_size)
-    if asked.gpu_memory is not None and config.device == "cpu":
-        raise UsageError("--gpu_memory and --device cpu: expected one of them")
-    if not leads:
-        return 0
+    config = replace(request.engine, max_batch_size=request.max_batch_size or 1)
     require_model(config.model)
-    result = _inspect(config, options.nproc_per_node, asked.gpu_memory)
+    result = _inspect(config, request.nproc_per_node, request.gpu_memory)
     from mistral_chat.cli.inspect import text as inspect_text
 
-    print(json.dumps(result) if asked.as_json else inspect_text.text_of(result))
+    print(json.dumps(result) if request.json else inspect_text.text_of(result))
     return 0
 
 

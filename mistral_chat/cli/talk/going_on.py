@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mistral_chat.cli.flags import LATEST_SESSION, SESSION_ID
+from mistral_chat.cli.requests import LATEST_SESSION, SESSION_ID
 
 __all__ = ["command_to_go_on", "typed_command"]
 

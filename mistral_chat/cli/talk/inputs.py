@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.console.terminal import is_terminal
 from mistral_chat.cli.console.texts import read_text_file, text_of
-from mistral_chat.cli.flags import Options
 from mistral_chat.cli.offered import Offered, read_offered, require_text
 from mistral_chat.cli.pipes import leave_for_ranks, read_stdin
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.errors import PromptError, UsageError
 
 __all__ = ["Inputs", "read_inputs"]
@@ -32,7 +32,7 @@ class Inputs:
     files: tuple[str, ...] = ()
 
 
-def read_inputs(options: Options, *, for_ranks: bool = False) -> Inputs:
+def read_inputs(options: ChatRequest, *, for_ranks: bool = False) -> Inputs:
     """Read everything that the main job's flags name, and stdin.
 
     The prompt is files, then stdin unless it is a terminal, then the text that is asked. Each part
@@ -54,9 +54,9 @@ def read_inputs(options: Options, *, for_ranks: bool = False) -> Inputs:
     if options.resume is not None and not is_chat:
         raise UsageError("--resume goes on with a chat at a terminal: stdin is none")
     require_text(prompt=[options.prompt])
-    files = tuple(read_text_file(path) for path in options.files)
+    files = tuple(read_text_file(path) for path in options.file)
     if options.resume is not None:
-        _check_session(options.resume, hold=options.save)
+        _check_session(options.resume, hold=not options.no_save)
     offered = read_offered(options)
     if is_chat:
         return Inputs(offered=offered, prompt=None, files=files)
@@ -72,7 +72,7 @@ def read_inputs(options: Options, *, for_ranks: bool = False) -> Inputs:
     return Inputs(offered=offered, prompt="\n\n".join(parts))
 
 
-def _read_stdin(options: Options, *, for_ranks: bool) -> str:
+def _read_stdin(options: ChatRequest, *, for_ranks: bool) -> str:
     def say_that_it_waits() -> None:
         if options.prompt is not None and not options.quiet:
             printing.note(

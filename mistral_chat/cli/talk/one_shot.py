@@ -12,7 +12,7 @@ from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.cli.codes import INTERRUPTED
 from mistral_chat.cli.console import render
 from mistral_chat.cli.console.terminal import QuietTerminal, in_foreground, is_terminal
-from mistral_chat.cli.flags import Options
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.talk.one_shot_calls import answer_with_functions
 from mistral_chat.errors import OutputError, ToolError
 
@@ -21,7 +21,7 @@ __all__ = ["answer_once", "report", "report_figures"]
 
 def answer_once(
     chat: Chat,
-    options: Options,
+    options: ChatRequest,
     prompt: str,
     load_s: float,
     functions: PythonFunctions | None = None,
@@ -72,7 +72,7 @@ def answer_once(
     return INTERRUPTED if answer.finish_reason == "cancelled" else 0
 
 
-def report(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
+def report(answer: Answer, chat: Chat, options: ChatRequest, load_s: float) -> None:
     """What stderr says after an answer."""
     if options.quiet:
         return
@@ -83,7 +83,7 @@ def report(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
     report_figures(answer, chat, options, load_s)
 
 
-def report_figures(answer: Answer, chat: Chat, options: Options, load_s: float) -> None:
+def report_figures(answer: Answer, chat: Chat, options: ChatRequest, load_s: float) -> None:
     """Figures of one answer, where they were asked for."""
     if options.stats:
         path = chat.engine.runner.path

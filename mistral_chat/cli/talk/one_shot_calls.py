@@ -12,7 +12,7 @@ from mistral_chat.chat.chat import Chat, ChatStream
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
 from mistral_chat.cli.console import render
-from mistral_chat.cli.flags import Options
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.talk.calls import CallDesk
 
 __all__ = ["answer_with_functions"]
@@ -22,7 +22,7 @@ Interruptible = Callable[[Callable[[], None]], AbstractContextManager[Callable[[
 
 def answer_with_functions(
     chat: Chat,
-    options: Options,
+    options: ChatRequest,
     stream: ChatStream,
     functions: PythonFunctions,
     interruptible: Interruptible,

@@ -9,11 +9,12 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from mistral_chat.cli import flags, start
+from mistral_chat.cli import start
 from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.codes import FAILED
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.interrupts import require_no_interrupt
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.engine.launch import launched_rank
 from mistral_chat.errors import OutputError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-def run(options: flags.Options, words: list[str], begun: Begun) -> int:
+def run(options: ChatRequest, words: list[str], begun: Begun) -> int:
     """Answer one prompt or chat, whichever flags and stdin ask for; the code to end with.
 
     Args:
@@ -40,7 +41,7 @@ def run(options: flags.Options, words: list[str], begun: Begun) -> int:
     from mistral_chat.cli.suggestions import require_model
 
     require_model(options.engine.model)
-    say_what_starts(options, begun)
+    say_what_starts(options, begun, quiet=options.quiet)
     from mistral_chat.cli.talk.inputs import read_inputs
 
     folder = start.check(options)
@@ -54,7 +55,7 @@ def run(options: flags.Options, words: list[str], begun: Begun) -> int:
 
 
 def _lead(
-    options: flags.Options,
+    options: ChatRequest,
     folder: "ModelFolder",
     inputs: "Inputs",
     begun: Begun,
@@ -74,7 +75,7 @@ def _lead(
     terminal = held.enter_context(QuietTerminal(signals=True)) if is_chat else None
 
     from mistral_chat.chat.chat import Chat
-    from mistral_chat.chat.functions import PythonFunctions
+    from mistral_chat.chat.functions import TIMEOUT_S, PythonFunctions
     from mistral_chat.cli.talk import one_shot
     from mistral_chat.cli.talk.calls import print_line
     from mistral_chat.cli.talk.repl import chat_at_terminal
@@ -85,10 +86,10 @@ def _lead(
 
     functions: PythonFunctions | None = None
     tools = inputs.offered.tools
-    if options.tools is not None and options.tools.suffix == ".py":
+    if options.tools is not None and options.has_python:
         on_printed = (lambda line: None) if options.quiet else print_line
         functions = PythonFunctions(
-            options.tools, options.tool_timeout, on_printed, options.tools_env
+            options.tools, options.tool_timeout or TIMEOUT_S, on_printed, options.tools_env
         )
         atexit.register(functions.close)  # should this process be killed, it ends them, too
         tools = functions.tools
@@ -124,7 +125,7 @@ def _lead(
         terminal.hold_signals()
         talk = TerminalChat(chat, options, loaded.load_s, terminal, functions)
         talk.files = list(inputs.files)
-        for path in options.files if not options.quiet else ():
+        for path in options.file if not options.quiet else ():
             printing.note(f"{path} comes before the next message")
         try:
             chat_at_terminal(talk, quiet=options.quiet)

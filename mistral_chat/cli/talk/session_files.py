@@ -14,7 +14,7 @@ from typing import Any
 import platformdirs
 
 from mistral_chat.cli.console.locks import lock
-from mistral_chat.cli.flags import LATEST_SESSION
+from mistral_chat.cli.requests import LATEST_SESSION
 from mistral_chat.errors import SessionError
 
 __all__ = [

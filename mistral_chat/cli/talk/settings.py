@@ -1,15 +1,18 @@
 """Sampling as the chat's `/set` changes it and `/show` shows it."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any
 
+from mistral_chat.cli.command_line import flags_of
 from mistral_chat.config import SamplingParams
 from mistral_chat.errors import UsageError
 
 __all__ = ["SETTABLE", "sampling_line", "set_sampling"]
 
-SETTABLE = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+SETTABLE = {
+    name: flag for name, flag in flags_of(SamplingParams).items() if flag.table == "generation"
+}
 UNSET = ("none", "default", "-")
-_WHOLE = ("max_tokens", "top_k", "seed")
 
 
 def set_sampling(params: SamplingParams, words: str) -> SamplingParams:
@@ -27,16 +30,14 @@ def set_sampling(params: SamplingParams, words: str) -> SamplingParams:
     if name not in SETTABLE or not value:
         raise UsageError(f"/set takes a name and a value; the names are {', '.join(SETTABLE)}")
     if value in UNSET:
-        defaults = {field.name: field.default for field in fields(SamplingParams)}
-        return replace(params, **{name: defaults[name]})  # type: ignore[arg-type]
-    if name == "stop":
-        return replace(params, stop=(*params.stop, value))
+        return replace(params, **{name: SETTABLE[name].default})
     try:
-        number = int(value) if name in _WHOLE else float(value)
-    except ValueError:
-        kind = "whole number" if name in _WHOLE else "number"
-        raise UsageError(f"/set {name}: {value!r} is no {kind}") from None
-    return replace(params, **{name: number})  # type: ignore[arg-type]
+        read: Any = SETTABLE[name].read(value)
+    except ValueError as error:
+        raise UsageError(f"/set {name}: {error}") from None
+    if SETTABLE[name].repeats:
+        read = (*getattr(params, name), read)
+    return replace(params, **{name: read})
 
 
 def sampling_line(params: SamplingParams) -> str:

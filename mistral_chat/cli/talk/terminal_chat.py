@@ -15,7 +15,7 @@ from mistral_chat.chat.rounds import Rounds
 from mistral_chat.cli.begun import name_of
 from mistral_chat.cli.console import render
 from mistral_chat.cli.console.terminal import QuietTerminal
-from mistral_chat.cli.flags import Options
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.talk.answer_view import make_view
 from mistral_chat.cli.talk.calls import CallDesk
 from mistral_chat.cli.talk.chat_text import last_exchange, shorten
@@ -53,7 +53,7 @@ class TerminalChat:
     def __init__(
         self,
         chat: Chat,
-        options: Options,
+        options: ChatRequest,
         load_s: float,
         terminal: QuietTerminal,
         functions: PythonFunctions | None = None,
@@ -104,7 +104,7 @@ class TerminalChat:
 
     def _begin_session(self) -> None:
         session = None
-        if self.chat.instruct and self._options.save:
+        if self.chat.instruct and not self._options.no_save:
             try:
                 session = Session.create(
                     self._model, self.chat.conversation.system, self.chat.tokenizer.fingerprint
@@ -124,7 +124,7 @@ class TerminalChat:
                 with it.
         """
         session = Session.open(name, self._model, self.chat.tokenizer.fingerprint)
-        save = self._options.save
+        save = not self._options.no_save
         if save and (obstacle := session.obstacle):
             render.error(f"{session.path} cannot be written ({obstacle}): this chat is not kept")
             save = False

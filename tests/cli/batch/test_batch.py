@@ -17,12 +17,11 @@ import jsonschema
 import pytest
 
 from mistral_chat import LLM, SamplingParams
-from mistral_chat.cli import flags, start
+from mistral_chat.cli import start
 from mistral_chat.cli.batch import lines as batch_lines
 from mistral_chat.cli.batch import output as batch_output
 from mistral_chat.cli.batch import progress as batch_progress
-from mistral_chat.cli.batch import run as batch
-from mistral_chat.cli.main import main
+from mistral_chat.cli.main import main, request_of
 from mistral_chat.engine.group import PeerFailedError
 from mistral_chat.errors import OutputError
 from tests.conftest import ROOT, Run, command_env
@@ -200,7 +199,7 @@ def test_stop_text_of_a_line_ends_it_alone(tiny_folder: Path, tmp_path: Path) ->
 
 
 def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch_lines.Line]:
-    options = flags.parse(flags.normalize(["MODEL", *words]))
+    options = request_of(["MODEL", *words])
     lines = [v if isinstance(v, bytes) else json.dumps(v).encode() for v in values]
     return batch_lines.read_lines(b"\n".join(lines), options, None)
 
@@ -620,7 +619,7 @@ def test_errors_that_stay_are_written_anew_once(tiny_folder: Path, tmp_path: Pat
 def test_kill_while_errors_are_taken_out_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     """The steps that the disk sees, one by one: at each the name holds one whole file."""
     source = _write(tmp_path / "in", "{", "{", "{")
-    lines = batch_lines.read_lines(source.read_bytes(), flags.parse(["MODEL"]), None)
+    lines = batch_lines.read_lines(source.read_bytes(), request_of(["MODEL"]), None)
     kept = {"id": 2, "text": "kept"}
     target = tmp_path / "out"
     calls = {name: getattr(os, name) for name in ("open", "write", "fsync", "rename", "close")}
@@ -827,4 +826,7 @@ def test_progress_never_wraps(monkeypatch: pytest.MonkeyPatch, columns: int) -> 
 
 def test_help_is_printed_and_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["batch", "--help"]) == 0
-    assert capsys.readouterr().out == batch.HELP
+    out = capsys.readouterr().out
+    assert out == request_of(["batch", "--help"])
+    assert out.startswith("usage: mistral-chat batch MODEL IN.jsonl OUT.jsonl [flags]\n")
+    assert "\n  max_tokens temperature top_p top_k min_p seed stop logprobs    in place" in out

@@ -11,8 +11,8 @@ import pytest
 
 from mistral_chat.chat.grammar import read_grammar
 from mistral_chat.chat.tools import read_tools
-from mistral_chat.cli import flags
 from mistral_chat.cli.console.texts import read_text_file, text_of
+from mistral_chat.cli.main import request_of
 from mistral_chat.cli.talk.inputs import read_inputs
 from mistral_chat.config import read_preset
 from mistral_chat.errors import PromptError
@@ -129,7 +129,7 @@ def test_every_part_of_a_prompt_is_read_alike(
     stdin = (tmp_path / "stdin").open()
     monkeypatch.setattr(sys, "stdin", stdin)
     words = ["MODEL", "--file", str(tmp_path / "x"), "--file", str(pipe(BOM + b"of a pipe\n"))]
-    options = flags.parse(flags.normalize([*words, "--prompt", "of a flag"]))
+    options = request_of([*words, "--prompt", "of a flag"])
     with stdin:
         prompt = read_inputs(options).prompt
     assert prompt == "of a file\n\nof a pipe\n\nof stdin\n\nof a flag"

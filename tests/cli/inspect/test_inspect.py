@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from mistral_chat.chat.llm import LLM
 from mistral_chat.cli.inspect import run as inspect
 from mistral_chat.cli.inspect import text as inspect_text
+from mistral_chat.cli.main import request_of
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.memory import plan_memory
@@ -37,7 +38,7 @@ def inspected(capsys: pytest.CaptureFixture[str]) -> Inspect:
     """What `--json` says, from this process: torch takes longer to import than all the rest."""
 
     def inspect_folder(*words: object) -> dict[str, Any]:
-        assert inspect.run([*map(str, words), "--json"]) == 0
+        assert inspect.run(request_of(["inspect", *map(str, words), "--json"])) == 0
         out, err = capsys.readouterr()
         assert err == ""
         result: dict[str, Any] = json.loads(out)
@@ -262,7 +263,7 @@ def test_table_is_as_wide_as_the_terminal_and_cuts_no_figure(
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm-256color")
     words = ("--config", tmp_path / "large.toml", "--load_format", "dummy", "--gpu_memory", "80GB")
-    assert inspect.run([*map(str, words), "--dtype", "bfloat16"]) == 0
+    assert inspect.run(request_of(["inspect", *map(str, words), "--dtype", "bfloat16"])) == 0
     lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
     prose, table = lines[: lines.index("")], lines[lines.index("") + 1 :]
     assert max(map(len, lines)) <= max(columns, 80)

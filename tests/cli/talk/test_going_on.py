@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mistral_chat.cli import flags
+from mistral_chat.cli.main import request_of
 from mistral_chat.cli.talk.going_on import _as_typed, command_to_go_on
 
 ID = "20261125-044448-6c9f"
@@ -39,7 +39,7 @@ def test_command_goes_on_with_the_chat(typed: str, expected: str) -> None:
 def test_chat_of_another_folder_is_named_by_its_file() -> None:
     command = command_to_go_on(["mistral-chat", "M", "--instruct"], "/a folder/chat.jsonl")
     assert shlex.split(command)[-1] == "--resume=/a folder/chat.jsonl"
-    options = flags.parse(flags.normalize(shlex.split(command)[1:]))
+    options = request_of(shlex.split(command)[1:])
     assert options.resume == "/a folder/chat.jsonl"
 
 

@@ -13,15 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from mistral_chat.cli import flags, pipes
+from mistral_chat.cli import pipes
+from mistral_chat.cli.main import request_of
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.talk.inputs import Inputs, read_inputs
 from mistral_chat.errors import PromptError, UsageError
 
 BOM = b"\xef\xbb\xbf"
 
 
-def _options(*words: str) -> flags.Options:
-    return flags.parse(flags.normalize(["MODEL", *words]))
+def _options(*words: str) -> ChatRequest:
+    return request_of(["MODEL", *words])
 
 
 def end_it(handle: int) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from mistral_chat.cli import flags
-from mistral_chat.cli.main import main
+from mistral_chat.cli.main import main, request_of
 from mistral_chat.errors import UsageError
 from tests.conftest import Run
 
@@ -86,10 +85,10 @@ def test_wrong_schema_is_named_before_weights_are_loaded(
 )
 def test_flags_that_exclude_each_other_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        flags.parse(flags.normalize(["MODEL", *words]))
+        request_of(["MODEL", *words])
 
 
 def test_flags_arrive() -> None:
-    options = flags.parse(flags.normalize(["MODEL", "--json-schema", "a.json"]))
+    options = request_of(["MODEL", "--json-schema", "a.json"])
     assert (options.json_schema, options.json_object) == (Path("a.json"), False)
-    assert flags.parse(flags.normalize(["MODEL", "--json_object"])).json_object
+    assert request_of(["MODEL", "--json_object"]).json_object

@@ -12,17 +12,18 @@ from typing import Any, Literal
 import pytest
 
 from mistral_chat.chat.answer import Answer, Usage
-from mistral_chat.cli import flags
 from mistral_chat.cli.console import render
 from mistral_chat.cli.console.terminal import is_fancy
+from mistral_chat.cli.main import request_of
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.config import SamplingParams
 from tests.conftest import ROOT, Run, command_env
 
 KEYS = {"text", "finish_reason", "tool_calls", "seed", "usage", "timings", "model", "world_size"}
 
 
-def _options(*words: str) -> flags.Options:
-    return flags.parse(flags.normalize(["MODEL", *words]))
+def _options(*words: str) -> ChatRequest:
+    return request_of(["MODEL", *words])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from mistral_chat.chat.conversation import Conversation
 from mistral_chat.chat.tools import ToolCall
-from mistral_chat.cli.flags import SESSION_ID
+from mistral_chat.cli.requests import SESSION_ID
 from mistral_chat.cli.talk import chat_text, settings
 from mistral_chat.cli.talk.session_files import sessions_folder, summaries
 from mistral_chat.cli.talk.sessions import Session

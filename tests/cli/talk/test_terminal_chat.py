@@ -23,7 +23,7 @@ from prompt_toolkit.history import FileHistory
 from mistral_chat.chat.conversation import Conversation
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.console.terminal import QuietTerminal
-from mistral_chat.cli.flags import Options
+from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.talk.commands import ALIASES, Commands, LeaveError
 from mistral_chat.cli.talk.session_files import summaries
 from mistral_chat.cli.talk.sessions import Session
@@ -65,13 +65,13 @@ class Desk:
     ) -> None:
         self.model = Talk(name, **options)
         self.keys = Keys()
-        words = Options(
+        words = ChatRequest(
             engine=EngineConfig(model=Path("m")),
             sampling=GREEDY,
             instruct=self.model.chat.instruct,
             quiet=True,
             resume=resume,
-            save=save,
+            no_save=not save,
         )
         terminal: Any = self.keys
         self.talk = TerminalChat(self.model.chat, words, 0.0, terminal)
