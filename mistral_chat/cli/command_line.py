@@ -300,7 +300,7 @@ def _help(command: Command, main_job: type) -> str:
     request = _request(command)
     flags = flags_of(request)
     titles = [title for kind in request.__mro__ for title, *_ in _documented(kind)]
-    shows = [*flags.values(), _HELP, _VERSION]
+    shows = [*(flag for flag in flags.values() if flag.help), _HELP, _VERSION]
     if not issubclass(request, main_job):
         titles = ["Args"]
         shows = [replace(flags[name], title="Args") for _, name, _ in _documented(request)]
