@@ -142,14 +142,13 @@ def _plan_ranks(
     from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
     from mistral_chat.model.sharding import Shard, placements
 
-    shards = [Shard(args, world_size, rank) for rank in range(world_size)]
-    tables = [placements(shard) for shard in shards]
+    tables = [placements(Shard(args, world_size, rank)) for rank in range(world_size)]
     most = args.max_seq_len or DEFAULT_MAX_SEQ_LEN
     asked = config.max_seq_len
 
     def plan(rank: int, room: int, max_seq_len: int | None) -> "Plan":
         return plan_memory(
-            shards[rank],
+            Shard(args, world_size, rank),
             tables[rank],
             dtype=dtype,
             device=device,

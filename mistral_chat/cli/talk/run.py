@@ -4,9 +4,9 @@ What can be known without torch is judged first; then ranks are started, or this
 """
 
 import atexit
-import contextlib
 import signal
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from mistral_chat.cli import start
@@ -50,16 +50,12 @@ def run(options: ChatRequest, words: list[str], begun: Begun) -> int:
         code = start.launch(options, words, folder.args.n_heads)
     if code is not None:
         return code
-    with contextlib.ExitStack() as held:
+    with ExitStack() as held:
         return _lead(options, folder, inputs, begun, held)
 
 
 def _lead(
-    options: ChatRequest,
-    folder: "ModelFolder",
-    inputs: "Inputs",
-    begun: Begun,
-    held: contextlib.ExitStack,
+    options: ChatRequest, folder: "ModelFolder", inputs: "Inputs", begun: Begun, held: ExitStack
 ) -> int:
     """Rank 0: load, then answer or chat; what is held is let go afterwards."""
     from mistral_chat.cli.console.terminal import QuietTerminal
