@@ -13,7 +13,7 @@ from typing import Any
 import pexpect
 import pyte
 
-from tests.conftest import ROOT, command_env
+from tests.conftest import ROOT, command_env, torchrun_words
 from tests.warm import Spawned
 
 __all__ = ["Terminal", "chat_terminal", "rows_of", "typed_at"]
@@ -183,12 +183,10 @@ def typed_at(
         module_and_words: what `python -m` is given.
         torchrun: ranks to start it on; 0 starts it alone.
     """
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    spawn = pexpect.spawn if torchrun else Spawned
-    child = spawn(
+    launcher = torchrun_words(torchrun) if torchrun else []
+    child = Spawned(
         sys.executable,
-        [*(launcher if torchrun else []), "-m", *map(str, module_and_words)],
+        ["-m", *launcher, *map(str, module_and_words)],
         encoding="utf-8",
         codec_errors="replace",
         timeout=120,

@@ -4,8 +4,6 @@ On CPU a `Decoder` runs the reference operations; what it does with steps, slots
 is the same as on a GPU.
 """
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,6 @@ from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.few_rows import MOST_ROWS
-from tests.conftest import ROOT, command_env
 from tests.engine.test_engine import (
     ARGS,
     GREEDY,
@@ -37,6 +34,7 @@ from tests.engine.test_engine import (
     make_engine,
     make_model,
 )
+from tests.ranks import run_ranks
 from tests.scripts import decoding
 
 HOT = SamplingParams(temperature=1.5, top_k=40, top_p=0.95, min_p=0.01, max_tokens=12, seed=5)
@@ -572,18 +570,7 @@ def test_resized_runner_still_decodes_from_the_device() -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What `tests.scripts.decoding` saw on each of two ranks."""
     out: Path = tmp_path_factory.mktemp("decoding")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    free = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *free, "-m", "tests.scripts.decoding", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=command_env(),
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks("tests.scripts.decoding", out, n_ranks=2)
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 

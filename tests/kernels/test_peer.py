@@ -5,8 +5,7 @@ what they bring is in `tests/scripts/peer_memory.py`. bfloat16, whose roundings 
 wrong, is left to tests/scripts/peers.py, on GPUs.
 """
 
-import subprocess
-import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ import torch
 
 from mistral_chat.kernels import peer
 from mistral_chat.kernels.tuning import MOST_ROWS
-from tests.conftest import ROOT, command_env
+from tests.conftest import command_env
+from tests.ranks import run_ranks
 from tests.scripts import peer_memory as ranks
+from tests.warm import Warm, warm
 
 WORLD_SIZES = (2, 3)
 by_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -26,7 +27,18 @@ by_number = pytest.mark.parametrize("number", range(len(ranks.ROWS)))
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def interpreting() -> Iterator[Warm]:
+    """What forks ranks whose kernels run in the interpreter, which is chosen by their import."""
+    if not torch.cuda.is_available():
+        yield warm()
+        return
+    made = Warm(command_env(TRITON_INTERPRET="1"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, interpreting: Warm) -> Any:
     """What every rank saw, by number of ranks; each number is run once, when first asked for."""
 
     @cache
@@ -35,24 +47,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Any:
         n_bytes = peer.bytes_needed(ranks.DIM, ranks.WIDTHS[:world_size])
         for rank in range(world_size):
             (folder / f"{rank}.memory").write_bytes(bytes(n_bytes))
-        script = [sys.executable, "-m", "tests.scripts.peer_memory", str(folder)]
-        started = [
-            subprocess.Popen(
-                [*script, str(rank), str(world_size)],
-                cwd=ROOT,
-                # numpy warns of what the interpreter does
-                env=command_env(TRITON_INTERPRET="1", PYTHONWARNINGS="ignore"),
-                stderr=subprocess.PIPE,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            errors = [process.communicate(timeout=300)[1] for process in started]
-        finally:
-            for process in started:  # the others would wait for one that has failed
-                process.kill()
-                process.wait()
-        assert [process.returncode for process in started] == [0] * world_size, errors
+        run_ranks("tests.scripts.peer_memory", folder, n_ranks=world_size, forks=interpreting)
         return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
     return run

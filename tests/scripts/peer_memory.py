@@ -1,10 +1,11 @@
 """Ranks that exchange through peer memory without a GPU: processes that map each other's files.
 
-`TRITON_INTERPRET=1 python -m tests.scripts.peer_memory FOLDER RANK WORLD_SIZE` runs the kernels in
-Triton's interpreter and writes FOLDER/RANK.pt. What each exchange brings follows from its number,
-so that a test can say what must come of it.
+`TRITON_INTERPRET=1 python -m tests.scripts.peer_memory FOLDER` with RANK and WORLD_SIZE set runs
+the kernels in Triton's interpreter and writes FOLDER/RANK.pt. What each exchange brings follows
+from its number, so that a test can say what must come of it.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -115,4 +116,4 @@ def main(folder: Path, rank: int, world_size: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
