@@ -178,7 +178,7 @@ def torchrun_words(n_ranks: int) -> list[str]:
     return ["torch.distributed.run", "--nproc-per-node", str(n_ranks), *free, "-m"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run() -> Run:
     """Run `mistral-chat WORDS`, alone or under torchrun, with stdin from a pipe."""
 

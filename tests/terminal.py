@@ -90,10 +90,14 @@ class Terminal:
         holds = seen if callable(seen) else lambda text: seen in text
         end = time.monotonic() + timeout_s
         alive = True
-        while not holds(self.text):
-            assert alive, f"ended before {seen!r}:\n{self.text}"
-            assert time.monotonic() < end, f"no {seen!r} in {timeout_s} s:\n{self.text}"
+        text = self.text
+        while not holds(text):
+            assert alive, f"ended before {seen!r}:\n{text}"
+            assert time.monotonic() < end, f"no {seen!r} in {timeout_s} s:\n{text}"
+            n_read = len(self.raw)
             alive = self.read()
+            if len(self.raw) > n_read:  # playing the terminal and reading it takes its time
+                text = self.text
 
     def wait_for_prompt(self) -> None:
         """Until the chat can be typed at: it has asked for pastes to be marked since last time."""

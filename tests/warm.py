@@ -80,6 +80,44 @@ class Command:
             self.wait(WAIT_S)
 
 
+class Piped:
+    """A command that goes on, whose stdout and stderr are pipes; it ends with the block.
+
+    Args:
+        module: with a `__main__`.
+        words: of the command line.
+    """
+
+    def __init__(self, module: str, words: Sequence[str]) -> None:
+        from tests.conftest import command_env
+
+        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+        with open(os.devnull) as nothing:  # noqa: PTH123
+            streams = [nothing.fileno(), out_end, err_end]
+            self._command = warm().start(module, words, command_env(), streams)
+        for end in (out_end, err_end):
+            os.close(end)
+        self.pid = self._command.pid
+        self.stdout, self.stderr = os.fdopen(out, "rb"), os.fdopen(err, "rb")
+
+    def finish(self) -> tuple[int, bytes, bytes]:
+        """Wait for its end: its code and what it wrote that was not read before."""
+        out, err = self.stdout.read(), self.stderr.read()
+        return self._command.wait(WAIT_S), out, err
+
+    def kill(self) -> None:
+        """End it where it goes on."""
+        self._command.kill()
+
+    def __enter__(self) -> "Piped":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.stdout.close()
+        self.stderr.close()
+
+
 class OnTerminal(ptyprocess.PtyProcess):
     """A command in a window, whose parent is not this process."""
 
@@ -276,8 +314,8 @@ def _open_streams() -> None:
 
 def _become(module: str, words: Sequence[str], env: dict[str, str], takes_terminal: bool) -> None:
     """Run a module as this process's only job."""
+    os.setsid()
     if takes_terminal:
-        os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     _open_streams()
     os.environ.clear()
