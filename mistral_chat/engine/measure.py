@@ -95,13 +95,13 @@ def sum_s(group: Group, runner: Runner) -> dict[str, float]:
         return {}
     model = runner.model
     rows = torch.randn(1, model.args.dim, device=model.device).to(model.dtype)
-    gain, eps = model.norm, model.args.norm_eps
+    weight, eps = model.norm, model.args.norm_eps
     paths: dict[str, Callable[[Tensor], object]] = {}
     decode = runner.decode_collective
     if decode is not None:
-        paths[decode.path] = lambda x: decode.reduce_add_norm(x, rows, gain, eps)
+        paths[decode.path] = lambda x: decode.reduce_add_norm(x, rows, weight, eps)
     name = "NCCL" if model.device.type == "cuda" else "CPU group"
-    paths[name] = lambda x: model.collective.reduce_add_norm(x, rows, gain, eps)
+    paths[name] = lambda x: model.collective.reduce_add_norm(x, rows, weight, eps)
     found = {}
     for path, work in paths.items():
         if model.device.type == "cuda":

@@ -1,6 +1,6 @@
 """Attention of a few new tokens to a long cache, the context divided over programs (split KV).
 
-The first kernel also turns queries and keys (rotary embedding) and stores the new keys and
+The first kernel also rotates queries and keys (RoPE) and stores the new keys and
 values; the second adds up the parts. Positions and lengths lie on the device, so that a captured
 graph serves any. Reference: `reference.attend`.
 
@@ -66,16 +66,16 @@ def _part(
         new_at = start + new
         mine = (new < length) & (new_at >= low) & (new_at < high)
         row = (span * T + new).to(tl.int64)
-        turn = rotations_ptr + row[:, None] * D + pairs[None, :]
-        cos = tl.load(turn, mask=mine[:, None], other=0.0)
-        sin = tl.load(turn + half, mask=mine[:, None], other=0.0)
+        rotation = rotations_ptr + row[:, None] * D + pairs[None, :]
+        cos = tl.load(rotation, mask=mine[:, None], other=0.0)
+        sin = tl.load(rotation + half, mask=mine[:, None], other=0.0)
         source = qkv_ptr + (row * n_all + N_HEADS + kv_head)[:, None] * D
         a = tl.load(source + 2 * pairs[None, :], mask=mine[:, None], other=0.0)
         b = tl.load(source + 2 * pairs[None, :] + 1, mask=mine[:, None], other=0.0)
-        turned_a = (a.to(tl.float32) * cos - b.to(tl.float32) * sin).to(a.dtype)
-        turned_b = (a.to(tl.float32) * sin + b.to(tl.float32) * cos).to(a.dtype)
+        rotated_a = (a.to(tl.float32) * cos - b.to(tl.float32) * sin).to(a.dtype)
+        rotated_b = (a.to(tl.float32) * sin + b.to(tl.float32) * cos).to(a.dtype)
         target = base + new_at.to(tl.int64)[:, None] * D + dims[None, :]
-        tl.store(keys_ptr + target, tl.interleave(turned_a, turned_b), mask=mine[:, None])
+        tl.store(keys_ptr + target, tl.interleave(rotated_a, rotated_b), mask=mine[:, None])
         value = tl.load(source + N_KV * D + dims[None, :], mask=mine[:, None], other=0.0)
         tl.store(values_ptr + target, value, mask=mine[:, None])
         # Queries.
@@ -89,9 +89,9 @@ def _part(
         q_at = qkv_ptr + (q_row * n_all + first_head + of_group)[:, None] * D
         q_a = tl.load(q_at + 2 * pairs[None, :], mask=real[:, None], other=0.0)
         q_b = tl.load(q_at + 2 * pairs[None, :] + 1, mask=real[:, None], other=0.0)
-        turned_a = (q_a.to(tl.float32) * q_cos - q_b.to(tl.float32) * q_sin).to(q_a.dtype)
-        turned_b = (q_a.to(tl.float32) * q_sin + q_b.to(tl.float32) * q_cos).to(q_a.dtype)
-        q = tl.interleave(turned_a, turned_b)  # (M, D)
+        rotated_a = (q_a.to(tl.float32) * q_cos - q_b.to(tl.float32) * q_sin).to(q_a.dtype)
+        rotated_b = (q_a.to(tl.float32) * q_sin + q_b.to(tl.float32) * q_cos).to(q_a.dtype)
+        q = tl.interleave(rotated_a, rotated_b)  # (M, D)
         tl.debug_barrier()  # what this program has stored, its other threads read
         sees_to = start + token  # the last position that a query sees
         top = tl.full((M,), -float("inf"), tl.float32)
@@ -168,7 +168,7 @@ def attend(
     """Turn, store and attend: new tokens of N spans to their own caches.
 
     Args:
-        qkv: (N * T, H + 2 K, D), products of the new tokens.
+        qkv: (N * T, H + 2 K, D), of the new tokens.
         keys: (n_slots, K, max_seq_len, D), one layer's cache; new positions are written.
         values: the same.
         rotations: (N * T, 2, D / 2), `elementwise.rotations`.

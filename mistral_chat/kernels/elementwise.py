@@ -1,4 +1,4 @@
-"""What stands between the products: embedding, norm, rotary embedding, SwiGLU.
+"""What stands between the matmuls: embedding, norm, rotary embedding, SwiGLU.
 
 References: `reference.embed`, `.add_norm`, `.rope_store`, `.silu_mul` and
 `.rotations`.
@@ -101,12 +101,12 @@ def rotations(starts: Tensor, length: int, frequencies: Tensor) -> Tensor:
 
 @triton.jit
 def _add_norm(
-    partial_ptr, residual_ptr, gain_ptr, normed_ptr, sum_ptr, dim, eps,
+    partial_ptr, residual_ptr, weight_ptr, normed_ptr, sum_ptr, dim, eps,
     ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)
     mask = cols < dim
-    gain = tl.load(gain_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -118,18 +118,18 @@ def _add_norm(
         tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / dim + eps)
-    tl.store(normed_ptr + at, (x * scale * gain).to(normed_ptr.dtype.element_ty), mask=mask)
+    tl.store(normed_ptr + at, (x * scale * weight).to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 def add_norm(
-    partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
+    partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`reference.add_norm`.
 
     Args:
         partial: (T, dim).
         residual: (T, dim) to add; None adds nothing.
-        gain: (dim,).
+        weight: (dim,).
         eps: of the norm.
 
     Returns:
@@ -141,7 +141,7 @@ def add_norm(
     block = triton.next_power_of_2(dim)
     early = early_launch(partial.device)
     _add_norm[(n_rows,)](
-        partial, residual, gain, normed, total, dim, eps,
+        partial, residual, weight, normed, total, dim, eps,
         ADD=residual is not None, BLOCK=block, PDL=bool(early),
         num_warps=min(16, max(1, block // 512)), **early,
     )  # fmt: skip
@@ -150,13 +150,13 @@ def add_norm(
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """Rows on their way through an RMS norm: times its gain, not yet divided by their size.
+    """Rows on their way through an RMS norm: times its weight, not yet divided by their size.
 
-    Several programs share a row this way without waiting for each other; the product that takes
+    Several programs share a row this way without waiting for each other; the matmul that takes
     the rows divides its few results.
 
     Args:
-        rows: (T, dim), x * gain.
+        rows: (T, dim), x * weight.
         squares: (T, S) float32, sums of x * x over slices of the row; 0 where there is none.
         eps: of the norm.
     """
@@ -176,14 +176,14 @@ def n_slices(dim: int) -> int:
 
 @triton.jit
 def _add_scale(
-    partial_ptr, residual_ptr, gain_ptr, scaled_ptr, sum_ptr, squares_ptr, dim,
+    partial_ptr, residual_ptr, weight_ptr, scaled_ptr, sum_ptr, squares_ptr, dim,
     ADD: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     cols = part * SLICE + tl.arange(0, SLICE)
     mask = cols < dim
-    gain = tl.load(gain_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -194,14 +194,14 @@ def _add_scale(
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    tl.store(scaled_ptr + at, (x * gain).to(scaled_ptr.dtype.element_ty), mask=mask)
+    tl.store(scaled_ptr + at, (x * weight).to(scaled_ptr.dtype.element_ty), mask=mask)
     tl.store(squares_ptr + row * SLICES + part, tl.sum(x * x, 0))
 
 
 def add_scale(
-    partial: Tensor, residual: Tensor | None, gain: Tensor, eps: float
+    partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Scaled, Tensor]:
-    """`add_norm`, the division by the rows' size left to the product that follows."""
+    """`add_norm`, the division by the rows' size left to the matmul that follows."""
     n_rows, dim = partial.shape
     scaled = torch.empty_like(partial)
     total = partial if residual is None else torch.empty_like(partial)
@@ -209,7 +209,7 @@ def add_scale(
     squares = torch.empty(n_rows, slices, dtype=torch.float32, device=partial.device)
     early = early_launch(partial.device)
     _add_scale[(n_rows, slices)](
-        partial, residual, gain, scaled, total, squares, dim,
+        partial, residual, weight, scaled, total, squares, dim,
         ADD=residual is not None, SLICE=SLICE, SLICES=slices, PDL=bool(early), num_warps=4, **early,
     )  # fmt: skip
     return Scaled(scaled, squares, eps), total
@@ -258,9 +258,9 @@ def _rope_store(
     even = tl.load(at, mask=mask, other=0.0)
     odd = tl.load(at + 1, mask=mask, other=0.0)
     if head < N_Q + N_KV:
-        turn = rotations_ptr + token * 2 * HALF_DIM + 2 * pair
-        cos = tl.load(turn, mask=mask, other=0.0)
-        sin = tl.load(turn + 1, mask=mask, other=0.0)
+        rotation = rotations_ptr + token * 2 * HALF_DIM + 2 * pair
+        cos = tl.load(rotation, mask=mask, other=0.0)
+        sin = tl.load(rotation + 1, mask=mask, other=0.0)
         a = even.to(tl.float32)
         b = odd.to(tl.float32)
         even = (a * cos - b * sin).to(even.dtype)
@@ -281,7 +281,7 @@ def _rope_store(
 def rope_store(
     qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Tensor
 ) -> None:
-    """`reference.rope_store`, with the queries turned in place."""
+    """`reference.rope_store`, with the queries rotated in place."""
     n_new, n_all, head_dim = qkv.shape
     assert qkv.is_contiguous()
     assert keys.stride() == values.stride()

@@ -6,7 +6,7 @@ from torch import Tensor
 from mistral_chat.kernels import elementwise
 from mistral_chat.kernels.attention import attend
 from mistral_chat.kernels.elementwise import Scaled, embed, rotations
-from mistral_chat.kernels.linear import product
+from mistral_chat.kernels.linear import matmul
 
 __all__ = ["add_norm", "attend", "embed", "gated", "linear", "logits", "rotations"]
 
@@ -24,14 +24,14 @@ def add_norm(
 
 def linear(x: Rows, weight: Tensor) -> Tensor:
     """`x @ weight.T`."""
-    return product(x, weight)
+    return matmul(x, weight)
 
 
 def gated(x: Rows, weight: Tensor) -> Tensor:
-    """SiLU of the product with the first half of the rows times that with the second."""
-    return product(x, weight, gated=True)
+    """SiLU of the matmul with the first half of the rows times that with the second."""
+    return matmul(x, weight, gated=True)
 
 
 def logits(x: Rows, weight: Tensor) -> Tensor:
     """`x @ weight.T` as float32."""
-    return product(x, weight, float32=True)
+    return matmul(x, weight, float32=True)

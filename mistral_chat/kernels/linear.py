@@ -1,4 +1,4 @@
-"""Products of few rows with a large matrix: as fast as the matrix can be read.
+"""Matmuls of few rows with a large matrix: as fast as the matrix can be read.
 
 One row goes through a program per few matrix rows that multiplies and sums in float32; up to
 MOST_ROWS go through the tensor cores, the matrix rows taking the place that a large batch has
@@ -25,7 +25,7 @@ from mistral_chat.kernels.tuning import (
     shared_memory,
 )
 
-__all__ = ["product"]
+__all__ = ["matmul"]
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def _few_rows(
     )
 
 
-def product(
+def matmul(
     x: Tensor | Scaled,
     weight: Tensor,
     *,
@@ -147,7 +147,7 @@ def product(
     Args:
         x: (T, n_in), contiguous; T up to MOST_ROWS.
         weight: (n_out, n_in), or (2 * n_out, n_in) when gated.
-        gated: give silu of the product with the first half of the rows times that with the second.
+        gated: give silu of the matmul with the first half of the rows times that with the second.
         float32: the result's type, instead of x's.
         config: how the work is divided; None takes the shipped one.
 

@@ -1,13 +1,14 @@
-"""What GPUs of one node tell each other through memory that all of them can write.
+"""Sums, gathers and broadcasts of few rows through memory that the GPUs of one node map (peers).
 
-Every word carries 32 bits of data and the 32-bit number of the exchange, written in one piece, so
+Every word carries 32 bits of data and the 32-bit number of the round, written in one piece, so
 that a receiver knows what has arrived without a barrier (NCCL's low-latency protocol). A rank
 writes its words into the memory of every other and waits for theirs in its own. Numbers are
 counted on the device, so that a captured graph goes on counting.
 
-Two halves of the memory take turns: a rank that writes exchange n + 2 has seen n + 1 from all
-others, and those had read n before they began n + 1. Sums are float32 in rank order: equal bits on
-all ranks. Reference: `reference.add_norm` of the sum; the gather and the hand-over copy.
+A round is one sum, gather or broadcast. Two halves of the memory alternate: a rank that writes
+round n + 2 has seen n + 1 from all others, and those had read n before they began n + 1. Sums are
+float32 in rank order: equal bits on all ranks. Reference: `reference.add_norm` of the sum; gather
+and broadcast copy.
 
 Shapes: W = ranks, T = rows.
 """
@@ -99,14 +100,14 @@ def bytes_needed(dim: int, widths: tuple[int, ...]) -> int:
 
 
 def _spread(n_counts: int, n_programs: int) -> int:
-    """How many counters each program keeps, so that all counters count every exchange."""
+    """How many counters each program keeps, so that all counters count every round."""
     assert n_programs <= n_counts
     return int(triton.next_power_of_2(triton.cdiv(n_counts, n_programs)))
 
 
 @triton.jit
 def _count(counts_ptr, program, n_programs, number, N_COUNTS: tl.constexpr, SPREAD: tl.constexpr):
-    """Note the exchange in this program's counters; it alone reads and writes them."""
+    """Note the round in this program's counters; it alone reads and writes them."""
     tl.debug_barrier()
     at = program + tl.arange(0, SPREAD) * n_programs
     tl.store(counts_ptr + at, tl.zeros((SPREAD,), tl.int32) + number, mask=at < N_COUNTS)
@@ -120,7 +121,7 @@ def _n_missing(at, mask, number):
 
 @triton.jit
 def _await_words(at, mask, number):
-    """Data of words once all of them are of this exchange."""
+    """Data of words once all of them are of this round."""
     missing = _n_missing(at, mask, number)
     while missing > 0:
         missing = _n_missing(at, mask, number)
@@ -162,7 +163,7 @@ def _as_data(low, high, DTYPE: tl.constexpr):
 
 @triton.jit
 def _reduce(
-    partial_ptr, residual_ptr, gain_ptr, scaled_ptr, sum_ptr, squares_ptr,
+    partial_ptr, residual_ptr, weight_ptr, scaled_ptr, sum_ptr, squares_ptr,
     addresses_ptr, counts_ptr, words_a_row, sum_words,
     RANK: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
     ADD: tl.constexpr, SCALE: tl.constexpr, SLICES: tl.constexpr,
@@ -176,7 +177,7 @@ def _reduce(
     mask = within < words_a_row
     at = row * words_a_row + within
     if SCALE:
-        gain = tl.load(gain_ptr + within, mask=mask, other=0)
+        weight = tl.load(weight_ptr + within, mask=mask, other=0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -211,7 +212,7 @@ def _reduce(
         low = _low(total, DTYPE)
         high = _high(total, DTYPE)
         tl.store(squares_ptr + row * SLICES + part, tl.sum(low * low + high * high, 0))
-        scaled = _as_data(low * _low(gain, DTYPE), high * _high(gain, DTYPE), DTYPE)
+        scaled = _as_data(low * _low(weight, DTYPE), high * _high(weight, DTYPE), DTYPE)
         tl.store(scaled_ptr + at, scaled, mask=mask)
     n_programs = tl.num_programs(0) * tl.num_programs(1)
     _count(counts_ptr, program, n_programs, number, N_COUNTS, SPREAD)
@@ -228,7 +229,7 @@ def reduce_add_norm(
     memory: PeerMemory,
     partial: Tensor,
     residual: Tensor | None,
-    gain: Tensor,
+    weight: Tensor,
     eps: float,
 ) -> tuple[Tensor | Scaled, Tensor]:
     """Sum over ranks, add the residual, norm.
@@ -237,7 +238,7 @@ def reduce_add_norm(
         memory: of this node's ranks.
         partial: (T, dim), this rank's part of the sum; dim is even.
         residual: (T, dim) to add, the same on all ranks; None adds nothing.
-        gain: (dim,) of the norm.
+        weight: (dim,) of the norm.
         eps: of the norm.
 
     Returns:
@@ -248,7 +249,7 @@ def reduce_add_norm(
     assert n_rows <= MOST_ROWS
     assert dim == memory.dim
     total = torch.empty_like(partial)
-    # float16 has no room for x * gain: it is normed by a kernel of its own.
+    # float16 has no room for x * weight: it is normed by a kernel of its own.
     scale = partial.dtype != torch.float16
     scaled = torch.empty_like(partial) if scale else None
     block = SLICE * partial.element_size() // 4
@@ -260,7 +261,7 @@ def reduce_add_norm(
         return None if tensor is None else tensor.view(torch.int32)
 
     _reduce[(n_rows, slices)](
-        words_of(partial), words_of(residual), words_of(gain), words_of(scaled), words_of(total),
+        words_of(partial), words_of(residual), words_of(weight), words_of(scaled), words_of(total),
         squares, memory.addresses, memory.sum_counts, words, memory.sum_words,
         RANK=memory.rank, WORLD=memory.world_size, BLOCK=block,
         DTYPE=_TRITON_TYPES[partial.dtype], ADD=residual is not None, SCALE=scale, SLICES=slices,
@@ -268,7 +269,7 @@ def reduce_add_norm(
         PDL=bool(early), num_warps=4, **early,
     )  # fmt: skip
     if scaled is None:
-        return add_norm(total, None, gain, eps)[0], total
+        return add_norm(total, None, weight, eps)[0], total
     return Scaled(scaled, squares, eps), total
 
 

@@ -73,7 +73,7 @@ def embed(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
 
 
 def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Radians that each pair of a head turns per position: (D / 2,) float32."""
+    """Radians that each pair of a head rotates by per position: (D / 2,) float32."""
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     return theta ** (exponents / -head_dim)
 
@@ -95,7 +95,7 @@ def rope_rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
-    """Turn adjacent pairs of each head (Mistral's interleaved layout).
+    """Rotate adjacent pairs of each head (Mistral's interleaved layout).
 
     Args:
         x: (T, heads, D).
@@ -105,14 +105,14 @@ def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
         (T, heads, D) of x's type.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (T, heads, D / 2)
-    turned = torch.view_as_real(pairs * rotations.unsqueeze(1))
-    return turned.flatten(-2).type_as(x)
+    rotated = torch.view_as_real(pairs * rotations.unsqueeze(1))
+    return rotated.flatten(-2).type_as(x)
 
 
 def rope_store(
     qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Tensor
 ) -> Tensor:
-    """Turn queries and keys of one sequence's new tokens; store the keys and the values.
+    """Rotate queries and keys of one sequence's new tokens; store the keys and the values.
 
     Args:
         qkv: (T, H + 2 K, D).
@@ -123,14 +123,14 @@ def rope_store(
         rotations: (T, D / 2) complex64 of the new positions.
 
     Returns:
-        the turned queries, (T, H, D).
+        the rotated queries, (T, H, D).
     """
     n_kv = len(keys)
-    turned = apply_rope(qkv[:, : n_heads + n_kv], rotations)
+    rotated = apply_rope(qkv[:, : n_heads + n_kv], rotations)
     end = start + len(qkv)
-    keys[:, start:end].copy_(turned[:, n_heads:].transpose(0, 1))
+    keys[:, start:end].copy_(rotated[:, n_heads:].transpose(0, 1))
     values[:, start:end].copy_(qkv[:, n_heads + n_kv :].transpose(0, 1))
-    return turned[:, :n_heads]
+    return rotated[:, :n_heads]
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Few float32 rows on CPU go other ways than `F.linear`. One goes as a batch of row blocks: MKL's
     matrix-vector product runs on one thread, its batched one on all of them (1.7 times as fast on
-    two). A few go as `weight @ x.T`: MKL's product of few rows with a wide matrix takes 1.1 to 5
+    two). A few go as `weight @ x.T`: MKL's matmul of few rows with a wide matrix takes 1.1 to 5
     times as long as that of a tall matrix with few columns.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
@@ -261,7 +261,7 @@ def rotations(starts: Tensor, length: int, frequencies: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
-    """`silu_mul` of the product: (R, n_in), (2 * hidden, n_in) -> (R, hidden)."""
+    """`silu_mul` of the matmul: (R, n_in), (2 * hidden, n_in) -> (R, hidden)."""
     return silu_mul(linear(x, weight))
 
 
@@ -278,24 +278,24 @@ def attend(
     group: int,  # noqa: ARG001, the kernel's
     window: int | None,
 ) -> Tensor:
-    """Turn, store and attend, span by span; arguments and result as `attention.attend`."""
+    """Rotate, store and attend, span by span; arguments and result as `attention.attend`."""
     n_heads = len(kv_heads)
     n_kv = len(first_heads) - 1
     per_span = len(qkv) // len(slots)
-    turns = torch.complex(rotations[:, 0], rotations[:, 1])
-    turned = apply_rope(qkv[:, : n_heads + n_kv], turns)
-    out = torch.zeros_like(turned[:, :n_heads])
+    rotation = torch.complex(rotations[:, 0], rotations[:, 1])
+    rotated = apply_rope(qkv[:, : n_heads + n_kv], rotation)
+    out = torch.zeros_like(rotated[:, :n_heads])
     by_kv_head = first_heads.diff().tolist()
     for span, (slot, start, length) in enumerate(
         zip(slots.tolist(), starts.tolist(), lengths.tolist(), strict=True)
     ):
         new = slice(span * per_span, span * per_span + length)
         end = start + length
-        keys[slot, :, start:end] = turned[new, n_heads:].transpose(0, 1)
+        keys[slot, :, start:end] = rotated[new, n_heads:].transpose(0, 1)
         values[slot, :, start:end] = qkv[new, n_heads + n_kv :].transpose(0, 1)
         if length:
             out[new] = attention(
-                turned[new, :n_heads], keys[slot, :, :end], values[slot, :, :end],
+                rotated[new, :n_heads], keys[slot, :, :end], values[slot, :, :end],
                 start, window, by_kv_head,
             )  # fmt: skip
     return out.flatten(1)

@@ -26,7 +26,7 @@ MOST_ROWS = 32  # of a step of few rows: its kernels, graphs and peer memory hav
 
 @dataclass(frozen=True, slots=True)
 class OneRow:
-    """How a matrix-vector product is divided.
+    """How a matrix-vector matmul is divided.
 
     Args:
         rows: matrix rows of a program.
@@ -41,7 +41,7 @@ class OneRow:
 
 @dataclass(frozen=True, slots=True)
 class FewRows:
-    """How a product of few rows is divided.
+    """How a matmul of few rows is divided.
 
     Args:
         rows: matrix rows of a program.
@@ -75,7 +75,7 @@ class Attend:
 
 # (n_out, n_in) -> fastest of 15 divisions inside a whole decode step on an H200: Large-2407's
 # shards of 2 and of 8 ranks and Mistral-7B-v0.3's whole matrices; w1 with w3, qkv, w2, wo, output.
-# A product alone, repeated, ranks them otherwise: what counts is how it follows the one before.
+# A matmul alone, repeated, ranks them otherwise: what counts is how it follows the one before.
 _ONE_ROW = {
     (14336, 12288): OneRow(1, 2048, 2),
     (7168, 12288): OneRow(2, 2048, 2),
@@ -93,7 +93,7 @@ _ONE_ROW = {
     (4096, 4096): OneRow(2, 2048, 8),
     (32768, 4096): OneRow(1, 4096, 8),
 }
-# The same for 8 rows, of some 40 divisions of a product alone. None: cuBLAS is faster.
+# The same for 8 rows, of some 40 divisions of a matmul alone. None: cuBLAS is faster.
 _FEW_ROWS = {
     (7168, 12288): FewRows(64, 256, 3, 4),
     (12288, 6144): FewRows(64, 64, 6, 4),

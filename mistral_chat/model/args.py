@@ -107,7 +107,7 @@ class TransformerArgs:
             )
         if self.head_dim % 2:
             raise CheckpointError(
-                f"head_dim is {self.head_dim}: expected an even number (RoPE turns pairs)"
+                f"head_dim is {self.head_dim}: expected an even number (RoPE rotates pairs)"
             )
         if self.max_seq_len is not None:
             _check_whole("max_seq_len", self.max_seq_len, 2, MOST_POSITIONS)

@@ -188,11 +188,11 @@ class ManyRows:
         """`ops.rope_store` and `reference.attention` of each span."""
         out = []
         lengths = [span.length for span in self._spans]
-        for span, new, turns in zip(
+        for span, new, rotation in zip(
             self._spans, qkv.split(lengths), rotations.split(lengths), strict=True
         ):
             keys, values = self._cache.of(heads.layer, span.slot)
-            q = ops.rope_store(new, keys, values, span.start, heads.n_heads, turns)
+            q = ops.rope_store(new, keys, values, span.start, heads.n_heads, rotation)
             end = span.start + span.length
             keys, values = keys[:, :end], values[:, :end]
             out.append(
@@ -204,7 +204,7 @@ class ManyRows:
         return whole.reshape(len(qkv), -1)
 
     def gated(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`ops.silu_mul` of the product."""
+        """`ops.silu_mul` of the matmul."""
         return ops.silu_mul(reference.linear(x, weight))
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor | None:

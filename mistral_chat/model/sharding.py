@@ -145,7 +145,7 @@ class Placement:
 def placements(shard: Shard, layout: hf.Layout = "consolidated") -> dict[str, Placement]:
     """The table: every tensor that a checkpoint must hold -> its place on this rank.
 
-    wq, wk, wv lie one under the other in `wqkv`, and w1, w3 in `w13`, so that each is one product.
+    wq, wk, wv lie one under the other in `wqkv`, and w1, w3 in `w13`, so that each is one matmul.
 
     Args:
         shard: this rank's share.

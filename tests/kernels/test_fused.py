@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mistral_chat.kernels import elementwise, fused, reference
 from mistral_chat.kernels.elementwise import SLICE, Scaled, n_slices
-from mistral_chat.kernels.linear import product
+from mistral_chat.kernels.linear import matmul
 from mistral_chat.kernels.tuning import MOST_ROWS, FewRows, OneRow
 
 pytestmark = [
@@ -196,10 +196,10 @@ def test_product_is_the_same_however_it_is_divided(
     if gated:
         gate, up = exact.chunk(2, dim=1)
         exact = torch.nn.functional.silu(gate) * up
-    got = product(x, w, gated=gated, float32=True, config=config)
+    got = matmul(x, w, gated=gated, float32=True, config=config)
     # float32 sums and no rounding before them: numbers up to 10 with seven digits
     torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=1e-5)
-    rounded = product(x, w, gated=gated, config=config)
+    rounded = matmul(x, w, gated=gated, config=config)
     assert torch.equal(rounded, got.to(dtype))  # the one rounding is the last
 
 
@@ -212,9 +212,9 @@ def test_product_of_few_rows_is_each_row_alone(n_rows: int, scaled: bool) -> Non
     def part(which: slice) -> Tensor | Scaled:
         return Scaled(rows[which], squares[which], EPS) if scaled else rows[which]
 
-    whole = product(part(slice(None)), w, gated=True, config=FewRows(32, 32, 2, 4))
+    whole = matmul(part(slice(None)), w, gated=True, config=FewRows(32, 32, 2, 4))
     for i in {0, 1, n_rows // 2, n_rows - 1}:
-        alone = product(part(slice(i, i + 1)), w, gated=True)
+        alone = matmul(part(slice(i, i + 1)), w, gated=True)
         assert_near(whole[i : i + 1], alone, units=4, size=8)  # the order of additions
 
 
@@ -225,7 +225,7 @@ def test_product_reads_and_writes_nothing_past_its_rows() -> None:
     for n_rows in (1, 3):
         for gated in (False, True):
             few = FewRows(32, 32, 2, 4) if n_rows > 1 else None
-            got = product(rows[:n_rows], weights[:44], gated=gated, config=few)
+            got = matmul(rows[:n_rows], weights[:44], gated=gated, config=few)
             assert got.shape == (n_rows, 22 if gated else 44)
             assert bool(got.isfinite().all())
 

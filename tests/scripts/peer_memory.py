@@ -78,7 +78,7 @@ def exchange(memory: peer.PeerMemory) -> dict[str, Any]:
             )
             assert isinstance(normed, Scaled | Tensor)
             sums.append(total)
-            products.append(linear.product(normed, matrix(dtype)))
+            products.append(linear.matmul(normed, matrix(dtype)))
         seen[str(dtype)] = {"sums": sums, "products": products}
         _, total = peer.reduce_add_norm(memory, partial(1, rank, dtype), None, gain(dtype), EPS)
         seen[str(dtype)]["plain"] = total
