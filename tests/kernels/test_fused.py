@@ -465,7 +465,6 @@ UNREAD = (  # cases with something else that must not be read
     "head of 32",
     "long",
 )
-by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def assert_attended(ours: Attended, theirs: Attended, case: Case) -> None:
@@ -479,9 +478,19 @@ def assert_attended(ours: Attended, theirs: Attended, case: Case) -> None:
     assert torch.equal(ours[2], theirs[2])  # values are copied
 
 
-@by_case
-def test_attend_is_the_reference(case: Case) -> None:
-    assert_attended(attend_once(case), attend(reference, case, torch.float32), case)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_attend_is_the_reference_and_writes_new_positions_of_its_own_slots_alone(
+    case: Case,
+) -> None:
+    ours = attend_once(case)
+    assert_attended(ours, attend(reference, case, torch.float32), case)
+    _, keys, values = ours
+    for seed, got in ((1, keys), (2, values)):
+        changed = (got != draw(*got.shape, seed=seed)).any(-1)  # (n_slots, n_kv, max_seq_len)
+        expected = torch.zeros_like(changed)
+        for slot, start, length in zip(case.slots(3), case.starts, case.lengths, strict=True):
+            expected[slot, :, start : start + length] = True
+        assert torch.equal(changed, expected)
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -489,18 +498,6 @@ def test_attend_in_float16_is_the_reference(name: str) -> None:
     case = CASES[name]
     ours, theirs = (attend(each, case, torch.float16) for each in (fused, reference))
     assert_attended(ours, theirs, case)
-
-
-@by_case
-def test_attend_writes_new_positions_of_its_own_slots_alone(case: Case) -> None:
-    _, keys, values = attend_once(case)
-    shape = keys.shape
-    for seed, got in ((1, keys), (2, values)):
-        changed = (got != draw(*shape, seed=seed)).any(-1)  # (n_slots, n_kv, max_seq_len)
-        expected = torch.zeros_like(changed)
-        for slot, start, length in zip(case.slots(3), case.starts, case.lengths, strict=True):
-            expected[slot, :, start : start + length] = True
-        assert torch.equal(changed, expected)
 
 
 # numpy's words for a row of scores that are all NaN, as those of a row of NaN are

@@ -1,6 +1,7 @@
 """Load one rank's share of a checkpoint and print how much the peak memory grew, and the share.
 
-Run as `python -m tests.scripts.load_share FOLDER DTYPE`.
+Run as `python -m tests.scripts.load_share FOLDER DTYPE`. Names and shapes are Mistral's or, where
+the file has Hugging Face's name, theirs, which are not checked here.
 """
 
 import re
@@ -43,7 +44,8 @@ def main(folder: Path, dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
     model = Transformer(ARGS, Shard(ARGS, WORLD_SIZE, RANK), Alone())
     tensors = read_headers(folder)
-    check_tensors(folder, tensors, model.placements())
+    if (folder / "consolidated.safetensors").exists():
+        check_tensors(folder, tensors, model.placements())
     load_weights(model, tensors)
     assert all(float(p.abs().max()) == 0 for p in model.parameters())  # all pages are there
     print(peak_bytes() - before, local_bytes(model.placements().values(), dtype))
