@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +318,7 @@ def peer_of(folder: Path) -> Any:
 
 N_GREEDY = 48
 N_FEW = 12  # what more ranks than cores say: they take turns
+N_RANKS = (1, 2, 4)  # 4 are more than its 3 KV heads; tests/engine/test_ranks.py has 3 ranks
 
 
 @dataclass(frozen=True)
@@ -331,24 +331,35 @@ class Said:
     logits: Tensor | None  # of the first token, where one rank ran them all
 
 
-@pytest.fixture(scope="module")
-def prompt(embedded_folder: Path) -> list[int]:
-    ids = Tokenizer.from_folder(embedded_folder).encode(PROSE)
-    assert len(ids) >= 300
-    return ids
+def said_by(folder: Path, n_ranks: int, prompt: list[int]) -> Said:
+    n_tokens = N_GREEDY if n_ranks <= 2 else N_FEW
+    params = SamplingParams(temperature=0, max_tokens=n_tokens, logprobs=50)
+    with LLM(
+        folder,
+        nproc_per_node=n_ranks,
+        device="cpu",
+        dtype="float32",
+        max_seq_len=512,
+        max_batch_size=2,
+    ) as llm:
+        logits = None
+        if n_ranks == 1:
+            logits = llm.engine.runner.run(Step((Chunk(0, 0, tuple(prompt)),), "last"))
+        (answer,) = llm.generate([prompt], params)
+        chat = llm.conversation()
+        answers = []
+        for question in ("What is the capital of France?", "And of Italy?"):
+            *_, last = chat.send(question, replace(params, max_tokens=N_FEW))
+            assert isinstance(last, Answer)
+            answers.append(last.text)
+    assert answer.logprobs is not None
+    likely = [(i, logprob) for i, _, logprob in answer.logprobs[0].top]
+    return Said(list(answer.token_ids), likely, answers, logits)
 
 
-@dataclass(frozen=True)
-class PeerSaid:
-    """The same of transformers."""
-
-    ids: list[int]
-    logits: Tensor  # of the first token
-
-
-@pytest.fixture(scope="module")
-def peer_said(embedded_folder: Path, prompt: list[int]) -> PeerSaid:
-    model = peer_of(embedded_folder)
+def said_by_peer(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
+    """Greedy ids of transformers, and the logits of the first."""
+    model = peer_of(folder)
     ids: list[int] = []
     with torch.inference_mode():
         out = model(torch.tensor([prompt]), use_cache=True)
@@ -358,69 +369,23 @@ def peer_said(embedded_folder: Path, prompt: list[int]) -> PeerSaid:
             new = torch.tensor([ids[-1:]])
             out = model(new, past_key_values=out.past_key_values, use_cache=True)
     assert len(set(ids)) > 20  # text, and not one token again and again
-    return PeerSaid(ids, first)
+    return ids, first
 
 
-def load(folder: Path, n_ranks: int) -> LLM:
-    return LLM(
-        folder,
-        nproc_per_node=n_ranks,
-        device="cpu",
-        dtype="float32",
-        max_seq_len=512,
-        max_batch_size=2,
-    )
-
-
-@pytest.fixture(scope="module")
-def said(embedded_folder: Path, prompt: list[int]) -> Any:
-    """What the embedded model said on a number of ranks; run when first asked for."""
-
-    @cache
-    def run(n_ranks: int) -> Said:
-        n_tokens = N_GREEDY if n_ranks <= 2 else N_FEW
-        params = SamplingParams(temperature=0, max_tokens=n_tokens, logprobs=50)
-        with load(embedded_folder, n_ranks) as llm:
-            logits = None
-            if n_ranks == 1:
-                logits = llm.engine.runner.run(Step((Chunk(0, 0, tuple(prompt)),), "last"))
-            (answer,) = llm.generate([prompt], params)
-            chat = llm.conversation()
-            answers = []
-            for question in ("What is the capital of France?", "And of Italy?"):
-                *_, last = chat.send(question, replace(params, max_tokens=N_FEW))
-                assert isinstance(last, Answer)
-                answers.append(last.text)
-        assert answer.logprobs is not None
-        likely = [(i, logprob) for i, _, logprob in answer.logprobs[0].top]
-        return Said(list(answer.token_ids), likely, answers, logits)
-
-    return run
-
-
-def test_logits_after_long_prose_are_transformers(said: Any, peer_said: PeerSaid) -> None:
-    logits = said(1).logits
-    assert logits is not None
+def test_embedded_model_on_any_number_of_ranks_is_transformers(embedded_folder: Path) -> None:
+    """One test, so that each of them is loaded once."""
+    prompt = Tokenizer.from_folder(embedded_folder).encode(PROSE)
+    assert len(prompt) >= 300
+    peer_ids, peer_logits = said_by_peer(embedded_folder, prompt)
+    wanted = torch.log_softmax(peer_logits, -1)
+    said = {n: said_by(embedded_folder, n, prompt) for n in N_RANKS}
     # logits reach 30; two programs add some 600 products in 30 layers in their own order: 1e-4
-    assert (logits[0] - peer_said.logits).abs().max() < 1e-3
-
-
-N_RANKS = [1, 2, 4]  # 4 are more than its 3 KV heads; tests/engine/test_ranks.py has 3 ranks
-
-
-@pytest.mark.parametrize("n_ranks", N_RANKS)
-def test_greedy_text_of_any_number_of_ranks_is_transformers(
-    said: Any, peer_said: PeerSaid, n_ranks: int
-) -> None:
-    ours = said(n_ranks)
-    assert len(ours.ids) == (N_GREEDY if n_ranks <= 2 else N_FEW)
-    assert ours.ids == peer_said.ids[: len(ours.ids)]
-    wanted = torch.log_softmax(peer_said.logits, -1)
-    for i, logprob in ours.logprobs:
-        assert logprob == pytest.approx(float(wanted[i]), abs=1e-3)  # as above
-
-
-@pytest.mark.parametrize("n_ranks", N_RANKS)
-def test_chat_of_any_number_of_ranks_is_the_same(said: Any, n_ranks: int) -> None:
-    assert said(n_ranks).answers == said(1).answers
-    assert said(n_ranks).answers[0] == "The capital of France is Paris."
+    assert said[1].logits is not None
+    assert (said[1].logits[0] - peer_logits).abs().max() < 1e-3
+    for n_ranks, ours in said.items():
+        assert len(ours.ids) == (N_GREEDY if n_ranks <= 2 else N_FEW)
+        assert ours.ids == peer_ids[: len(ours.ids)], f"{n_ranks} ranks"
+        for i, logprob in ours.logprobs:
+            assert logprob == pytest.approx(float(wanted[i]), abs=1e-3), f"{n_ranks} ranks"
+        assert ours.answers == said[1].answers, f"{n_ranks} ranks"
+    assert said[1].answers[0] == "The capital of France is Paris."
