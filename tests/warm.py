@@ -1,9 +1,9 @@
 """A process that has imported everything and forks for each command: two seconds less for each.
 
-`warm()` starts it and is asked for commands; `python -m tests.warm FD` is the process itself, with
-one end of a socket. A command is a process of its own as ever, and only its imports are shared.
-What is tested of a process's very beginning needs a fresh one, as does what libraries read from
-the environment while they are imported.
+`warm()` starts it and is asked for commands; `python -m tests.warm FD [MODULE...]` is the process
+itself, with one end of a socket. A command is a process of its own as ever, and only its imports
+are shared. What is tested of a process's very beginning needs a fresh one, as does what libraries
+read from the environment while they are imported.
 """
 
 import atexit
@@ -166,13 +166,14 @@ class Warm:
 
     Args:
         env: of it; commands should have what libraries read while they are imported.
+        modules: all that it imports; of none, everything.
     """
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, env: Mapping[str, str], modules: Sequence[str] = ()) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.warm", str(theirs.fileno()), *modules],
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, cwd=ROOT, env=env,
             )  # fmt: skip
 
@@ -253,13 +254,17 @@ def warm() -> Warm:
     return made
 
 
-def _import_all() -> None:
+def _everything() -> list[str]:
     import mistral_chat
 
-    for module in pkgutil.walk_packages(mistral_chat.__path__, "mistral_chat."):
-        if module.name not in PLAIN_SCRIPTS:
-            importlib.import_module(module.name)
-    importlib.import_module("torch.distributed.launcher.api")  # most of what torchrun imports
+    modules = pkgutil.walk_packages(mistral_chat.__path__, "mistral_chat.")
+    ours = [module.name for module in modules if module.name not in PLAIN_SCRIPTS]
+    return [*ours, "torch.distributed.launcher.api"]  # most of what torchrun imports
+
+
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
     gc.freeze()  # or each command would look at all of this again, and have its pages copied
 
 
@@ -353,5 +358,5 @@ def _end(code: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _import_all()
+    _import(sys.argv[2:] or _everything())
     _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))
