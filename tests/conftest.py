@@ -196,7 +196,13 @@ def wait_for_end(pid: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
+def torchrun_words(n_ranks: int) -> list[str]:
+    """The words before a module's name that have torchrun start it on this node, after `-m`."""
+    free = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    return ["torch.distributed.run", "--nproc-per-node", str(n_ranks), *free, "-m"]
+
+
+@pytest.fixture(scope="session")
 def run() -> Run:
     """Run `mistral-chat WORDS`, alone or under torchrun, with stdin from a pipe."""
 
@@ -209,18 +215,14 @@ def run() -> Run:
         **options: Any,
     ) -> Finished:
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        needs_fresh = torchrun or env or options or torch.cuda.is_available()  # CUDA takes no fork
+        module, *typed = [*(torchrun_words(torchrun) if torchrun else []), "mistral_chat"]
+        typed += map(str, words)
+        needs_fresh = env or options or torch.cuda.is_available()  # CUDA takes no fork
         if data is not None and not needs_fresh:
-            typed = [str(word) for word in words]
-            code, out, err = warm().run(typed, command_env(), data, timeout_s)
+            code, out, err = warm().run(module, typed, command_env(), data, timeout_s)
             return Finished(code, out.decode(), err.decode())
-        command = [sys.executable, "-m", "mistral_chat"]
-        if torchrun:
-            launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
-            free = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-            command = [sys.executable, *launcher, *free, "-m", "mistral_chat"]
         done = subprocess.run(
-            [*command, *map(str, words)],
+            [sys.executable, "-m", module, *typed],
             input=data,
             capture_output=True,
             timeout=timeout_s,

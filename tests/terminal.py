@@ -13,7 +13,7 @@ from typing import Any
 import pexpect
 import pyte
 
-from tests.conftest import ROOT, command_env
+from tests.conftest import ROOT, command_env, torchrun_words
 from tests.warm import Spawned
 
 __all__ = ["Terminal", "chat_terminal", "rows_of", "typed_at"]
@@ -90,10 +90,14 @@ class Terminal:
         holds = seen if callable(seen) else lambda text: seen in text
         end = time.monotonic() + timeout_s
         alive = True
-        while not holds(self.text):
-            assert alive, f"ended before {seen!r}:\n{self.text}"
-            assert time.monotonic() < end, f"no {seen!r} in {timeout_s} s:\n{self.text}"
+        text = self.text
+        while not holds(text):
+            assert alive, f"ended before {seen!r}:\n{text}"
+            assert time.monotonic() < end, f"no {seen!r} in {timeout_s} s:\n{text}"
+            n_read = len(self.raw)
             alive = self.read()
+            if len(self.raw) > n_read:  # playing the terminal and reading it takes its time
+                text = self.text
 
     def wait_for_prompt(self) -> None:
         """Until the chat can be typed at: it has asked for pastes to be marked since last time."""
@@ -183,12 +187,10 @@ def typed_at(
         module_and_words: what `python -m` is given.
         torchrun: ranks to start it on; 0 starts it alone.
     """
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    spawn = pexpect.spawn if torchrun else Spawned
-    child = spawn(
+    launcher = torchrun_words(torchrun) if torchrun else []
+    child = Spawned(
         sys.executable,
-        [*(launcher if torchrun else []), "-m", *map(str, module_and_words)],
+        ["-m", *launcher, *map(str, module_and_words)],
         encoding="utf-8",
         codec_errors="replace",
         timeout=120,

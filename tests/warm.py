@@ -1,15 +1,16 @@
 """A process that has imported everything and forks for each command: two seconds less for each.
 
-`warm()` starts it and is asked for commands; `python -m tests.warm FD` is the process itself, with
-one end of a socket. A command is a process of its own as ever, and only its imports are shared.
-What is tested of a process's very beginning needs a fresh one, as does what libraries read from
-the environment while they are imported.
+`warm()` starts it and is asked for commands; `python -m tests.warm FD [MODULE...]` is the process
+itself, with one end of a socket. A command is a process of its own as ever, and only its imports
+are shared. What is tested of a process's very beginning needs a fresh one, as does what libraries
+read from the environment while they are imported.
 """
 
 import atexit
 import contextlib
 import fcntl
 import functools
+import gc
 import importlib
 import io
 import json
@@ -22,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pexpect
 import ptyprocess
@@ -44,22 +46,76 @@ class Command:
 
     def __init__(self, says: socket.socket) -> None:
         self._says = says
+        self._code: int | None = None
         says.settimeout(WAIT_S)
         self.pid = int(says.recv(32))
 
     def wait(self, timeout_s: float | None) -> int:
-        """The code that it ended with, negative for a signal; to be asked once.
+        """The code that it ended with, negative for a signal.
 
         Raises:
             TimeoutError: it goes on.
         """
-        self._says.settimeout(timeout_s)
+        if self._code is None:
+            self._says.settimeout(timeout_s)
+            try:
+                self._code = int(self._says.recv(32))
+            except BlockingIOError as error:  # a timeout of 0
+                raise TimeoutError from error
+            self._says.close()
+        return self._code
+
+    def is_alive(self) -> bool:
+        """Whether it goes on."""
         try:
-            code = int(self._says.recv(32))
-        except BlockingIOError as error:  # a timeout of 0
-            raise TimeoutError from error
-        self._says.close()
-        return code
+            self.wait(0)
+        except TimeoutError:
+            return True
+        return False
+
+    def kill(self) -> None:
+        """End it where it goes on."""
+        if self.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(WAIT_S)
+
+
+class Piped:
+    """A command that goes on, whose stdout and stderr are pipes; it ends with the block.
+
+    Args:
+        module: with a `__main__`.
+        words: of the command line.
+    """
+
+    def __init__(self, module: str, words: Sequence[str]) -> None:
+        from tests.conftest import command_env
+
+        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+        with open(os.devnull) as nothing:  # noqa: PTH123
+            streams = [nothing.fileno(), out_end, err_end]
+            self._command = warm().start(module, words, command_env(), streams)
+        for end in (out_end, err_end):
+            os.close(end)
+        self.pid = self._command.pid
+        self.stdout, self.stderr = os.fdopen(out, "rb"), os.fdopen(err, "rb")
+
+    def finish(self) -> tuple[int, bytes, bytes]:
+        """Wait for its end: its code and what it wrote that was not read before."""
+        out, err = self.stdout.read(), self.stderr.read()
+        return self._command.wait(WAIT_S), out, err
+
+    def kill(self) -> None:
+        """End it where it goes on."""
+        self._command.kill()
+
+    def __enter__(self) -> "Piped":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.stdout.close()
+        self.stderr.close()
 
 
 class OnTerminal(ptyprocess.PtyProcess):
@@ -110,13 +166,14 @@ class Warm:
 
     Args:
         env: of it; commands should have what libraries read while they are imported.
+        modules: all that it imports; of none, everything.
     """
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, env: Mapping[str, str], modules: Sequence[str] = ()) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.warm", str(theirs.fileno()), *modules],
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, cwd=ROOT, env=env,
             )  # fmt: skip
 
@@ -146,11 +203,17 @@ class Warm:
         return Command(says)
 
     def run(
-        self, words: Sequence[str], env: Mapping[str, str], data: bytes, timeout_s: float
+        self,
+        module: str,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        data: bytes,
+        timeout_s: float,
     ) -> tuple[int, bytes, bytes]:
-        """Run `mistral-chat WORDS`; its code and what it wrote.
+        """Run a module; its code and what it wrote.
 
         Args:
+            module: with a `__main__`.
             words: of the command line.
             env: all of it.
             data: to its stdin, a pipe.
@@ -162,14 +225,14 @@ class Warm:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             reader, writer = os.pipe()
             streams = [reader, out.fileno(), err.fileno()]
-            command = self.start("mistral_chat", words, env, streams)
+            command = self.start(module, words, env, streams)
             os.close(reader)
             with contextlib.suppress(BrokenPipeError), open(writer, "wb") as stdin:  # noqa: PTH123
                 stdin.write(data)
             try:
                 code = command.wait(timeout_s)
             except TimeoutError as error:
-                os.kill(command.pid, signal.SIGKILL)
+                command.kill()
                 raise subprocess.TimeoutExpired(list(words), timeout_s) from error
             out.seek(0)
             err.seek(0)
@@ -191,12 +254,18 @@ def warm() -> Warm:
     return made
 
 
-def _import_all() -> None:
+def _everything() -> list[str]:
     import mistral_chat
 
-    for module in pkgutil.walk_packages(mistral_chat.__path__, "mistral_chat."):
-        if module.name not in PLAIN_SCRIPTS:
-            importlib.import_module(module.name)
+    modules = pkgutil.walk_packages(mistral_chat.__path__, "mistral_chat.")
+    ours = [module.name for module in modules if module.name not in PLAIN_SCRIPTS]
+    return [*ours, "torch.distributed.launcher.api"]  # most of what torchrun imports
+
+
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()  # or each command would look at all of this again, and have its pages copied
 
 
 def _serve(requests: socket.socket) -> list[Any]:
@@ -250,17 +319,44 @@ def _open_streams() -> None:
 
 def _become(module: str, words: Sequence[str], env: dict[str, str], takes_terminal: bool) -> None:
     """Run a module as this process's only job."""
+    os.setsid()
     if takes_terminal:
-        os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     _open_streams()
     os.environ.clear()
     os.environ.update(env)
     sys.argv = [module, *words]
     sys.orig_argv = [sys.executable, "-m", module, *words]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        _end(end.code)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        _end(1)
+    _end(0)
+
+
+def _end(code: Any) -> NoReturn:
+    """End as Python does, but leave out taking all modules apart: most of a short command's time.
+
+    What the command made itself is collected, so that a file left open is still reported.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if not stream.closed:
+                stream.flush()
+        except (OSError, ValueError):
+            code = 120  # Python's own for this
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":
-    _import_all()
+    _import(sys.argv[2:] or _everything())
     _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))

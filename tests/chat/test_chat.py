@@ -40,7 +40,7 @@ class Scripted(Runner):
         self._cache: Any = SimpleNamespace(n_slots=1)
         self.group: Any = SimpleNamespace(world_size=1)
         self.guard = StepGuard(1)
-        self._vocab_sizes = [vocab_size]
+        self.vocab_size = vocab_size
         self.max_seq_len = max_seq_len
         self.chunk_size = 16
         self.decoder = None

@@ -4,10 +4,9 @@ On CPU a `Decoder` runs the reference operations; what it does with steps, slots
 is the same as on a GPU.
 """
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.few_rows import MOST_ROWS
-from tests.conftest import ROOT, command_env
 from tests.engine.test_engine import (
     ARGS,
     GREEDY,
@@ -37,6 +35,7 @@ from tests.engine.test_engine import (
     make_engine,
     make_model,
 )
+from tests.ranks import run_ranks
 from tests.scripts import decoding
 
 HOT = SamplingParams(temperature=1.5, top_k=40, top_p=0.95, min_p=0.01, max_tokens=12, seed=5)
@@ -135,11 +134,17 @@ def said_by(engine: Engine, request: Request) -> list[Token]:
     return tokens_of(engine, [request])[0]
 
 
+@cache
+def answer_anew(ids: tuple[int, ...], params: SamplingParams) -> list[int]:
+    """Of an engine that has seen nothing, which has no decoder either; each is made once."""
+    return answer(make_engine()[0], ids, params)
+
+
 def assert_as_fresh(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     """Whatever happened before, answers are those of an engine that has seen nothing."""
     for params in (GREEDY, HOT):
         for ids in prompts:
-            assert answer(engine, ids, params) == answer(make_engine()[0], ids, params)
+            assert answer(engine, ids, params) == answer_anew(tuple(ids), params)
 
 
 # Same tokens.
@@ -164,8 +169,9 @@ def requests_of(kind: SamplingParams, n: int) -> list[Request]:
 
 @by_ahead
 @pytest.mark.parametrize("kind", [GREEDY, HOT], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("n_slots", [1, 2, 3])
-@pytest.mark.parametrize("n_requests", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("n_requests", "n_slots"), [(1, 1), (1, 2), (2, 1), (3, 3), (5, 2), (5, 3)]
+)
 def test_decoder_gives_the_tokens_of_an_engine_without(
     n_requests: int, n_slots: int, kind: SamplingParams
 ) -> None:
@@ -244,7 +250,7 @@ def test_decoder_never_chooses_a_banned_id(temperature: float) -> None:
 
 
 @by_ahead
-@pytest.mark.parametrize("at", [1, 2, 3, 9, 17])
+@pytest.mark.parametrize("at", [1, 2, 9, 17])
 def test_decoder_ends_at_a_stop_id(at: int) -> None:
     ids, params = draw_ids(6), replace(HOT, max_tokens=40, top_k=0)
     said = answer(make_engine()[0], ids, params)
@@ -270,8 +276,8 @@ def test_decoder_asks_for_no_more_than_max_tokens(max_tokens: int) -> None:
 
 
 @by_ahead
-@pytest.mark.parametrize("max_seq_len", [4, 16, 24, 33])
-@pytest.mark.parametrize("lengths", [(1,), (3,), (1, 3), (2, 2, 1)])
+@pytest.mark.parametrize("max_seq_len", [4, 24, 33])
+@pytest.mark.parametrize("lengths", [(3,), (2, 2, 1)])
 def test_decoder_writes_within_the_context(lengths: tuple[int, ...], max_seq_len: int) -> None:
     engine, runner = make_decoding(len(lengths), max_seq_len)
     requests = [
@@ -561,18 +567,7 @@ def test_decoder_advances_however_its_steps_are_divided() -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What `tests.scripts.decoding` saw on each of two ranks."""
     out: Path = tmp_path_factory.mktemp("decoding")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    free = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *free, "-m", "tests.scripts.decoding", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=command_env(),
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks("tests.scripts.decoding", out, n_ranks=2)
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,9 @@ from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.start_up import load_runner, reading_threads
 from mistral_chat.errors import PromptError
 from mistral_chat.model import loading
-from tests.conftest import ROOT, command_env
+from tests.conftest import command_env
+from tests.ranks import places_of
+from tests.warm import Command, warm
 
 STALL_S = 1.5
 LONG_S = 300.0  # that a rank would take which is left to itself
@@ -41,28 +41,19 @@ class Ranks:
 
     def __init__(self, folder: Path, marks: Path, plan: dict[int, dict[str, Any]]) -> None:
         self._marks = marks
-        run = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": marks}
         said = json.dumps({"marks": str(marks), "stall_s": STALL_S, "ranks": plan})
         words = [str(folder), "--prompt", "x", "--max_tokens", "2", "--device", "cpu"]
-        self.processes = []
-        for rank in range(2):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-            place |= run
+        self.processes: list[Command] = []
+        for rank, place in enumerate(places_of(2)):
             with ExitStack() as files:
-                out, err = (
-                    files.enter_context((marks / f"{name}-{rank}").open("wb"))
-                    for name in ("out", "err")
+                streams = [
+                    files.enter_context((marks / f"{name}-{rank}").open("w+b")).fileno()
+                    for name in ("in", "out", "err")
+                ]
+                started = warm().start(
+                    "tests.scripts.disturbed", [said, *words], command_env(**place), streams
                 )
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.scripts.disturbed", said, *words],
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=err,
-                        env=command_env(**{key: str(value) for key, value in place.items()}),
-                        cwd=ROOT,
-                    )
-                )
+                self.processes.append(started)
 
     def await_reading(self, rank: int) -> int:
         """Wait until a rank reads, and give its process's id."""
@@ -80,7 +71,7 @@ class Ranks:
             assert alive, self.err
             assert time.monotonic() < deadline, self.err
             time.sleep(0.05)
-            alive = any(process.poll() is None for process in self.processes)
+            alive = any(process.is_alive() for process in self.processes)
 
     def codes(self, timeout_s: float) -> list[int]:
         deadline = time.monotonic() + timeout_s
@@ -115,7 +106,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield start_ranks
     for process in (process for ranks in started for process in ranks.processes):
         process.kill()
-        process.wait()
 
 
 def test_rank_whose_disk_hangs_is_named_and_goes_on(start: Start, tiny_folder: Path) -> None:

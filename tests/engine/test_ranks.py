@@ -1,10 +1,8 @@
-"""Any number of ranks is one rank: real processes under torchrun, one run for each number.
+"""Any number of ranks is one rank: real processes, one run for each number.
 
 What they do is in `tests/scripts/ranks.py`; here it is compared with the same in this process.
 """
 
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from mistral_chat.engine.node_memory import NodeMemory
-from tests.conftest import ROOT, command_env, random_weights, write_params
+from tests.conftest import random_weights, write_params
+from tests.ranks import run_ranks
 from tests.scripts import ranks
 
 WORLD_SIZES = (2, 3, 4)  # 4 is more than the 3 KV heads
@@ -53,19 +52,7 @@ def together(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     @cache
     def run(world_size: int) -> list[Seen]:
         out = tmp_path_factory.mktemp(f"seen-by-{world_size}")
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-        free = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-        script = ["-m", "tests.scripts.ranks", str(out), *map(str, models.values())]
-        done = subprocess.run(
-            [sys.executable, *launcher, *free, *script],
-            capture_output=True,
-            text=True,
-            timeout=400,
-            env=command_env(),
-            cwd=ROOT,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_ranks("tests.scripts.ranks", out, *models.values(), n_ranks=world_size)
         return [torch.load(out / f"{rank}.pt") for rank in range(world_size)]
 
     return run

@@ -5,9 +5,7 @@ what they bring is in `tests/scripts/peer_memory.py`. bfloat16, whose roundings 
 wrong, is left to tests/scripts/peers.py, on GPUs.
 """
 
-import subprocess
-import sys
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,101 +14,87 @@ import torch
 
 from mistral_chat.kernels import peer
 from mistral_chat.kernels.tuning import MOST_ROWS
-from tests.conftest import ROOT, command_env
+from tests.conftest import command_env
+from tests.ranks import run_ranks
 from tests.scripts import peer_memory as ranks
+from tests.warm import Warm, warm
 
 WORLD_SIZES = (2, 3)
-by_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
 by_type = pytest.mark.parametrize("dtype", ranks.TYPES, ids=["f32", "f16"])
-by_number = pytest.mark.parametrize("number", range(len(ranks.ROWS)))
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What every rank saw, by number of ranks; each number is run once, when first asked for."""
-
-    @cache
-    def run(world_size: int) -> list[dict[str, Any]]:
-        folder: Path = tmp_path_factory.mktemp(f"{world_size}-peers")
-        n_bytes = peer.bytes_needed(ranks.DIM, ranks.WIDTHS[:world_size])
-        for rank in range(world_size):
-            (folder / f"{rank}.memory").write_bytes(bytes(n_bytes))
-        script = [sys.executable, "-m", "tests.scripts.peer_memory", str(folder)]
-        started = [
-            subprocess.Popen(
-                [*script, str(rank), str(world_size)],
-                cwd=ROOT,
-                # numpy warns of what the interpreter does
-                env=command_env(TRITON_INTERPRET="1", PYTHONWARNINGS="ignore"),
-                stderr=subprocess.PIPE,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            errors = [process.communicate(timeout=300)[1] for process in started]
-        finally:
-            for process in started:  # the others would wait for one that has failed
-                process.kill()
-                process.wait()
-        assert [process.returncode for process in started] == [0] * world_size, errors
-        return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
-
-    return run
+def interpreting() -> Iterator[Warm]:
+    """What forks ranks whose kernels run in the interpreter, which is chosen by their import."""
+    if not torch.cuda.is_available():
+        yield warm()
+        return
+    made = Warm(command_env(TRITON_INTERPRET="1"))
+    yield made
+    made.close()
 
 
-@by_world_size
-@by_number
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def seen_by_all(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, interpreting: Warm
+) -> list[dict[str, Any]]:
+    """What every rank saw; each number of ranks is run once."""
+    world_size: int = request.param
+    folder: Path = tmp_path_factory.mktemp(f"{world_size}-peers")
+    n_bytes = peer.bytes_needed(ranks.DIM, ranks.WIDTHS[:world_size])
+    for rank in range(world_size):
+        (folder / f"{rank}.memory").write_bytes(bytes(n_bytes))
+    run_ranks("tests.scripts.peer_memory", folder, n_ranks=world_size, forks=interpreting)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
 @by_type
 def test_sum_is_the_one_in_rank_order_on_every_rank(
-    together: Any, dtype: torch.dtype, number: int, world_size: int
+    seen_by_all: list[dict[str, Any]], dtype: torch.dtype
 ) -> None:
-    wanted = ranks.reference_sum(number, world_size, dtype, add=True)
-    for seen in together(world_size):
-        assert torch.equal(seen[str(dtype)]["sums"][number], wanted)  # to the bit, or ranks drift
+    for number in range(len(ranks.ROWS)):
+        wanted = ranks.reference_sum(number, len(seen_by_all), dtype, add=True)
+        for seen in seen_by_all:  # to the bit, or ranks drift
+            assert torch.equal(seen[str(dtype)]["sums"][number], wanted), number
 
 
-@by_world_size
-@by_number
 @by_type
 def test_norm_of_the_sum_is_taken_by_the_next_product(
-    together: Any, dtype: torch.dtype, number: int, world_size: int
+    seen_by_all: list[dict[str, Any]], dtype: torch.dtype
 ) -> None:
-    wanted = ranks.reference_product(number, world_size, dtype)
     rounding = 2**-24 if dtype == torch.float32 else 2**-11
-    for seen in together(world_size):
-        got = seen[str(dtype)]["products"][number]
-        # as in test_fused: rows of size 1 that are rounded, summed up like a walk at random
-        torch.testing.assert_close(got, wanted, rtol=5 * rounding, atol=16 * rounding + 8e-6)
+    for number in range(len(ranks.ROWS)):
+        wanted = ranks.reference_product(number, len(seen_by_all), dtype)
+        for seen in seen_by_all:
+            got = seen[str(dtype)]["products"][number]
+            # as in test_fused: rows of size 1 that are rounded, summed up like a walk at random
+            torch.testing.assert_close(got, wanted, rtol=5 * rounding, atol=16 * rounding + 8e-6)
 
 
-@by_world_size
 @by_type
 def test_sum_without_residual_is_the_sum(
-    together: Any, dtype: torch.dtype, world_size: int
+    seen_by_all: list[dict[str, Any]], dtype: torch.dtype
 ) -> None:
-    wanted = ranks.reference_sum(1, world_size, dtype, add=False)
-    for seen in together(world_size):
+    wanted = ranks.reference_sum(1, len(seen_by_all), dtype, add=False)
+    for seen in seen_by_all:
         assert torch.equal(seen[str(dtype)]["plain"], wanted)
 
 
-@by_world_size
-@by_number
 def test_gather_puts_uneven_columns_side_by_side_on_the_leader(
-    together: Any, number: int, world_size: int
+    seen_by_all: list[dict[str, Any]],
 ) -> None:
-    leader, *others = (seen["whole"][number] for seen in together(world_size))
-    wanted = torch.cat([ranks.columns(number, rank) for rank in range(world_size)], 1)
-    assert torch.equal(leader, wanted)
-    assert others == [None] * (world_size - 1)
+    world_size = len(seen_by_all)
+    for number in range(len(ranks.ROWS)):
+        leader, *others = (seen["whole"][number] for seen in seen_by_all)
+        wanted = torch.cat([ranks.columns(number, rank) for rank in range(world_size)], 1)
+        assert torch.equal(leader, wanted), number
+        assert others == [None] * (world_size - 1)
 
 
-@by_world_size
-@by_number
-def test_hand_over_gives_the_leaders_tokens_to_all(
-    together: Any, number: int, world_size: int
-) -> None:
-    for seen in together(world_size):
-        assert seen["tokens"][number] == ranks.tokens(number)
+def test_hand_over_gives_the_leaders_tokens_to_all(seen_by_all: list[dict[str, Any]]) -> None:
+    for number in range(len(ranks.ROWS)):
+        for seen in seen_by_all:
+            assert seen["tokens"][number] == ranks.tokens(number)
 
 
 def words_of(numbers: torch.Tensor, exchange: int) -> torch.Tensor:

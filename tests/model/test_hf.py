@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import string
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from mistral_chat.model.operations import Alone, Span
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
 from tests.conftest import (
-    ROOT,
     TINY,
     Run,
     folder_of,
@@ -35,6 +33,7 @@ from tests.conftest import (
     write_params,
 )
 from tests.model.test_checkpoint import write_zeros
+from tests.model.test_loading import load_share_apart
 from tests.scripts import load_share
 
 SINGLE = "model.safetensors"
@@ -281,15 +280,7 @@ def test_a_rank_reads_its_rows_and_no_others(
 def test_loading_takes_little_more_memory_than_the_share(tmp_path: Path) -> None:
     table = placements(Shard(load_share.ARGS), "hf")
     assert write_zeros(tmp_path / SINGLE, table, "F32", 4) > 600e6
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.load_share", str(tmp_path), "float32"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    grown, share = map(int, done.stdout.split())
+    grown, share = load_share_apart(tmp_path, "float32")
     assert grown <= share + 80e6  # as in Mistral's layout: the buffer, and what allocators take
 
 

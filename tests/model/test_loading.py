@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,13 @@ from mistral_chat.model.checkpoint import PICKLE
 from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
-from tests.conftest import ROOT, folder_of, load_weights, random_weights, reading_of
+from tests.conftest import (
+    command_env,
+    folder_of,
+    load_weights,
+    random_weights,
+    reading_of,
+)
 from tests.model.test_checkpoint import (
     ARGS,
     LAYOUTS,
@@ -34,6 +39,7 @@ from tests.model.test_checkpoint import (
     write_zeros,
 )
 from tests.scripts import load_share
+from tests.warm import warm
 
 
 @pytest.mark.parametrize("write", LAYOUTS)
@@ -277,6 +283,15 @@ def test_load_weights_closes_its_files(
     assert opened == []
 
 
+def load_share_apart(folder: Path, dtype: str) -> tuple[int, int]:
+    """How much the peak memory of a process grew that loaded a share, and the share: bytes."""
+    words = [str(folder), dtype]
+    code, out, err = warm().run("tests.scripts.load_share", words, command_env(), b"", 300)
+    assert code == 0, err.decode()
+    grown, share = map(int, out.split())
+    return grown, share
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 @pytest.mark.parametrize(
     ("stored", "itemsize", "held"),
@@ -288,15 +303,7 @@ def test_load_weights_takes_little_more_memory_than_the_share(
     table = placements(Shard(load_share.ARGS))
     size = write_zeros(tmp_path / SINGLE, table, stored, itemsize)
     assert size * 4 / itemsize > 600e6
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.load_share", str(tmp_path), held],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    grown, share = map(int, done.stdout.split())
+    grown, share = load_share_apart(tmp_path, held)
     # Buffers have 2 x 2 MiB; the rest is what allocator, page tables and headers take. Reading an
     # embedding whole (168 MB in float32, 84 in bfloat16) or mapping the file would break it.
     assert share <= grown + 2e6  # the pages of all parameters were touched

@@ -1,6 +1,7 @@
 """Load one rank's share of a checkpoint and print how much the peak memory grew, and the share.
 
-Run as `python -m tests.scripts.load_share FOLDER DTYPE`.
+Run as `python -m tests.scripts.load_share FOLDER DTYPE`. Names and shapes are Mistral's or, where
+the file has Hugging Face's name, theirs, which are not checked here.
 """
 
 import re

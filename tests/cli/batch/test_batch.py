@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +22,9 @@ from mistral_chat.cli.batch import progress as batch_progress
 from mistral_chat.cli.main import main, request_of
 from mistral_chat.engine.group import PeerFailedError
 from mistral_chat.errors import OutputError
-from tests.conftest import ROOT, Run, command_env
+from tests.conftest import Run
 from tests.disk import Disk
+from tests.warm import Piped
 
 OPENAI = {"method": "POST", "url": "/v1/completions"}
 ASKED = [{"role": "user", "content": "Hi"}]
@@ -70,23 +69,9 @@ def _texts(records: list[dict[str, Any]]) -> dict[Any, str]:
     return texts
 
 
-def _command(
-    folder: Path, source: Path, target: Path, *words: object, gap_s: float = 0.0
-) -> list[str]:
-    program = ["tests.scripts.scripted", "-", str(gap_s)] if gap_s else ["mistral_chat"]
-    return [sys.executable, "-m", *program, "batch", *map(str, (folder, source, target)),
-            "--temperature=0", "--dtype=float32", *map(str, words)]  # fmt: skip
-
-
-def _start(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=command_env(),
-        cwd=ROOT,
-        **options,
-    )
+def _words(folder: Path, source: Path, target: Path, *words: object) -> list[str]:
+    files = map(str, (folder, source, target))
+    return ["batch", *files, "--temperature=0", "--dtype=float32", *map(str, words)]
 
 
 def _await_lines(path: Path, n: int) -> None:
@@ -96,24 +81,23 @@ def _await_lines(path: Path, n: int) -> None:
         time.sleep(0.002)
 
 
-def test_killed_twice_and_started_again_is_one_by_one(tiny_folder: Path, tmp_path: Path) -> None:
-    prompts = {n: f"{n} plus {n * n % 17} is" for n in range(1, 201)}
+def test_killed_twice_and_started_again_is_one_by_one(
+    tiny_folder: Path, tmp_path: Path, run: Run
+) -> None:
+    prompts = {n: f"{n} plus {n * n % 17} is" for n in range(1, 81)}
     values = [{"prompt": text, "max_tokens": 2 + n % 7} for n, text in prompts.items()]
     source, target = _write(tmp_path / "in", *values), tmp_path / "out"
-    command = _command(tiny_folder, source, target, "--max_batch_size", 6)
-    slowly = _command(tiny_folder, source, target, "--max_batch_size", 6, gap_s=0.03)
-    for n_lines in (30, 110):
-        with _start(slowly) as process:  # far from its end, however late the kill comes
+    words = _words(tiny_folder, source, target, "--max_batch_size", 6)
+    for n_lines in (12, 44):
+        # far from its end, however late the kill comes
+        with Piped("tests.scripts.scripted", ["-", "0.1", *words]):
             _await_lines(target, n_lines)
-            process.kill()
-        assert target.read_bytes().count(b"\n") < 200
+        assert target.read_bytes().count(b"\n") < 80
         with target.open("ab") as file:  # as a kill between two writes of one line would
             file.write(b'{"id": 1, "te')
-    last = subprocess.run(
-        command, capture_output=True, text=True, env=command_env(), cwd=ROOT, check=False
-    )
-    assert last.returncode == 0, last.stderr
-    assert last.stderr.startswith("mistral-chat: 200 lines answered (1")
+    last = run(*words)
+    assert last.code == 0, last.err
+    assert re.match(r"mistral-chat: 80 lines answered \([4-7]\d of them before", last.err)
     with LLM(tiny_folder, device="cpu", dtype="float32", max_batch_size=1) as llm:
         expected = {
             n: llm.generate(text, SamplingParams(temperature=0, max_tokens=2 + n % 7))[0].text
@@ -779,13 +763,13 @@ def test_signal_ends_at_once_and_keeps_finished_lines(
 ) -> None:
     values = [{"prompt": "a", "max_tokens": 2}, *[{"prompt": "b", "max_tokens": 480}] * 200]
     source, target = _write(tmp_path / "in", *values), tmp_path / "out"
-    command = _command(tiny_folder, source, target, "--nproc_per_node", n_ranks)
-    with _start(command, start_new_session=True) as process:
+    words = _words(tiny_folder, source, target, "--nproc_per_node", n_ranks)
+    with Piped("mistral_chat", words) as process:
         _await_lines(target, 1)
         os.killpg(process.pid, number)
         asked = time.monotonic()
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == code
+        ended, _, err = process.finish()
+    assert ended == code
     assert time.monotonic() - asked < 60
     assert err.startswith(b"mistral-chat: interrupted: ")
     assert err.count(b"\n") == 1

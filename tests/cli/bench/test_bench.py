@@ -2,11 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import Run
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 30}, "is_old": {"type": "boolean"}},
+    "required": ["name", "is_old"],
+    "additionalProperties": False,
+}
 SMALL = ("--contexts", "32,100000", "--prompts", "8,16", "--batches", "1,2", "--device", "cpu")
 
 
@@ -17,9 +24,30 @@ def measured(run: Run, folder: Path, *words: object) -> dict[str, object]:
     return result
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_bench_reports_every_figure(run: Run, tiny_folder: Path, n_ranks: int) -> None:
-    result = measured(run, tiny_folder, "--nproc_per_node", n_ranks)
+@pytest.fixture(scope="module")
+def schema_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("schemas") / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(run: Run, tiny_folder: Path) -> dict[str, object]:
+    """The figures of one rank."""
+    return measured(run, tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def on_two(run: Run, tiny_folder: Path, schema_file: Path) -> dict[str, object]:
+    """The figures of two ranks, answers of a schema among them."""
+    return measured(run, tiny_folder, "--nproc_per_node", 2, "--json_schema", schema_file)
+
+
+@pytest.mark.parametrize(("figures", "n_ranks"), [("alone", 1), ("on_two", 2)])
+def test_bench_reports_every_figure(
+    request: pytest.FixtureRequest, figures: str, n_ranks: int
+) -> None:
+    result: dict[str, Any] = request.getfixturevalue(figures)
     assert result["world_size"] == n_ranks
     decode = result["decode"]
     assert isinstance(decode, list)
@@ -44,9 +72,8 @@ def test_bench_reports_every_figure(run: Run, tiny_folder: Path, n_ranks: int) -
     assert min(start.values()) >= 0
 
 
-def test_bench_counts_the_bytes_of_a_step(run: Run, tiny_folder: Path) -> None:
-    result = measured(run, tiny_folder)
-    memory, decode = result["memory"], result["decode"]
+def test_bench_counts_the_bytes_of_a_step(alone: dict[str, object]) -> None:
+    memory, decode = alone["memory"], alone["decode"]
     assert isinstance(memory, dict)
     assert isinstance(decode, list)
     vocab, dim, n_layers, n_kv_heads, head_dim = 32768, 64, 2, 2, 16
@@ -58,14 +85,15 @@ def test_bench_counts_the_bytes_of_a_step(run: Run, tiny_folder: Path) -> None:
         assert row["bytes_per_step"] == expected
 
 
-def test_bench_measures_one_share_alone(run: Run, tiny_folder: Path) -> None:
-    whole, share = measured(run, tiny_folder), measured(run, tiny_folder, "--shard_of", 2)
+def test_bench_measures_one_share_alone(
+    run: Run, tiny_folder: Path, alone: dict[str, object]
+) -> None:
+    share = measured(run, tiny_folder, "--shard_of", 2)
     assert (share["world_size"], share["shard_of"]) == (1, 2)
-    assert share["memory"]["weights_bytes"] < 0.6 * whole["memory"]["weights_bytes"]  # type: ignore[index]
+    assert share["memory"]["weights_bytes"] < 0.6 * alone["memory"]["weights_bytes"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
-@pytest.mark.parametrize("cold", [[], ["--cold"]])
+@pytest.mark.parametrize(("n_ranks", "cold"), [(1, []), (1, ["--cold"]), (2, ["--cold"])])
 def test_bench_measures_loading(run: Run, tiny_folder: Path, n_ranks: int, cold: list[str]) -> None:
     done = run("bench", tiny_folder, "--loading", "--peer", "safetensors", "--json", *cold,
                "--device", "cpu", "--nproc_per_node", n_ranks)  # fmt: skip
@@ -82,26 +110,8 @@ def test_bench_measures_loading(run: Run, tiny_folder: Path, n_ranks: int, cold:
     assert min(result["read_once_s"], result["safetensors_s"]) > 0
 
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 30}, "is_old": {"type": "boolean"}},
-    "required": ["name", "is_old"],
-    "additionalProperties": False,
-}
-
-
-@pytest.fixture
-def schema_file(tmp_path: Path) -> Path:
-    path = tmp_path / "schema.json"
-    path.write_text(json.dumps(SCHEMA))
-    return path
-
-
-def test_bench_measures_answers_of_a_schema_beside_free_text(
-    run: Run, tiny_folder: Path, schema_file: Path
-) -> None:
-    words = ("--json_schema", schema_file, "--nproc_per_node", 2)
-    kept = measured(run, tiny_folder, *words)["json_schema"]
+def test_bench_measures_answers_of_a_schema_beside_free_text(on_two: dict[str, object]) -> None:
+    kept = on_two["json_schema"]
     assert isinstance(kept, dict)
     assert set(kept) == {
         "context", "tokens", "ms_per_token", "free_ms_per_token", "mask_ms", "mask_ms_p99",
@@ -110,12 +120,6 @@ def test_bench_measures_answers_of_a_schema_beside_free_text(
     assert kept["tokens"] >= 100
     assert min(kept["ms_per_token"], kept["free_ms_per_token"]) > 0
     assert kept["mask_ms"] > 0
-
-
-def test_bench_prints_answers_of_a_schema(run: Run, tiny_folder: Path, schema_file: Path) -> None:
-    done = run("bench", tiny_folder, *SMALL, "--json_schema", schema_file)
-    assert done.code == 0, done.err
-    assert "answers kept to a schema" in done.out
 
 
 def test_bench_refuses_a_schema_before_it_measures(
@@ -129,12 +133,16 @@ def test_bench_refuses_a_schema_before_it_measures(
     assert len(done.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png"])
-def test_bench_draws_its_figures(run: Run, tiny_folder: Path, tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(("suffix", "has_schema"), [(".svg", False), (".png", True)])
+def test_bench_prints_and_draws_its_figures(
+    run: Run, tiny_folder: Path, tmp_path: Path, schema_file: Path, suffix: str, has_schema: bool
+) -> None:
     picture = tmp_path / f"figures{suffix}"
-    done = run("bench", tiny_folder, *SMALL, "--plot", picture)
+    schema = ("--json_schema", schema_file) if has_schema else ()
+    done = run("bench", tiny_folder, *SMALL, "--plot", picture, *schema)
     assert done.code == 0, done.err
     assert "time to first token" in done.out
+    assert ("answers kept to a schema" in done.out) == has_schema
     assert picture.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
 
 

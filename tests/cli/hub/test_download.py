@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
@@ -22,11 +23,16 @@ from mistral_chat.cli.repository import cached_folder, choose_files, is_reposito
 from mistral_chat.errors import CheckpointError, DownloadError
 from tests.conftest import ROOT, Finished, Run, command_env
 from tests.hub_server import COMMIT, Hub, Repository, commit_of, read_repository, serving
+from tests.warm import Warm
 
 NAME = "acme/tiny"
 WEIGHTS = "consolidated.safetensors"
 ONE_LAYOUT = ["config.json", "params.json", "tokenizer.model.v3", WEIGHTS]
 CHUNK_BYTES = 10 << 20  # what huggingface_hub holds before it writes
+# What a download needs before huggingface_hub, and much of what that needs.
+BENEATH = ("mistral_chat.cli.main", "mistral_chat.cli.hub.download", "mistral_chat.cli.hub.fetch",
+           "mistral_chat.cli.hub.errors", "email.message", "http.client", "http.cookiejar", "ssl",
+           "urllib.request", "zipfile", "filelock", "tqdm.auto", "yaml")  # fmt: skip
 ANSWER = ("--prompt", "Hi", "--max_tokens", "2", "--device", "cpu", "--seed", "1")
 
 
@@ -61,6 +67,25 @@ def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
         "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
         "NO_PROXY": "127.0.0.1",
     }
+
+
+@pytest.fixture(scope="module")
+def run(run: Run) -> Iterator[Run]:
+    """As ever, but downloads are forked, too: of a process without huggingface_hub.
+
+    That reads the environment while it is imported.
+    """
+    forks = Warm(command_env(), BENEATH)
+
+    def run_command(*words: str | Path, env: dict[str, str] | None = None, **how: Any) -> Finished:
+        if words[0] != "download" or "PYTHONPATH" in (env or {}):
+            return run(*words, env=env, **how)
+        typed = [str(word) for word in words]
+        code, out, err = forks.run("mistral_chat", typed, command_env(**(env or {})), b"", 300)
+        return Finished(code, out.decode(), err.decode())
+
+    yield run_command
+    forks.close()
 
 
 def refused(done: Finished, *said: str, code: int = 1) -> None:

@@ -18,6 +18,7 @@ from mistral_chat.cli.main import request_of
 from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.config import SamplingParams
 from tests.conftest import ROOT, Run, command_env
+from tests.warm import Piped
 
 KEYS = {"text", "finish_reason", "tool_calls", "seed", "usage", "timings", "model", "world_size"}
 
@@ -142,22 +143,13 @@ def test_full_context_is_said(run: Run, tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
 def test_interrupt_keeps_what_was_written(roomy_folder: Path, n_ranks: int) -> None:
-    command = [sys.executable, "-m", "mistral_chat", str(roomy_folder), "--prompt", "Hello",
-               "--max_tokens", "8000", "--seed", "1", "--nproc_per_node", str(n_ranks)]  # fmt: skip
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=command_env(),
-        cwd=ROOT,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
+    words = [str(roomy_folder), "--prompt", "Hello", "--max_tokens", "8000", "--seed", "1"]
+    words += ["--nproc_per_node", str(n_ranks)]
+    with Piped("mistral_chat", words) as process:
         begun = process.stdout.read(5)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+        code, out, err = process.finish()
+    assert code == 130
     assert len(begun) == 5
     assert out.endswith(b"\n")
     assert err == b"mistral-chat: interrupted\n"

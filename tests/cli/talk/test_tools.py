@@ -4,10 +4,9 @@ The model is a real one whose tokens are chosen beforehand (tests/scripts/script
 """
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -20,8 +19,9 @@ import pytest
 from mistral_chat.chat.functions import CallsCancelledError, PythonFunctions
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli.talk.calls import CallDesk
-from tests.conftest import ROOT, Finished, command_env, wait_for_end
+from tests.conftest import Finished, command_env, wait_for_end
 from tests.terminal import typed_at
+from tests.warm import Piped, warm
 
 FUNCTIONS = '''
 import os, sys, time
@@ -77,16 +77,9 @@ class Script:
         return [*script, *map(str, words)]
 
     def ask(self, answers: list[list[str]], *words: str | Path) -> Finished:
-        done = subprocess.run(
-            [sys.executable, "-m", *self.words(answers, "--prompt", "Hi", *words)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=300,
-            env=command_env(),
-            cwd=ROOT,
-            check=False,
-        )
-        return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+        module, *rest = self.words(answers, "--prompt", "Hi", *words)
+        code, out, err = warm().run(module, rest, command_env(), b"", 300)
+        return Finished(code, out.decode(), err.decode())
 
 
 @pytest.fixture
@@ -216,16 +209,12 @@ def test_interrupt_during_a_call_ends_with_130(
     marker = tmp_path / "marker"
     call = {"name": "slow", "arguments": {"marker": str(marker)}}
     words = script.words([calls(call), DONE], "--prompt", "Hi", "--tools", functions, "--yes")
-    with subprocess.Popen(
-        [sys.executable, "-m", *words],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=command_env(), cwd=ROOT, text=True,
-    ) as child:  # fmt: skip
+    with Piped(words[0], words[1:]) as child:
         pid = wait_for(marker)
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=120)
-    assert (child.returncode, out) == (130, "\n")
-    assert "interrupted" in err
+        os.kill(child.pid, signal.SIGINT)
+        code, out, err = child.finish()
+    assert (code, out) == (130, b"\n")
+    assert b"interrupted" in err
     wait_for_end(pid)
 
 
