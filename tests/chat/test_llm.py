@@ -28,7 +28,7 @@ from mistral_chat.errors import (
     TokenizerError,
     UsageError,
 )
-from tests.conftest import ROOT, TINY, command_env
+from tests.conftest import ROOT, TINY, command_env, open_folder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 WEATHER: dict[str, Any] = {
