@@ -143,12 +143,6 @@ class ModelFolder:
         return self.path / names[0]
 
     @cached_property
-    def system_prompt_file(self) -> Path | None:
-        """The system prompt that Mistral ships beside its weights; None where there is none."""
-        path = self.path and self.path / "SYSTEM_PROMPT.txt"
-        return path if path and is_there(path) else None
-
-    @cached_property
     def weights(self) -> WeightFiles:
         """The files of weights, as `WeightFiles.find` gives and refuses them."""
         assert self.path is not None

@@ -164,17 +164,11 @@ def test_a_shape_without_a_folder_has_neither_weights_nor_tokenizer() -> None:
     config = EngineConfig(model=None, load_format="dummy", shape=shape)
     made = ModelFolder.checked(config)
     assert made.args == TINY
-    assert made.path is made.tokenizer_file is made.system_prompt_file is None
+    assert made.path is made.tokenizer_file is None
     with pytest.raises(CheckpointError, match=r"--config, table \[model\]: dim is missing"):
         ModelFolder.open(
             EngineConfig(model=None, load_format="dummy", shape={**shape, "dim": None})
         )
-
-
-def test_the_system_prompt_beside_the_weights_is_found(tmp_path: Path) -> None:
-    assert folder_of(tmp_path).system_prompt_file is None
-    (tmp_path / "SYSTEM_PROMPT.txt").write_text("Be brief.")
-    assert folder_of(tmp_path).system_prompt_file == tmp_path / "SYSTEM_PROMPT.txt"
 
 
 def test_names_of_tokenizers_are_those_that_mistral_common_knows(tmp_path: Path) -> None:
