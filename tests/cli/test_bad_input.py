@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mistral_chat.cli import start
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine import start_up
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.errors import TokenizerError
 from mistral_chat.model import hf
 from mistral_chat.model.folder import ModelFolder

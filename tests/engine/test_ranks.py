@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mistral_chat.engine.node_memory import NodeMemory
+from mistral_chat.engine.ranks.node_memory import NodeMemory
 from tests.conftest import random_weights, write_params
 from tests.ranks import run_ranks
 from tests.scripts import ranks

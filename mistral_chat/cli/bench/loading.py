@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mistral_chat.config import EngineConfig
 
 if TYPE_CHECKING:
-    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.ranks.group import Group
 
 __all__ = ["run"]
 

@@ -18,7 +18,7 @@ from mistral_chat.cli.hub.errors import WaitNotes, explain
 from mistral_chat.cli.hub.fetch import Fetch, File
 from mistral_chat.cli.repository import choose_files
 from mistral_chat.cli.requests import DownloadRequest
-from mistral_chat.engine.launch import launched_rank
+from mistral_chat.engine.ranks.launch import launched_rank
 from mistral_chat.errors import DownloadError, MistralChatError, named, shown
 
 __all__ = ["run"]

@@ -15,7 +15,7 @@ from mistral_chat.cli.codes import FAILED
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.cli.requests import ChatRequest
-from mistral_chat.engine.launch import launched_rank
+from mistral_chat.engine.ranks.launch import launched_rank
 from mistral_chat.errors import OutputError
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def _lead(
     from mistral_chat.cli.talk.repl import chat_at_terminal
     from mistral_chat.cli.talk.terminal_chat import TerminalChat
     from mistral_chat.engine.engine import Engine
-    from mistral_chat.engine.group import PeerFailedError
-    from mistral_chat.engine.launch import current_group
+    from mistral_chat.engine.ranks.group import PeerFailedError
+    from mistral_chat.engine.ranks.launch import current_group
 
     functions: PythonFunctions | None = None
     tools = inputs.offered.tools

@@ -20,7 +20,7 @@ from mistral_chat.cli.batch import lines as batch_lines
 from mistral_chat.cli.batch import output as batch_output
 from mistral_chat.cli.batch import progress as batch_progress
 from mistral_chat.cli.main import main, request_of
-from mistral_chat.engine.group import PeerFailedError
+from mistral_chat.engine.ranks.group import PeerFailedError
 from mistral_chat.errors import OutputError
 from tests.conftest import Run
 from tests.disk import Disk

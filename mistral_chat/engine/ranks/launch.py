@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mistral_chat.engine import parent
 from mistral_chat.engine import rank as rank_entry
 from mistral_chat.engine.gpus import visible_gpus
-from mistral_chat.engine.launcher import how_it_ended, threads_each
+from mistral_chat.engine.ranks import parent
+from mistral_chat.engine.ranks.launcher import how_it_ended, threads_each
 from mistral_chat.errors import DeviceError, RankLostError, UsageError
 
 if TYPE_CHECKING:
-    from mistral_chat.engine.group import Group
-    from mistral_chat.engine.place import Place
+    from mistral_chat.engine.ranks.group import Group
+    from mistral_chat.engine.ranks.place import Place
 
 __all__ = [
     "current_group",
@@ -76,7 +76,7 @@ def place(environment: Mapping[str, str] = os.environ) -> "Place":
     Args:
         environment: of the process.
     """
-    from mistral_chat.engine.place import Place
+    from mistral_chat.engine.ranks.place import Place
 
     if not is_launched(environment):
         return Place()
@@ -97,7 +97,7 @@ def place(environment: Mapping[str, str] = os.environ) -> "Place":
 @cache
 def current_group() -> "Group":
     """The ranks that this process belongs to; meets them on the first call."""
-    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.ranks.group import Group
 
     set_up_environment()
     parent.end_with_launcher()  # in a program of a person's, which has not asked for it before
@@ -118,7 +118,7 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
         RankLostError: one of them ended before all had met.
         DeviceError: one of them could not be started.
     """
-    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.ranks.group import Group
 
     set_up_environment()
     # No store listens for them: they meet on this node, under the name of the run.

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mistral_chat.engine import group as group_module
-from mistral_chat.engine import shared_memory
-from mistral_chat.engine.group import Group, PeerFailedError, Place
-from mistral_chat.engine.lifeline import Lifeline
+from mistral_chat.engine.ranks import group as group_module
+from mistral_chat.engine.ranks import shared_memory
+from mistral_chat.engine.ranks.group import Group, PeerFailedError, Place
+from mistral_chat.engine.ranks.lifeline import Lifeline
 from mistral_chat.errors import CheckpointError, RankLostError
 
 
@@ -210,8 +210,7 @@ def test_rank_that_fails_silently_waits_for_the_one_that_speaks() -> None:
     """A launcher ends all ranks when one ends: the reason would be lost."""
 
     class Lowest:
-        def all_reduce(self, tensor: torch.Tensor, *, minimum: bool) -> None:
-            assert minimum
+        def minimum(self, tensor: torch.Tensor) -> None:
             tensor[0] = 0  # rank 0 has failed, too
 
     with lifelines() as (leads, follows):
