@@ -401,7 +401,7 @@ def test_replacing_the_last_exchange_is_as_if_it_had_not_been(name: str) -> None
     assert talk.next_prompt() == wanted.next_prompt()
 
 
-def test_replacing_with_nothing_leaves_the_last_exchange() -> None:
+def test_replacing_with_nothing_leaves_the_last_turn() -> None:
     talk = Talk(max_seq_len=60)
     talk.answer(talk.ids("two"), text="second")
     before = talk.next_prompt()
@@ -415,7 +415,7 @@ def test_replacing_with_nothing_leaves_the_last_exchange() -> None:
     assert talk.next_prompt() == before
 
 
-def test_exchanges_to_drop_are_just_enough() -> None:
+def test_turns_to_drop_are_just_enough() -> None:
     talk = Talk(max_seq_len=200)
     for n in range(5):
         talk.answer(talk.ids("some answer"), text=f"a question {n}")
@@ -429,7 +429,7 @@ def test_exchanges_to_drop_are_just_enough() -> None:
     counts = set()
     for n_words in range(1, 220, 6):
         text = "word " * n_words
-        n = talk.chat.exchanges_to_drop(text, 20)
+        n = talk.chat.turns_to_drop(text, 20)
         counts.add(n)
         if n is None:
             assert length(5, text) > 180

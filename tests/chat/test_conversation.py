@@ -238,7 +238,7 @@ def test_drop_leaves_what_would_have_been_said_without_the_oldest(
             wanted.add_user(f"question {number}")
             wanted.add_answer(text, ids)
         assert conversation.messages == wanted.messages
-        assert conversation.n_exchanges == 4 - n
+        assert conversation.n_turns == 4 - n
         following = [UserMessage(content="next")]
         assert conversation.encode(made, following) == wanted.encode(made, following)
 

@@ -23,7 +23,7 @@ from mistral_chat.errors import OutputError
 __all__ = [
     "call_line",
     "clipboard_sequence",
-    "last_exchange",
+    "last_turn",
     "shorten",
     "two_columns",
     "visible",
@@ -70,7 +70,7 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
-def last_exchange(conversation: Conversation) -> Iterator[str]:
+def last_turn(conversation: Conversation) -> Iterator[str]:
     """The last message of each side, to remind of."""
     said = [i for i, m in enumerate(conversation.messages) if isinstance(m, UserMessage)]
     for message in conversation.messages[said[-1] if said else 0 :]:

@@ -176,8 +176,8 @@ class Commands:
         if n < 1:
             found = chat_text.shorten(rest)
             raise UsageError(f"/drop takes how many of the oldest exchanges to drop; found {found}")
-        if n > conversation.n_exchanges:
-            render.note(f"there are {conversation.n_exchanges} exchanges; nothing was dropped")
+        if n > conversation.n_turns:
+            render.note(f"there are {conversation.n_turns} exchanges; nothing was dropped")
             return
         conversation.drop(n)
         self._talk.write(lambda session: session.drop(n))
@@ -237,7 +237,7 @@ class Commands:
 
     def _save(self, rest: str) -> None:
         path = _one_path("/save", rest)
-        if not self._talk.chat.conversation.n_exchanges:
+        if not self._talk.chat.conversation.n_turns:
             render.note("there is nothing to save: nothing was said yet")
             return
         chat_text.write_markdown(path, self._talk.chat.conversation)

@@ -18,7 +18,7 @@ from mistral_chat.cli.console.terminal import QuietTerminal
 from mistral_chat.cli.flags import Options
 from mistral_chat.cli.talk.answer_view import make_view
 from mistral_chat.cli.talk.calls import CallDesk
-from mistral_chat.cli.talk.chat_text import last_exchange, shorten
+from mistral_chat.cli.talk.chat_text import last_turn, shorten
 from mistral_chat.cli.talk.going_on import command_to_go_on
 from mistral_chat.cli.talk.one_shot import report, report_figures
 from mistral_chat.cli.talk.session_files import sessions_folder
@@ -146,7 +146,7 @@ class TerminalChat:
         render.note(f"chat {session.id}, {n} messages" + (
             "; its last message had no answer and stands at the prompt" if unanswered else ""
         ))  # fmt: skip
-        for line in last_exchange(self.chat.conversation):
+        for line in last_turn(self.chat.conversation):
             render.note(line)
 
     def say_how_to_go_on(self, typed: Sequence[str]) -> None:
@@ -315,7 +315,7 @@ class TerminalChat:
     def count_tokens(self) -> int:
         """Tokens of the conversation in the template; 0 where nothing was said."""
         chat = self.chat
-        if not chat.instruct or not chat.conversation.n_exchanges:
+        if not chat.instruct or not chat.conversation.n_turns:
             self._used = 0
         else:
             # The template has no end without a next message; the least of them is one token.
@@ -328,7 +328,7 @@ class TerminalChat:
         if not isinstance(error, ContextLengthError) or not self.chat.instruct:
             return ""
         n_answer = min(LEAST_ANSWER, self.chat.engine.max_seq_len // 8)
-        n = self.chat.exchanges_to_drop(message, n_answer)
+        n = self.chat.turns_to_drop(message, n_answer)
         return f". /drop {n} takes out what was said first and makes room" if n else ""
 
     def _warn_when_nearly_full(self, answer: Answer) -> None:

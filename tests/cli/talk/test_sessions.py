@@ -35,9 +35,9 @@ def replayed(name: str, model: str = "m") -> tuple[Conversation, str | None]:
     return conversation, Session.open(name, model).replay(conversation)
 
 
-def make_session(n_exchanges: int = 2, system: str | None = None) -> Session:
+def make_session(n_turns: int = 2, system: str | None = None) -> Session:
     session = Session.create("m", system)
-    for n in range(n_exchanges):
+    for n in range(n_turns):
         session.add_user(f"question {n}")
         session.add_answer(f"answer {n}", (n, n + 1), "stop")
     return session
@@ -405,7 +405,7 @@ def test_write_markdown_shows_calls_and_results(tmp_path: Path) -> None:
     assert "calls `g()`" in text
     assert "## Result of f\n\n````\n# no heading\n```\nfenced\n```\n````\n" in text
     assert text.index("## Result of g") < text.index("answer")
-    lines = list(chat_text.last_exchange(conversation))
+    lines = list(chat_text.last_turn(conversation))
     assert lines[0] == "> question"
     assert lines[-1] == "answer"
 

@@ -117,7 +117,7 @@ def act(desk: Desk, rng: random.Random) -> str:
     if what == "say":
         talk.say(message)
     elif what == "in place":
-        if model.chat.conversation.n_exchanges:
+        if model.chat.conversation.n_turns:
             talk.say(message, replace_last=True)
     else:
         desk.commands.run(what)
