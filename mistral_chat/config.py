@@ -1,6 +1,6 @@
-"""What a run is asked to do: frozen settings from a TOML preset and flags, checked when made.
+"""Settings of a run, from a TOML preset and flags: frozen, and checked on creation.
 
-Knows nothing of how flags are written, of torch, or of what a machine offers.
+Knows nothing of how flags are written, of torch, or of the machine.
 """
 
 from dataclasses import dataclass, field, fields
@@ -20,7 +20,7 @@ DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "consolidated", "hf", "dummy")
 COMPLETION_MAX_TOKENS = 256
-HOTTEST = 1e30  # it divides in float32, where a banned token's logit over infinity is NaN
+HOTTEST = 1e30  # logits are divided in float32, where a banned token's over infinity is NaN
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -30,23 +30,24 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one answer are chosen.
+    """How to choose the tokens of an answer.
 
     Args:
-        max_tokens: most tokens of the answer; None goes on until the context is full.
-        temperature: divides the logits; 0 takes the most likely token, 1e30 is the most.
+        max_tokens: most tokens of the answer; None continues until the context is full.
+        temperature: divides the logits; 0 takes the most likely token; at most 1e30.
         top_p: keep the smallest set of most likely tokens whose probability reaches this.
         top_k: keep this many most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than this times the most likely one; 0 keeps all.
-        seed: same seed and same ranks give the same answer; None draws one.
-        stop: texts that end the answer; the answer stops before them.
-        logprobs: how many most likely tokens to report per chosen token; None reports nothing,
-            0 the chosen token alone.
-        prompt_logprobs: report the log-probability of every prompt token after the first.
-        ignore_eos: go on after the end token (for measuring).
+        seed: the same seed and number of ranks give the same answer; None draws a random one.
+        stop: texts that end the answer; it stops before them.
+        logprobs: how many of the most likely tokens to report per token; 0 reports only the chosen
+            one, None nothing.
+        prompt_logprobs: whether to report the log-probability of every prompt token after the
+            first.
+        ignore_eos: whether to continue after the end token (for measuring).
 
     Raises:
-        UsageError: a value out of its range, named.
+        UsageError: a value is out of range; it is named.
     """
 
     max_tokens: int | None = None
@@ -89,20 +90,20 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Where and how a model runs. Every rank is made from the same one.
+    """Where and how a model runs; the same for every rank.
 
     Args:
         model: the model's folder; None with `load_format="dummy"` and a shape.
-        device: where it runs; auto is cuda where there is a GPU, else cpu.
-        dtype: of weights and cache; auto is bfloat16 on GPUs that have it, else float16 there,
-            and float32 on CPU.
-        max_seq_len: tokens of context to plan memory for; None is what fits, at most the model's.
-        max_batch_size: sequences that the cache holds at once.
-        chunk_size: most new tokens of one forward pass; None is 2048 on GPUs and 256 on CPU,
-            about half a second of either, so that Ctrl-C is heard.
-        load_format: `dummy` makes random weights of the model's shape.
-        shape: params.json's keys, for dummy weights without a folder.
-        seed: of dummy weights.
+        device: where it runs; auto is cuda if there is a GPU, else cpu.
+        dtype: of weights and cache; auto is bfloat16 on GPUs that support it, float16 on others,
+            float32 on CPU.
+        max_seq_len: context to plan memory for, in tokens; None is what fits, at most the model's.
+        max_batch_size: how many sequences the cache holds at once.
+        chunk_size: most new tokens per forward pass; None is 2048 on GPUs and 256 on CPU, each
+            about half a second, so that Ctrl-C takes effect.
+        load_format: where weights come from; `dummy` makes random ones of the model's shape.
+        shape: keys of params.json, for dummy weights without a folder.
+        seed: seed of dummy weights.
     """
 
     model: Path | None
@@ -141,7 +142,7 @@ class EngineConfig:
             )
 
     def require_positions(self, known: int | None) -> None:
-        """Refuse a context that is longer than the model's; None is one that is not known.
+        """Refuse a context longer than the model's; None if that is unknown.
 
         Raises:
             UsageError: it is longer.
@@ -152,12 +153,12 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A TOML preset: what the tables of one file hold.
+    """The tables of a TOML preset.
 
     Args:
-        shape: the table [model]: params.json's keys, for dummy weights.
-        run: the table [run]: flags that say where and how to run.
-        generation: the table [generation]: flags of sampling.
+        shape: table [model]: keys of params.json, for dummy weights.
+        run: table [run]: flags that say where and how to run.
+        generation: table [generation]: sampling flags.
     """
 
     shape: dict[str, Any] = field(default_factory=dict)
@@ -169,7 +170,7 @@ def read_preset(path: Path) -> Preset:
     """Read a TOML preset.
 
     Raises:
-        UsageError: no such file, not TOML, or a table it does not know.
+        UsageError: no such file, not TOML, or an unknown table.
     """
     try:
         tables = read_toml(path, UsageError, pipes=True)

@@ -1,7 +1,7 @@
-"""`mistral-chat download`: one weight layout of a Hugging Face repository, and where it then lies.
+"""`mistral-chat download`: fetch one weight layout of a Hugging Face repository.
 
-`fetch` brings the big files, huggingface_hub the rest. A run only looks for what is there already
-(`repository`): nothing but this command touches the network.
+`fetch` downloads the big files, huggingface_hub the others. Only this command uses the network; a
+run only looks up what is already there (`repository`).
 """
 
 import logging
@@ -62,13 +62,13 @@ _OWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What to fetch, and where to.
+    """What to fetch, and where to put it.
 
     Args:
         repo: owner/name.
-        folder: where the files go; None is huggingface_hub's cache.
+        folder: destination; None is huggingface_hub's cache.
         revision: branch, tag or commit; None is main.
-        layout: which weights; auto prefers Mistral's own.
+        layout: which weights; auto prefers Mistral's own layout.
     """
 
     repo: str
@@ -78,7 +78,7 @@ class Asked:
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the command; the code to end with."""
+    """Run the command; return the exit code."""
     values, places = read_own(words, _OWN)
     if launched_rank() not in (None, 0):
         return 0
@@ -89,7 +89,7 @@ def run(words: Sequence[str]) -> int:
     try:
         print(_download(asked), flush=True)
     except KeyboardInterrupt:
-        # Threads that wait for the network would be waited for.
+        # A normal exit would wait for threads that wait for the network.
         os._exit(INTERRUPTED)
     return 0
 
@@ -112,10 +112,10 @@ def _note(line: str) -> None:
 
 
 def _listed(file: Any) -> File:
-    """A file of the hub's listing; its digest becomes the name of a file on this disk.
+    """Check an entry of the hub's listing, as its digest becomes a file name on this disk.
 
     Raises:
-        DownloadError: a digest or a size that is none.
+        DownloadError: an invalid digest or size.
     """
     sha256 = file.lfs.sha256 if file.lfs else None
     size = file.size or 0
@@ -129,7 +129,7 @@ def _listed(file: Any) -> File:
 
 
 def _download(asked: Asked) -> Path:
-    """Fetch what is missing; the folder."""
+    """Fetch the missing files; return the folder."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -139,7 +139,7 @@ def _download(asked: Asked) -> Path:
     http_log.propagate = False
     http_log.addHandler(WaitNotes(_note))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # HF_HUB_DISABLE_PROGRESS_BARS=0 is an answer too
+        warnings.simplefilter("ignore")  # it warns if HF_HUB_DISABLE_PROGRESS_BARS=0 is set
         disable_progress_bars()
     about_us: dict[str, Any] = {"library_name": "mistral-chat", "library_version": __version__}
     try:
@@ -152,7 +152,7 @@ def _download(asked: Asked) -> Path:
         except DownloadError as error:
             raise DownloadError(f"{asked.repo}: {error}") from None
         files = [known[name] for name in names]
-        # It names a folder of the cache.
+        # The commit becomes the name of a folder in the cache.
         commit = str(info.sha)
         if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
             raise DownloadError(f"{asked.repo}: the hub names the commit {shown(commit)}: {_ODD}")
@@ -175,7 +175,7 @@ def _download(asked: Asked) -> Path:
         if message is None:
             raise
         raise DownloadError(f"{asked.repo}: {message}") from error
-    # Without an answer to its own question huggingface_hub is content with what is there.
+    # If its own request fails, huggingface_hub accepts the files that it finds, so check them.
     for file in files:
         if not (folder / file.name).is_file() or (folder / file.name).stat().st_size != file.size:
             raise DownloadError(
