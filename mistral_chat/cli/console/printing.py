@@ -34,7 +34,7 @@ _OBEYED: dict[int, str | None] = {
     **{code: chr(0x2400 + code) for code in range(0x20)},  # the character's Unicode control picture
     0x7F: "\u2421",
     **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),  # C1: short forms of ESC sequences
-    **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd"),  # turn the direction
+    **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd"),  # turn direction
     **dict.fromkeys([0x061C, 0x200E, 0x200F, 0xFEFF]),  # invisible hints on text direction
     **dict.fromkeys([0x2028, 0x2029], "\n"),
     ord("\t"): "\t",
