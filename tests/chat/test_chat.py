@@ -375,7 +375,7 @@ def test_history_after_a_stop_text_holds_the_text_alone() -> None:
 
 
 @pytest.mark.parametrize("said", ["", "x"])
-def test_history_leaves_out_an_exchange_without_an_answer(said: str) -> None:
+def test_history_leaves_out_a_turn_without_an_answer(said: str) -> None:
     talk = Talk()
     before = talk.next_prompt()
     ids = byte_ids(talk.tokenizer, said)
@@ -385,7 +385,7 @@ def test_history_leaves_out_an_exchange_without_an_answer(said: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["v1", *WITH_MARKS])
-def test_replacing_the_last_exchange_is_as_if_it_had_not_been(name: str) -> None:
+def test_replacing_the_last_turn_is_as_if_it_had_not_been(name: str) -> None:
     talk, wanted = Talk(name), Talk(name)
     for either in (talk, wanted):
         either.answer(talk.ids("one"), text="first")

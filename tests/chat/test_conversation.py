@@ -243,7 +243,7 @@ def test_drop_leaves_what_would_have_been_said_without_the_oldest(
         assert conversation.encode(made, following) == wanted.encode(made, following)
 
 
-def test_drop_takes_calls_and_results_with_their_exchange() -> None:
+def test_drop_takes_calls_and_results_with_their_turn() -> None:
     conversation = Conversation("Be brief.", [TOOL])
     conversation.add_user("with a call")
     call = ToolCall("aaaaaaaa1", "get_weather", {})

@@ -424,7 +424,7 @@ def test_call_line_hides_nothing(arguments: dict[str, object], shown: str) -> No
     assert chat_text.call_line(ToolCall("aaaaaaaaa", "f", arguments)) == shown
 
 
-def test_session_drops_the_oldest_exchanges() -> None:
+def test_session_drops_the_oldest_turns() -> None:
     session = make_session(4, "Be brief.")
     session.drop(1)
     session.drop(2)
@@ -441,7 +441,7 @@ def test_session_drops_the_oldest_exchanges() -> None:
     assert said(replayed(session.id)[0]) == [("system", "Be brief.")]
 
 
-def test_session_replaces_the_last_exchange_once_there_is_an_answer() -> None:
+def test_session_replaces_the_last_turn_once_there_is_an_answer() -> None:
     session = make_session(2)
     session.add_user("another", replaces=True)
     session.add_answer("better", (8,), "stop")
@@ -458,7 +458,7 @@ def test_session_replaces_the_last_exchange_once_there_is_an_answer() -> None:
 
 
 @pytest.mark.parametrize("ends", ["killed", "nothing was said"])
-def test_session_keeps_the_last_exchange_where_nothing_took_its_place(ends: str) -> None:
+def test_session_keeps_the_last_turn_where_nothing_took_its_place(ends: str) -> None:
     session = make_session_of_calls()
     before = replayed(session.id)[0].messages
     session.add_user("another", replaces=True)

@@ -388,7 +388,7 @@ def test_message_whose_results_fill_the_context_stands_at_the_prompt_again(
     assert (desk.talk.draft.text, desk.talk.files) == ("Is it so?", ["from the file"])
 
 
-def test_exchange_comes_back_where_results_fill_the_context_of_the_one_in_its_place() -> None:
+def test_turn_comes_back_where_results_fill_the_context_of_the_one_in_its_place() -> None:
     desk = Desk(max_seq_len=110, tools=[TOOL])
     desk.answer(say(desk.model, "one"))
     desk.talk.say("first")

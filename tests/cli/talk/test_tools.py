@@ -337,7 +337,7 @@ def test_always_is_for_one_function_and_every_other_is_asked_about(
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_interrupt_during_a_call_ends_the_exchange_and_nothing_else(
+def test_interrupt_during_a_call_ends_the_turn_and_nothing_else(
     script: Script, functions: Path, tmp_path: Path, n_ranks: int
 ) -> None:
     marker = tmp_path / "marker"
@@ -363,7 +363,7 @@ def test_interrupt_during_a_call_ends_the_exchange_and_nothing_else(
     assert roles[:6] == ["user", "assistant", "tool", "tool", "user", "assistant"]
 
 
-def test_end_of_input_at_the_question_ends_the_exchange_alone(
+def test_end_of_input_at_the_question_ends_the_turn_alone(
     script: Script, functions: Path, tmp_path: Path
 ) -> None:
     words = script.words([calls(PARIS), DONE], "--tools", functions)
