@@ -1,4 +1,4 @@
-"""The Python interface, and the whole of it against transformers on the embedded model."""
+"""The Python interface, and all of it against transformers on the embedded model."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}},
 }
-# Written for this test. Long on purpose: a wrong rotary order still answers a short question.
+# Long on purpose: with a wrong rotary order a short question is still answered.
 PROSE = """\
 The lighthouse stood on the last rock of the bay, and for as long as anyone in the village could \
 remember, somebody of the same family had kept its lamp. In the winter the waves reached the \
@@ -213,7 +213,7 @@ def test_llm_with_ranks_is_llm_alone(llm: LLM, tiny_folder: Path) -> None:
     assert [a.token_ids for a in together] == [a.token_ids for a in llm.generate(prompts, GREEDY)]
 
 
-@pytest.mark.parametrize("what", ["weights", "tokenizer"])  # which all ranks need, and one does
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])  # all ranks need it, but only one has it
 def test_llm_with_ranks_fails_as_llm_alone_does(broken_folder: Path, what: str) -> None:
     error: type[MistralChatError]
     if what == "weights":
@@ -234,7 +234,7 @@ def test_llm_with_ranks_fails_as_llm_alone_does(broken_folder: Path, what: str) 
 
 
 def run_script(body: str) -> "subprocess.CompletedProcess[str]":
-    """A program with an LLM of its own, which must end by itself and leave no rank behind."""
+    """Run a program with an LLM of its own; it must end by itself and leave no rank behind."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"from mistral_chat import LLM\n{body}"],
         capture_output=True,  # returns once every process that holds the pipes has ended
@@ -259,13 +259,13 @@ def test_llm_that_is_never_closed_ends_with_its_program(tiny_folder: Path) -> No
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of a head from neighbouring pairs (0 1 2 3) to two halves (0 2 1 3)."""
+    """Reorder a head's rows from neighbouring pairs (0 1 2 3) to two halves (0 2 1 3)."""
     heads = weight.unflatten(0, (-1, head_dim))
     return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).flatten(0, 1)
 
 
 def peer_of(folder: Path) -> Any:
-    """The weights of a folder of ours in transformers' Mistral, in float32."""
+    """Load the weights of our folder into transformers' Mistral, in float32."""
     from transformers import MistralConfig, MistralForCausalLM
 
     params = json.loads((folder / "params.json").read_text())
@@ -315,12 +315,12 @@ def peer_of(folder: Path) -> Any:
 
 
 N_GREEDY = 48
-N_FEW = 12  # what more ranks than cores say: they take turns
+N_FEW = 12  # if ranks outnumber cores: they take turns
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a model said: greedy ids after PROSE, what it found likely first, and a chat."""
+    """A model's output: greedy ids after PROSE, its likeliest tokens, and a chat."""
 
     ids: list[int]
     logprobs: list[tuple[int, float]]  # the likeliest first tokens
@@ -336,7 +336,7 @@ def prompt(embedded_folder: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class PeerSaid:
-    """The same of transformers."""
+    """The same from transformers."""
 
     ids: list[int]
     logits: Tensor  # of the first token
@@ -370,7 +370,7 @@ def load(folder: Path, n_ranks: int) -> LLM:
 
 @pytest.fixture(scope="module")
 def said(embedded_folder: Path, prompt: list[int]) -> Any:
-    """What the embedded model said on a number of ranks; run when first asked for."""
+    """Return the embedded model's output on a number of ranks, computed on first use."""
 
     @cache
     def run(n_ranks: int) -> Said:

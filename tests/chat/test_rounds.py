@@ -1,4 +1,4 @@
-"""Rounds of calls over every template: what runs, what the model hears, and what history is left.
+"""Rounds of calls with every template: what runs, what the model is told, what is kept.
 
 The model's answers are scripted; engine, tokenizers and templates are the real ones.
 """
@@ -32,7 +32,7 @@ def say(talk: Talk, text: str) -> list[int]:
 
 
 def ask(talk: Talk, calls: Calls, before: str = "") -> list[int]:
-    """Calls as a model of this template writes them."""
+    """Write calls as a model of this template does."""
     made = talk.tokenizer
     start = made.tool_calls_id
     assert start is not None
@@ -48,13 +48,13 @@ def ask(talk: Talk, calls: Calls, before: str = "") -> list[int]:
 
 
 def garble(talk: Talk) -> list[int]:
-    """A call that cannot be read."""
+    """Write a call that cannot be parsed."""
     assert talk.tokenizer.tool_calls_id is not None
     return [talk.tokenizer.tool_calls_id, *talk.ids("nonsense {"), talk.tokenizer.eos_id]
 
 
 class Turn:
-    """One message and all that followed."""
+    """A message and everything that follows."""
 
     def __init__(
         self,
@@ -140,12 +140,12 @@ def test_raw_calls_are_told_apart_from_what_is_said(name: str) -> None:
     assert first.said == "I will look."
     assert first.said + "".join(turn.raw) == first.text
     assert turn.raw[0].startswith("[TOOL_CALLS]")
-    # Templates before v7 have no place for text beside calls.
+    # Templates before v7 allow no text beside calls.
     assert ("I will look." in decoded(talk, turn.prompts[1])) is talk.tokenizer.calls_have_text
 
 
-# What was run is not run again: all up to the call where the template adds an id to it (v3 to v11,
-# and the model left it out), else all but the end token, which was never run.
+# What was run is not run again: everything up to the call if the template adds an id that the
+# model left out (v3 to v11), else all but the end token, which was never run.
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_results_reuse_the_cache(name: str) -> None:
     talk = Talk(name, tools=TOOLS)

@@ -1,4 +1,4 @@
-"""Chats are kept as they go, read back as they were, and lost by nothing."""
+"""Chats are kept as they go, restored unchanged, and never lost."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_session_without_a_message_leaves_no_file() -> None:
     assert list(sessions_folder().iterdir()) == []
 
 
-# What a kill at any byte leaves: every whole line counts, the torn one is as if never written.
+# After a kill at any byte every whole line counts, and the torn one is ignored.
 def test_session_cut_at_any_byte_loses_at_most_its_last_line() -> None:
     session = make_session(2, system="s")
     data = session.path.read_bytes()
@@ -343,7 +343,7 @@ def test_session_gives_back_calls_and_results() -> None:
     assert said(conversation) == [("user", "question 0"), ("assistant", "answer 0")]
 
 
-# Wherever a kill falls: what the file holds is a history that every template takes.
+# After a kill at any point the file's history is one that every template takes.
 def test_session_of_calls_cut_at_any_line_goes_on() -> None:
     session = make_session_of_calls()
     lines = session.path.read_bytes().splitlines(keepends=True)
