@@ -1,4 +1,4 @@
-"""The Python interface, and the whole of it against transformers on the embedded model."""
+"""The Python interface, and all of it against transformers on the embedded model."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}},
 }
-# Written for this test. Long on purpose: a wrong rotary order still answers a short question.
+# Long on purpose: with a wrong rotary order a short question is still answered.
 PROSE = """\
 The lighthouse stood on the last rock of the bay, and for as long as anyone in the village could \
 remember, somebody of the same family had kept its lamp. In the winter the waves reached the \
@@ -254,7 +254,7 @@ def test_llm_with_ranks_fails_as_llm_alone_does(tiny_folder: Path, tmp_path: Pat
 
 
 def run_script(body: str) -> "subprocess.CompletedProcess[str]":
-    """A program with an LLM of its own, which must end by itself and leave no rank behind."""
+    """Run a program with an LLM of its own; it must end by itself and leave no rank behind."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"from mistral_chat import LLM\n{body}"],
         capture_output=True,  # returns once every process that holds the pipes has ended
@@ -278,13 +278,13 @@ def test_llm_that_is_never_closed_ends_with_its_program(tiny_folder: Path) -> No
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of a head from neighbouring pairs (0 1 2 3) to two halves (0 2 1 3)."""
+    """Reorder a head's rows from neighbouring pairs (0 1 2 3) to two halves (0 2 1 3)."""
     heads = weight.unflatten(0, (-1, head_dim))
     return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).flatten(0, 1)
 
 
 def peer_of(folder: Path) -> Any:
-    """The weights of a folder of ours in transformers' Mistral, in float32."""
+    """Load the weights of our folder into transformers' Mistral, in float32."""
     from transformers import MistralConfig, MistralForCausalLM
 
     params = json.loads((folder / "params.json").read_text())
@@ -340,7 +340,7 @@ N_RANKS = (1, 2, 4)  # 4 are more than its 3 KV heads; tests/engine/test_ranks.p
 
 @dataclass(frozen=True)
 class Said:
-    """What a model said: greedy ids after PROSE, what it found likely first, and a chat."""
+    """A model's output: greedy ids after PROSE, its likeliest tokens, and a chat."""
 
     ids: list[int]
     logprobs: list[tuple[int, float]]  # the likeliest first tokens
