@@ -26,7 +26,7 @@ from mistral_chat.model.checkpoint import Headers
 from mistral_chat.model.folder import ModelFolder
 from mistral_chat.model.loading import Reading
 from mistral_chat.model.transformer import Transformer
-from tests.conftest import TINY, folder_of, open_folder
+from tests.conftest import TINY, open_folder
 from tests.model.test_hf import write_hf
 
 Counts = Counter[str]
