@@ -13,6 +13,7 @@
     ├── DeviceError             a device or rank layout that is not there
     ├── NotEnoughMemoryError    weights or cache do not fit
     ├── RankLostError           another rank ended
+    │   └── OtherRankFailedError  another rank failed and says why; this one ends silently
     └── EmbeddedModelError      the embedded model cannot be fetched or converted
 
 A message says in one line what was found, what was expected and what to do.
@@ -28,6 +29,7 @@ __all__ = [
     "EmbeddedModelError",
     "MistralChatError",
     "NotEnoughMemoryError",
+    "OtherRankFailedError",
     "OutputError",
     "PromptError",
     "RankLostError",
@@ -143,6 +145,10 @@ class NotEnoughMemoryError(MistralChatError):
 
 class RankLostError(MistralChatError):
     """Another rank ended or failed, so this one cannot continue."""
+
+
+class OtherRankFailedError(RankLostError):
+    """Another rank has failed and says why; this one ends silently."""
 
 
 class EmbeddedModelError(MistralChatError):

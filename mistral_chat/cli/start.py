@@ -21,7 +21,7 @@ from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.cli.requests import ModelRequest
 from mistral_chat.engine.ranks import parent
 from mistral_chat.engine.ranks.launch import launched_rank, launched_ranks, launched_ranks_here
-from mistral_chat.errors import MistralChatError, RankLostError, UsageError
+from mistral_chat.errors import MistralChatError, OtherRankFailedError, RankLostError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
@@ -126,7 +126,6 @@ def follow(config: "EngineConfig") -> int:
     terminal = TerminalState()
     if launched_rank() == 1:  # no launcher but ours does it for a rank 0 that was killed
         put_back_at_end(terminal)
-    from mistral_chat.engine.ranks.group import PeerFailedError
     from mistral_chat.engine.ranks.launch import current_group
     from mistral_chat.engine.worker import serve
 
@@ -142,7 +141,7 @@ def follow(config: "EngineConfig") -> int:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         serve(config, group)
-    except PeerFailedError:
+    except OtherRankFailedError:
         return FAILED
     except MistralChatError as error:  # this rank is the one to say it
         printing.error(error)
@@ -265,12 +264,11 @@ def load(
         stats: say what the start took.
 
     Raises:
-        PeerFailedError: another rank cannot load, and says why itself.
+        OtherRankFailedError: another rank cannot load, and says why itself.
         MistralChatError: this rank cannot load; the others end silently.
     """
     from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.cli.console import render
-    from mistral_chat.engine.ranks.group import PeerFailedError
     from mistral_chat.engine.start_up import load_runner
 
     tokenizers: list[Tokenizer] = []
@@ -282,10 +280,10 @@ def load(
         with render.loading_bar(quiet=quiet) as on_loading:
             runner = load_runner(config, group, on_loading, read_tokenizer, folder=folder)
         require_no_interrupt()
-    except PeerFailedError:
+    except OtherRankFailedError:
         raise
     except (MistralChatError, KeyboardInterrupt):
-        group.expect_end()
+        group.lifeline.expect_end()
         raise
     load_s = time.monotonic() - started
     if runner.notice and not quiet:
@@ -301,14 +299,14 @@ def parting(group: "Group") -> Iterator[None]:
     try:
         yield
     except RankLostError:
-        group.expect_end()
+        group.lifeline.expect_end()
         raise
     except (MistralChatError, BrokenPipeError):
         _part(group)
         raise
     except Exception:
         group.lifeline.await_verdict()
-        group.expect_end()
+        group.lifeline.expect_end()
         raise
     _part(group)
 

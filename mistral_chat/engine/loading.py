@@ -85,7 +85,7 @@ class Watch:
         self._ended = threading.Event()
         self._all_have_read = False
         self._thread = threading.Thread(target=self._run, name="watch-loading", daemon=True)
-        self._topic = group.new_topic()  # an earlier reading's lines are still there
+        self._topic = group.lifeline.new_topic()  # an earlier reading's lines are still there
         self._begun = self._looked = time.monotonic()
         self._ranks = [_Rank(moved=self._begun, spoke=self._begun) for _ in range(group.world_size)]
         self._heard: dict[int, str] = {}

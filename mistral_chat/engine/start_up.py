@@ -30,6 +30,7 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "chunk_size_of",
+    "default_dtype",
     "load_model",
     "load_runner",
     "reading_threads",
@@ -129,7 +130,7 @@ def _begin(
     reading: Reading | None = None
     try:
         with group.together():
-            with device, _default_dtype(dtype):
+            with device, default_dtype(dtype):
                 model = make(args)
             if headers is None:
                 model.init_weights(config.seed)
@@ -245,7 +246,8 @@ def load_runner(
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set the type of tensors that are made inside a block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

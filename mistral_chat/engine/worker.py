@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from mistral_chat.config import EngineConfig
-from mistral_chat.engine.ranks.group import Group, PeerFailedError, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.ranks.launch import (
     current_group,
     launched_rank,
@@ -28,7 +28,13 @@ from mistral_chat.engine.ranks.launch import (
 )
 from mistral_chat.engine.start_up import load_runner
 from mistral_chat.engine.step_guard import StepGuard, interrupts_held_back
-from mistral_chat.errors import MistralChatError, RankLostError, UsageError, one_line
+from mistral_chat.errors import (
+    MistralChatError,
+    OtherRankFailedError,
+    RankLostError,
+    UsageError,
+    one_line,
+)
 
 __all__ = ["Session", "serve"]
 
@@ -40,7 +46,7 @@ def serve(config: EngineConfig, group: Group) -> None:
 
     Raises:
         MistralChatError: this rank is the one to say why the model cannot be loaded.
-        PeerFailedError: another rank says why.
+        OtherRankFailedError: another rank says why.
     """
     # Ctrl-C is rank 0's to handle; should it go, the lifeline ends this process too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -50,12 +56,12 @@ def serve(config: EngineConfig, group: Group) -> None:
         raise
     except torch.OutOfMemoryError as error:
         group.lifeline.fail(f"out of memory: {str(error).splitlines()[0]}")
-        raise PeerFailedError("told rank 0") from error
+        raise OtherRankFailedError("told rank 0") from error
     except Exception as error:
         group.lifeline.await_verdict()
         traceback.print_exc()
         group.lifeline.fail(f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
-        raise PeerFailedError("told rank 0") from error
+        raise OtherRankFailedError("told rank 0") from error
     group.close()
 
 
@@ -123,7 +129,7 @@ class Session:
         """End the other ranks after a failure, whatever they are doing."""
         with interrupts_held_back():
             self._forget()
-            self.group.expect_end()
+            self.group.lifeline.expect_end()
             self._kill()
             self.group.close()  # so that another may be opened
 
@@ -183,7 +189,7 @@ def main() -> None:
     """Entry of a started rank."""
     try:
         serve(_from_json(sys.argv[1]), current_group())
-    except PeerFailedError:
+    except OtherRankFailedError:
         sys.exit(1)
     except MistralChatError as error:
         print(f"mistral-chat: error: {one_line(error)}", file=sys.stderr)

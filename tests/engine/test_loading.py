@@ -132,8 +132,7 @@ def test_named_rank_goes_on_even_where_its_last_line_comes_too_late(
         world_size=2,
         is_leader=True,
         place=Place(world_size=2, local_world_size=2),
-        new_topic=lambda: 1,
-        told=lambda: {1: last_line},
+        lifeline=SimpleNamespace(new_topic=lambda: 1, told={1: last_line}),
     )
     reading: Any = SimpleNamespace(
         read=10, total=10, failed=False, waits_for=lambda: None, abandon=lambda: None

@@ -193,5 +193,5 @@ def test_together_fails_on_all_ranks_and_the_first_says_why(together: Any, world
         if rank == first:
             assert (kind, message) == ("CheckpointError", f"rank {first} found a fault")
         else:
-            assert kind == "PeerFailedError"
+            assert kind == "OtherRankFailedError"
             assert f"rank {first}" in message

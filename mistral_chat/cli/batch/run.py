@@ -23,7 +23,7 @@ from mistral_chat.cli.pipes import keep_pipe
 from mistral_chat.cli.requests import BatchRequest
 from mistral_chat.cli.suggestions import require_model
 from mistral_chat.engine.ranks.launch import launched_rank
-from mistral_chat.errors import PromptError, UsageError
+from mistral_chat.errors import OtherRankFailedError, PromptError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.answer import Answer
@@ -131,7 +131,6 @@ def _answer(
     from mistral_chat.chat.answer import Answer
     from mistral_chat.chat.batch import answer_many
     from mistral_chat.engine.engine import Engine
-    from mistral_chat.engine.ranks.group import PeerFailedError
     from mistral_chat.engine.ranks.launch import current_group, visible_gpus
 
     group = current_group()
@@ -147,7 +146,7 @@ def _answer(
     config = replace(request.engine, max_batch_size=n_slots)
     try:
         loaded = start.load(config, folder, group, begun.at, quiet=request.quiet)
-    except PeerFailedError:
+    except OtherRankFailedError:
         return False
     progress.begin()
     with start.parting(group):

@@ -1,6 +1,6 @@
-"""transformers on the same weights, to measure against and to check against.
+"""transformers with the same weights, as a competitor in speed and a reference for results.
 
-transformers is no dependency of the project: it is imported here, when asked for.
+It is not a dependency of the project: it is imported here, on demand.
 """
 
 import statistics
@@ -68,15 +68,15 @@ def as_transformers(model: Transformer) -> Any:
         pad_token_id=None,
     )
     with torch.device("meta"):
-        peer = LlamaForCausalLM(config)
-    peer = nn.Module.to_empty(nn.Module.to(peer, model.dtype), device=model.device)
+        llama = LlamaForCausalLM(config)
+    llama = nn.Module.to_empty(nn.Module.to(llama, model.dtype), device=model.device)
     with torch.device(model.device):  # its rotary buffers are computed when it is made
-        peer.model.rotary_emb = type(peer.model.rotary_emb)(config=config)
+        llama.model.rotary_emb = type(llama.model.rotary_emb)(config=config)
     state = _translated(model)
     if args.tied_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    peer.load_state_dict(state, strict=True)
-    return nn.Module.eval(peer)
+    llama.load_state_dict(state, strict=True)
+    return nn.Module.eval(llama)
 
 
 def _translated(model: Transformer) -> dict[str, Tensor]:

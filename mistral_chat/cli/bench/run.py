@@ -89,7 +89,7 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
     group = Group(Place()) if request.shard_of else current_group()
     joined = time.monotonic() - aside
     device = choose_device(request.engine.device, group.place.local_rank)
-    about = {
+    about: dict[str, Any] = {
         "device": _device_name(device),
         "model": str(request.engine.model or "dummy weights"),
         "version": __version__,
@@ -99,18 +99,16 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
         "shard_of": request.shard_of,
     }
     if request.loading:
-        from mistral_chat.cli.bench import loading as bench_loading
+        from mistral_chat.cli.bench.loading import measure_loading
+        from mistral_chat.cli.bench.tables import loading_text
 
         with group.together():
-            bench_loading.run(
-                request.engine,
-                group,
-                about,
-                shard_of=request.shard_of,
-                cold=request.cold,
-                competitor=request.peer is not None,
-                as_json=request.json,
-            )
+            result = about | measure_loading(
+                request.engine, group, folder,
+                shard_of=request.shard_of, cold=request.cold, competitor=request.peer is not None,
+            )  # fmt: skip
+        if group.is_leader:
+            print(json.dumps(result) if request.json else loading_text(result))
         group.close()
         return 0
     ceiling = group.minimum(int(measure.read_bandwidth(device)))
@@ -119,7 +117,7 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
     loading = time.monotonic()
     runner = load_runner(request.engine, group, folder=folder, shard_of=request.shard_of)
     loaded = time.monotonic()
-    result: dict[str, Any] = about | {
+    result = about | {
         "dtype": str(runner.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -156,19 +154,17 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
         from mistral_chat.cli.bench import plot
 
         plot.draw(result, request.plot)
-    from mistral_chat.cli.bench import tables as bench_tables
+    from mistral_chat.cli.bench.tables import text_of
 
-    if request.json:
-        print(json.dumps(result))
-    else:
-        print(bench_tables.text_of(result, bench_phases.VERIFY_CONTEXT))
+    verify_context = bench_phases.VERIFY_CONTEXT
+    print(json.dumps(result) if request.json else text_of(result, verify_context))
     return 0
 
 
 def _start(runner: "Runner", *moments: float) -> dict[str, float]:
-    """Seconds from the command's start on; what was measured in between is left out.
+    """Seconds of each part of the start, without what was measured in between.
 
-    Weights are read while kernels are made ready: the two are parts of `load_s` that overlap.
+    Weights are read while kernels are compiled: these two parts of `load_s` overlap.
     """
     started, imported, torch_imported, joined, loading, loaded = moments
     start_up = runner.start_up
@@ -186,7 +182,7 @@ def _start(runner: "Runner", *moments: float) -> dict[str, float]:
 
 
 def _memory(runner: "Runner") -> dict[str, int]:
-    """Bytes of this rank by purpose: what was planned, and what is there."""
+    """Bytes of this rank by purpose, planned and in use."""
     import torch
 
     plan = runner.plan
@@ -209,7 +205,7 @@ def _memory(runner: "Runner") -> dict[str, int]:
 
 
 def _commit() -> str | None:
-    """That of the checkout that this package is the root of; of no repository around it."""
+    """Commit of the checkout that holds this package; None where a repository only surrounds it."""
     root = Path(__file__).resolve().parents[3]
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What `mistral-chat bench` prints of its figures: some lines of text, then a table for each kind.
+"""What `mistral-chat bench` prints: some lines of text, then a table for each kind of figure.
 
 Knows the object of `--json`; measures nothing.
 """
@@ -10,7 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["build_of", "text_of"]
+__all__ = ["build_of", "loading_text", "text_of"]
+
+
+Figures = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, headings, rows
 
 
 def build_of(result: dict[str, Any]) -> str:
@@ -25,13 +28,46 @@ def text_of(result: dict[str, Any], verify_context: int) -> str:
         result: the object of `--json`.
         verify_context: positions before the tokens of a verify step.
     """
+    return _text(_lines(result), _tables(result, verify_context))
+
+
+def loading_text(result: dict[str, Any]) -> str:
+    """The figures of `--loading` as text.
+
+    Args:
+        result: the object of `--json`.
+    """
+    plain = result["plain_read_bytes_per_s"]
+    rows = [
+        ("this program", result["ours_s"], result["ours_bytes_per_s"]),
+        ("ceiling: reading the files", result["files_bytes"] / plain, plain),
+    ]
+    if copy := result.get("copy_bytes_per_s"):
+        rows.append(("ceiling: copies to the GPUs", result["bytes_wanted"] / copy, copy))
+    if once := result.get("read_once_s"):
+        rows.append(("reading the files, one thread", once, result["files_bytes"] / once))
+    if theirs := result.get("safetensors_s"):
+        rows.append(("safetensors, get_slice", theirs, result["safetensors_bytes_per_s"]))
+    cells = [(name, f"{seconds:.2f}", f"{speed / 1e9:.2f}") for name, seconds, speed in rows]
+    return _text(
+        f"{result['device']}, {result['world_size']} rank(s), {build_of(result)}\n"
+        f"{result['files']} file(s), {result['files_bytes'] / 1e9:.2f} GB, "
+        f"{'not in' if result['cold'] else 'in'} the system's cache; "
+        f"{result['threads_a_rank']} thread(s) a rank\n"
+        f"{result['share_of_lower_ceiling']:.0%} of the lower ceiling; host memory besides: "
+        f"{result['host_bytes_beside'] / 2**20:,.0f} MiB a rank",
+        [("loading", ["", "s", "GB/s"], cells)],
+    )
+
+
+def _text(lines: str, tables: Sequence[Figures]) -> str:
     console = Console(file=sys.stdout, highlight=False)
     with console.capture() as capture:
-        console.print(_lines(result), soft_wrap=True)
-        for title, names, rows in _tables(result, verify_context):
+        console.print(lines, soft_wrap=True)
+        for title, names, rows in tables:
             table = Table(title=title)
             for name in names:
-                table.add_column(name, justify="right")
+                table.add_column(name, justify="right" if name else "left")
             for row in rows:
                 table.add_row(*row)
             console.print(table)
@@ -64,12 +100,9 @@ def _lines(result: dict[str, Any]) -> str:
     )
 
 
-def _tables(
-    result: dict[str, Any], verify_context: int
-) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
-    """Title, headings and rows of each table."""
-    peer = result.get("peer", {"decode": [], "name": None})
-    peers = {row["context"]: row["ms_per_token"] for row in peer["decode"]}
+def _tables(result: dict[str, Any], verify_context: int) -> list[Figures]:
+    competitor = result.get("peer", {"decode": [], "name": None})
+    theirs = {row["context"]: row["ms_per_token"] for row in competitor["decode"]}
     decode = []
     for row in result["decode"]:
         cells = [
@@ -80,14 +113,14 @@ def _tables(
             f"{row['bytes_per_step'] / 1e9:.3f}",
             f"{row['share_of_read_ceiling']:.0%}",
         ]
-        if peers:
-            known = row["batch"] == 1 and row["context"] in peers
-            cells.append(f"{peers[row['context']]:.2f}" if known else "")
+        if theirs:
+            known = row["batch"] == 1 and row["context"] in theirs
+            cells.append(f"{theirs[row['context']]:.2f}" if known else "")
         decode.append(cells)
     names = ["sequences", "context", "ms a step", "tokens/s", "GB a step and rank",
              "of the read ceiling"]  # fmt: skip
-    if peers:
-        names.append(f"{peer['name']}, ms")
+    if theirs:
+        names.append(f"{competitor['name']}, ms")
     first = [
         (f"{row['prompt']:,}", f"{row['first_token_s'] * 1e3:.1f}", f"{row['tflop_per_s']:.3g}",
          f"{row['share_of_product_ceiling']:.0%}")
@@ -99,7 +132,7 @@ def _tables(
     ]
     sums = [(path, f"{us:.1f}") for path, us in result["sum_us"].items()]
     first_names = ["prompt", "ms", "TFLOP/s a rank", "of the matmul ceiling"]
-    tables: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
+    tables: list[Figures] = [
         ("decode", names, decode),
         ("time to first token", first_names, first),
     ]

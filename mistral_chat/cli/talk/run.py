@@ -16,7 +16,7 @@ from mistral_chat.cli.console import printing
 from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.engine.ranks.launch import launched_rank
-from mistral_chat.errors import OutputError
+from mistral_chat.errors import OtherRankFailedError, OutputError
 
 if TYPE_CHECKING:
     from mistral_chat.cli.talk.inputs import Inputs
@@ -77,7 +77,6 @@ def _lead(
     from mistral_chat.cli.talk.repl import chat_at_terminal
     from mistral_chat.cli.talk.terminal_chat import TerminalChat
     from mistral_chat.engine.engine import Engine
-    from mistral_chat.engine.ranks.group import PeerFailedError
     from mistral_chat.engine.ranks.launch import current_group
 
     functions: PythonFunctions | None = None
@@ -102,7 +101,7 @@ def _lead(
         loaded = start.load(
             options.engine, folder, group, begun.at, quiet=options.quiet, stats=options.stats
         )
-    except PeerFailedError:
+    except OtherRankFailedError:
         return FAILED
     with start.parting(group):
         chat = Chat(

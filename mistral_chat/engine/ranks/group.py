@@ -22,19 +22,15 @@ from mistral_chat.engine.ranks.notes import Notes
 from mistral_chat.engine.ranks.place import Place
 from mistral_chat.engine.ranks.process_groups import ProcessGroups
 from mistral_chat.engine.step import Step
-from mistral_chat.errors import MistralChatError, RankLostError
+from mistral_chat.errors import MistralChatError, OtherRankFailedError, RankLostError
 
-__all__ = ["Group", "PeerFailedError", "Place"]
+__all__ = ["Group", "Place"]
 
 HEADER = 64
 MOST_INTEGERS = 1 << 26  # of a step; more is not one
 MOST_SHARED_BYTES = 1 << 30
 ENDING_S = 5.0  # for a thread that has heard of a loss to say so, on a machine that is busy
 SPEAK_TIMEOUT_S = 5.0
-
-
-class PeerFailedError(RankLostError):
-    """Another rank has failed and says why; this one ends without a word."""
 
 
 class Closable(Protocol):
@@ -54,12 +50,7 @@ class Group:
             no use any more.
     """
 
-    def __init__(
-        self,
-        place: Place,
-        *,
-        look: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, place: Place, *, look: Callable[[], None] = lambda: None) -> None:
         self.place = place
         self.rank = place.rank
         self.world_size = place.world_size
@@ -68,15 +59,13 @@ class Group:
         self._process_groups: ProcessGroups | None = None
         self._held: list[Closable] = []
         self._users: weakref.WeakSet[Closable] = weakref.WeakSet()
-        self._n_topics = 0
-        self._has_failed = False
         started = time.monotonic()
         if place.world_size > 1:
             try:
                 with self._translating():
                     self._meet(look)
             except BaseException:
-                self._has_failed = True
+                self.lifeline.has_failed = True
                 self.close()
                 raise
         self.meet_s = time.monotonic() - started
@@ -88,9 +77,8 @@ class Group:
 
     def _meet(self, look: Callable[[], None]) -> None:
         meeting = meet(self.place, look)
-        others = sorted(meeting.connections)
         self.lifeline = Lifeline(meeting.connections, self.notes.hear)
-        self.notes.open(self.lifeline, others)
+        self.notes.open(self.lifeline)
         node_memory: NodeMemory | None = None
         try:
             if meeting.memory is not None:
@@ -117,7 +105,7 @@ class Group:
 
         Raises:
             RankLostError: on rank 0: what failed.
-            PeerFailedError: on the others, after rank 0 was told.
+            OtherRankFailedError: on the others, after rank 0 was told.
         """
         assert self._process_groups is not None
         with self._translating():
@@ -132,24 +120,24 @@ class Group:
 
         Raises:
             RankLostError: on rank 0, and wherever ranks have not met: what failed.
-            PeerFailedError: on the others, after rank 0 was told.
+            OtherRankFailedError: on the others, after rank 0 was told.
         """
         try:
             yield
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own
             raise
         except (RuntimeError, OSError) as error:
-            self._has_failed = True
+            self.lifeline.has_failed = True
             first = (str(error) or type(error).__name__).splitlines()[0]
             what = f"an exchange with the other ranks failed ({first})"
-            if not self.lifeline.has_others:
+            if not self.lifeline.others:
                 raise RankLostError(what) from error
             if self.lifeline.await_an_end(SPEAK_TIMEOUT_S):
                 time.sleep(ENDING_S)  # it is about to end this process
             if self.is_leader:
                 raise RankLostError(what) from error
             self.lifeline.fail(what)
-            raise PeerFailedError(what) from error
+            raise OtherRankFailedError(what) from error
 
     def send(self, step: Step | None) -> None:
         """Rank 0: tell the others what to run; None ends their loop."""
@@ -219,49 +207,34 @@ class Group:
 
         Raises:
             MistralChatError: the block's own, on the lowest rank that failed.
-            PeerFailedError: on every other rank.
+            OtherRankFailedError: on every other rank.
         """
         failure: MistralChatError | None = None
         try:
             yield
         except MistralChatError as error:
             failure = error
-        if self.world_size == 1:
-            if failure:
-                raise failure
-            return
         first_failed = self.minimum(self.world_size if failure is None else self.rank)
         if first_failed == self.world_size:
             return
-        self.expect_end()
+        self.lifeline.expect_end()
         if failure is not None and first_failed == self.rank:
             raise failure
         # A launcher ends all ranks when one ends: let the one speak first.
         self.lifeline.await_an_end(SPEAK_TIMEOUT_S)
-        raise PeerFailedError(f"rank {first_failed} has failed")
-
-    def new_topic(self) -> int:
-        """A number for lines that are told: all ranks that begin topics together get the same."""
-        self._n_topics += 1
-        return self._n_topics
-
-    def expect_end(self) -> None:
-        """From now on, ranks that end are no failure."""
-        self._has_failed = True
-        self.lifeline.expect_end()
+        raise OtherRankFailedError(f"rank {first_failed} has failed")
 
     def close(self) -> None:
-        """Part from the other ranks, and let go of all that this one held for them.
+        """Part from the other ranks, who do the same, and release what was held for them.
 
-        Where no rank has failed this is in peace: the others do the same.
+        After a failure nobody is waited for.
         """
         for user in [*self._users]:
             user.close()
-        in_peace = not self._has_failed
-        self.lifeline.close(in_peace=in_peace)
+        self.lifeline.close()
         self.notes.close()
         if self._process_groups is not None:
-            self._process_groups.close(in_peace=in_peace)
+            self._process_groups.close(abort=self.lifeline.has_failed)
             self._process_groups = None
         for held in self._held:
             held.close()

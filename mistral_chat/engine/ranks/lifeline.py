@@ -90,9 +90,12 @@ class Lifeline:
         on_note: OnNote = lambda rank, note: None,
     ) -> None:
         self.on_lost: OnLost = _end_process
-        self.told: dict[int, str] = {}  # the last that each rank said of itself
+        self.told: dict[int, str] = {}  # the last line of each rank at the other end
+        self.others = tuple(connections)
+        self.has_failed = False  # some rank has, so that `close` waits for none
         self._on_note = on_note
         self._closing = False
+        self._n_topics = 0
         self._connections = dict(connections)
         self._sending = {rank: threading.Lock() for rank in connections}
         for connection in connections.values():
@@ -109,31 +112,31 @@ class Lifeline:
             self._thread.start()
 
     @property
-    def has_others(self) -> bool:
-        """Whether there is anybody at the other end."""
-        return bool(self._connections)
-
-    @property
     def has_lost(self) -> bool:
         """Whether another end has gone, in peace or not."""
         return self._some_end.is_set()
 
     def expect_end(self) -> None:
-        """From now on the other end may go without that being a failure."""
-        self._closing = True
+        """After a failure that is known: let the other end go without another word."""
+        self._closing = self.has_failed = True
+
+    def new_topic(self) -> int:
+        """A number to tell by what a line is about; ranks that ask together get the same."""
+        self._n_topics += 1
+        return self._n_topics
 
     def tell(self, text: str) -> None:
-        """Have the other end, of rank 0 all others, find this line in `told`."""
+        """Set this rank's line in `told` at the other end: at rank 0, or from rank 0 at all."""
         self._send(_TOLD, text.encode())
 
     def await_verdict(self) -> None:
         """After a failed collective: leave the thread time to end the process for a lost rank."""
-        if self._connections:
+        if self.others:
             time.sleep(VERDICT_S)
 
     def fail(self, message: str) -> None:
         """Tell rank 0 why this rank is about to end."""
-        self._closing = True
+        self.expect_end()
         self._send(_FAILED, message.encode(errors="replace"))  # a path need not be text
 
     def note(self, note: bytes, rank: int | None = None) -> None:
@@ -145,19 +148,15 @@ class Lifeline:
             with contextlib.suppress(OSError), self._sending[other]:
                 self._connections[other].sendall(_HEAD.pack(kind, len(said)) + said)
 
-    def close(self, *, in_peace: bool = True) -> None:
-        """Part from the other ends.
-
-        Args:
-            in_peace: they do not take this for a loss, and are waited for; else they end, too.
-        """
+    def close(self) -> None:
+        """Say goodbye to the other ends and wait until they have, too; after a failure hang up."""
         self._closing = True
-        if in_peace:
+        if not self.has_failed:
             self._send(_BYE, b"")
         for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR if in_peace else socket.SHUT_RDWR)
-        if self._connections:
+                connection.shutdown(socket.SHUT_RDWR if self.has_failed else socket.SHUT_WR)
+        if self.others:
             self._thread.join(CLOSE_TIMEOUT_S)  # until the others have parted too
 
     def await_an_end(self, timeout_s: float) -> bool:

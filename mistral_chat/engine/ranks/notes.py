@@ -34,27 +34,21 @@ class Notes:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._lifeline = Lifeline({})
-        self._others: Sequence[int] = ()
         self._values: dict[str, bytes] = {}
         self._sums: dict[int, int] = {}  # what rank 0 says that came of our additions
         self._n_asked = 0
         self._changed = threading.Condition()
 
-    def open(self, lifeline: Lifeline, others: Sequence[int]) -> None:
-        """Have notes travel over a lifeline, whose `on_note` is `hear`.
-
-        Args:
-            lifeline: of this rank.
-            others: the ranks at its other end.
-        """
+    def open(self, lifeline: Lifeline) -> None:
+        """Have notes travel over this rank's lifeline, whose `on_note` is `hear`."""
         with self._changed:
-            self._lifeline, self._others = lifeline, others
+            self._lifeline = lifeline
 
     def close(self) -> None:
         """Forget everything; whoever still waits is told that the others have gone."""
         with self._changed:
             self._values.clear()
-            self._lifeline, self._others = Lifeline({}), ()
+            self._lifeline = Lifeline({})
             self._changed.notify_all()
 
     def set(self, key: str, value: bytes) -> None:
@@ -136,7 +130,7 @@ class Notes:
         but: int | None = None,
     ) -> None:
         note = _pack(what, key, value, number=number, asked=asked)
-        for other in self._others:
+        for other in self._lifeline.others:
             if other != but:
                 self._lifeline.note(note, other)
 
@@ -144,7 +138,7 @@ class Notes:
         """Wait with `_changed` held."""
         deadline = time.monotonic() + timeout_s
         while not is_so():
-            if not self._others or self._lifeline.has_lost:
+            if not self._lifeline.others or self._lifeline.has_lost:
                 raise RuntimeError(f"a rank has gone while another waited for {key!r}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no rank gave {key!r} within {timeout_s:.0f} s")

@@ -126,16 +126,16 @@ class ProcessGroups:
         if work is not None:
             work.wait()
 
-    def close(self, *, in_peace: bool) -> None:
-        """Let go of connections, threads and communicators.
+    def close(self, *, abort: bool) -> None:
+        """Release connections, threads and communicators.
 
         Args:
-            in_peace: whether all ranks do, so that what they have begun will end.
+            abort: do not wait for what was begun: another rank may never take its part in it.
         """
-        if in_peace:
-            self._group.shutdown()
-        else:
+        if abort:
             self._group.abort()
+        else:
+            self._group.shutdown()
         del self._group, self._gloo, self._stores
         self.node_memory = None
 

@@ -128,7 +128,7 @@ def share_memory(group: Group, n_bytes: int, device: torch.device) -> Tensor | s
         memory = SharedMemory(n_bytes, device)
     except RuntimeError as error:
         why_not = str(error).splitlines()[0]
-    number = group.new_topic()
+    number = group.lifeline.new_topic()
     if not group.minimum(int(not why_not)):  # the others would wait for it in `meet`
         return why_not or OTHERS_CANNOT_SHARE
     assert memory is not None

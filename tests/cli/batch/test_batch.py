@@ -20,8 +20,7 @@ from mistral_chat.cli.batch import lines as batch_lines
 from mistral_chat.cli.batch import output as batch_output
 from mistral_chat.cli.batch import progress as batch_progress
 from mistral_chat.cli.main import main, request_of
-from mistral_chat.engine.ranks.group import PeerFailedError
-from mistral_chat.errors import OutputError
+from mistral_chat.errors import OtherRankFailedError, OutputError
 from tests.conftest import Run
 from tests.disk import Disk
 from tests.warm import Piped
@@ -735,7 +734,7 @@ def test_rank_that_cannot_load_says_so_itself(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    load = Mock(side_effect=PeerFailedError("rank 1 has failed"))
+    load = Mock(side_effect=OtherRankFailedError("rank 1 has failed"))
     monkeypatch.setattr(start, "load", load)
     source = _write(tmp_path / "in", {"prompt": "a"})
     words = ["batch", str(tiny_folder), str(source), str(tmp_path / "out"), "--device=cpu"]

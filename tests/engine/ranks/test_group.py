@@ -13,9 +13,9 @@ import torch
 
 from mistral_chat.engine.ranks import group as group_module
 from mistral_chat.engine.ranks import shared_memory
-from mistral_chat.engine.ranks.group import Group, PeerFailedError, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.ranks.lifeline import Lifeline
-from mistral_chat.errors import CheckpointError, RankLostError
+from mistral_chat.errors import CheckpointError, OtherRankFailedError, RankLostError
 
 
 @pytest.mark.parametrize("failing", ["this", "another"])
@@ -97,7 +97,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_broken_exchange_on_rank_0_is_one_line_where_nobody_is_known_to_be_lost() -> None:
     with lifelines() as (lifeline, _), pytest.raises(RankLostError, match=SAID) as raised:
         group_of_two(0, lifeline).share("x")
-    assert not isinstance(raised.value, PeerFailedError)
+    assert not isinstance(raised.value, OtherRankFailedError)
 
 
 @pytest.mark.usefixtures("broken")
@@ -105,7 +105,7 @@ def test_broken_exchange_on_another_rank_is_told_to_rank_0() -> None:
     heard: queue.SimpleQueue[str] = queue.SimpleQueue()
     with lifelines() as (leads, follows):
         leads.on_lost = heard.put
-        with pytest.raises(PeerFailedError):
+        with pytest.raises(OtherRankFailedError):
             group_of_two(1, follows).share(None)
         follows._connections[0].shutdown(socket.SHUT_RDWR)  # its process ends
         said = heard.get(timeout=60)
@@ -218,7 +218,7 @@ def test_rank_that_fails_silently_waits_for_the_one_that_speaks() -> None:
         ended = threading.Event()
 
         def fail() -> None:
-            with pytest.raises(PeerFailedError), group.together():
+            with pytest.raises(OtherRankFailedError), group.together():
                 raise CheckpointError("this rank's own reason")
             ended.set()
 

@@ -161,7 +161,8 @@ def test_what_no_rank_says_is_the_loss_of_that_rank(ends: Ends, said: bytes) -> 
 
 def test_closing_after_a_failure_ends_the_others(ends: Ends) -> None:
     ends.meet(3)
-    ends.ends[0].close(in_peace=False)
+    ends.ends[0].has_failed = True
+    ends.ends[0].close()
     assert [ends.hears(1), ends.hears(2)] == ["", ""]
 
 

@@ -31,7 +31,7 @@ class Ranks:
         for notes, connections in zip(self.notes, ends, strict=True):
             self.lifelines.append(Lifeline(connections, notes.hear))
             self.lifelines[-1].on_lost = lambda message: self.lost.set()
-            notes.open(self.lifelines[-1], sorted(connections))
+            notes.open(self.lifelines[-1])
 
     def run(self, act: Callable[[int], object]) -> list[object]:
         """Have every rank do something at the same time; what came of it, errors too."""
@@ -99,7 +99,8 @@ def test_sums_miss_nothing_and_every_sum_is_given_once(make_ranks: Make) -> None
 @pytest.mark.parametrize("rank", [0, 1])
 def test_whoever_waits_hears_that_a_rank_has_gone(make_ranks: Make, rank: int) -> None:
     ranks = make_ranks(2)
-    ranks.lifelines[1 - rank].close(in_peace=False)
+    ranks.lifelines[1 - rank].has_failed = True
+    ranks.lifelines[1 - rank].close()
     with pytest.raises(RuntimeError, match="a rank has gone"):
         ranks.notes[rank].get("never")
 
@@ -160,7 +161,7 @@ def test_ranks_prove_to_each_other_in_gloo_too(make_ranks: Make, stranger: int |
         groups = ProcessGroups(place, ranks.notes[rank], key, None)
         total = torch.tensor([rank])
         groups.all_reduce(total)
-        groups.close(in_peace=True)
+        groups.close(abort=False)
         return list(total)
 
     results = ranks.run(act)
@@ -183,4 +184,4 @@ def test_gloo_listens_on_this_machine_alone(make_ranks: Make) -> None:
     listening = {c.laddr.ip for c in own if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
     for one in here.values():
-        one.close(in_peace=True)
+        one.close(abort=False)
