@@ -37,10 +37,8 @@ def answer_rows(terminal: Terminal, question: str, after: str = "> ") -> list[st
     return rows[start + 1 : end]
 
 
-@pytest.mark.parametrize("size", [(80, 24), (200, 50)])
-def test_answers_are_rendered_as_markdown(
-    roomy_folder: Path, tmp_path: Path, size: tuple[int, int]
-) -> None:
+def test_answers_are_rendered_as_markdown(roomy_folder: Path, tmp_path: Path) -> None:
+    size = (100, 30)
     script = written(tmp_path, SAMPLE, LONG)
     words = [roomy_folder, "--instruct"]
     with chat_terminal(tmp_path, *words, size=size, script=script) as terminal:
