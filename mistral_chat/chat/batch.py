@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mistral_chat.chat.answer import Answer, AnswerBuilder
-    from mistral_chat.chat.grammar import Grammar
+    from mistral_chat.chat.schema.grammar import Grammar
     from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.engine.engine import Engine, Request, Token, TokenMask
 
@@ -176,8 +176,8 @@ def prepare(
     """
     from mistral_chat.chat.answer import AnswerBuilder
     from mistral_chat.chat.chat import check_no_tools, make_request
-    from mistral_chat.chat.grammar import choose_grammar
     from mistral_chat.chat.messages import encode_messages, ends_with_prefix
+    from mistral_chat.chat.schema.grammar import choose_grammar
     from mistral_chat.chat.tools import make_tools
 
     if question.tools is not None:

@@ -14,7 +14,7 @@ from mistral_common.protocol.instruct.tool_calls import Tool
 
 from mistral_chat.chat.answer import Answer, AnswerBuilder, AnswerStream, Delta
 from mistral_chat.chat.conversation import NOT_RUN, Conversation
-from mistral_chat.chat.grammar import Grammar, choose_grammar
+from mistral_chat.chat.schema.grammar import Grammar, choose_grammar
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import UNREADABLE, ToolCall, make_id
 from mistral_chat.config import COMPLETION_MAX_TOKENS, SamplingParams

@@ -11,7 +11,7 @@ from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_chat.chat.answer import Answer, AnswerBuilder
 from mistral_chat.chat.batch import Question, prepare
 from mistral_chat.chat.chat import Chat, make_request
-from mistral_chat.chat.grammar import Grammar, choose_grammar
+from mistral_chat.chat.schema.grammar import Grammar, choose_grammar
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import make_tools
 from mistral_chat.config import Device, Dtype, EngineConfig, LoadFormat, SamplingParams

@@ -18,7 +18,7 @@ from mistral_chat.files import read_json, read_small_file
 if TYPE_CHECKING:
     from mistral_common.protocol.instruct.tool_calls import Tool
 
-    from mistral_chat.chat.grammar import Grammar
+    from mistral_chat.chat.schema.grammar import Grammar
 
 __all__ = ["Offered", "read_offered", "require_text"]
 
@@ -64,7 +64,7 @@ def read_offered(request: AnswersRequest) -> Offered:
         tools = read_tools(schemas)
     grammar: Grammar | None = None
     if request.json_schema is not None or request.json_object:
-        from mistral_chat.chat.grammar import choose_grammar, read_grammar
+        from mistral_chat.chat.schema.grammar import choose_grammar, read_grammar
 
         path = request.json_schema
         grammar = read_grammar(path) if path else choose_grammar(None, json_object=True)

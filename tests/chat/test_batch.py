@@ -12,7 +12,7 @@ from mistral_common.protocol.instruct.tool_calls import Function, Tool
 
 from mistral_chat import LLM, Answer, SamplingParams
 from mistral_chat.chat.batch import Question, answer_many
-from mistral_chat.chat.grammar import Grammar, GrammarMask
+from mistral_chat.chat.schema.grammar import Grammar, GrammarMask
 from mistral_chat.errors import PromptError, UsageError
 from tests.chat.test_chat import Talk
 

@@ -43,7 +43,8 @@ def test_command_begins_when_its_process_does() -> None:
     slow = [sys.executable, "-c", f"import time; time.sleep(0.3)\n{says_when}"]
     for command in (python, slow):
         begun = _begun_by(*command)
-        assert before - 0.02 <= begun <= time.monotonic()
+        # To hundredths, and between two clocks that a busy machine reads apart.
+        assert before - 0.2 <= begun <= time.monotonic()
         before = time.monotonic()
     quick = _begun_by(*slow)
     assert quick < time.monotonic() - 0.3

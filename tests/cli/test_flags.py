@@ -1,7 +1,6 @@
 """Flags: names, values as typed, suggestions, ranges, and that nothing heavy is imported first."""
 
 import re
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from tests.conftest import Run
 
 HEAVY = ("huggingface_hub", "mistral_common", "numpy", "prompt_toolkit", "rich", "safetensors",
          "torch", "transformers")  # fmt: skip
-HELP_S = 0.5
-WRONG_USAGE_S = 1.0
 
 # The contract's flags of the main job that this version has, with a value that differs from the
 # default and where it arrives.
@@ -59,29 +56,6 @@ def _arrived(options: ChatRequest, name: str) -> Any:
         if hasattr(part, name):
             return getattr(part, name)
     raise AssertionError(f"--{name} arrives nowhere")
-
-
-def _fastest(run: Run, *words: str, code: int) -> float:
-    """Processor seconds of the fastest of three runs: other work of the machine counts little."""
-
-    def used() -> float:
-        of_children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return of_children.ru_utime + of_children.ru_stime
-
-    taken = []
-    for _ in range(3):
-        before = used()
-        assert run(*words).code == code
-        taken.append(used() - before)
-    return min(taken)
-
-
-def test_help_answers_in_half_a_second(run: Run) -> None:
-    assert _fastest(run, "--help", code=0) < HELP_S
-
-
-def test_misspelt_flag_is_refused_in_a_second(run: Run) -> None:
-    assert _fastest(run, "MODEL", "--promt", "x", code=2) < WRONG_USAGE_S
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from jsonschema import FormatChecker
 from jsonschema.validators import Draft202012Validator, validator_for
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from mistral_chat.chat.schema_grammar import compile_schema
+from mistral_chat.chat.schema.schema_grammar import compile_schema
 from mistral_chat.errors import PromptError
 
 Schema = dict[str, Any]

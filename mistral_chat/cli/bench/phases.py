@@ -12,7 +12,7 @@ from mistral_chat.engine.engine import Engine
 from mistral_chat.engine.runner import Runner
 
 if TYPE_CHECKING:
-    from mistral_chat.chat.grammar import Grammar
+    from mistral_chat.chat.schema.grammar import Grammar
     from mistral_chat.chat.tokenizer import Tokenizer
 
 __all__ = ["N_TOKENS", "VERIFY_CONTEXT", "Wanted", "phases"]

@@ -60,7 +60,7 @@ def _check(request: BenchRequest, begun: Begun) -> "ModelFolder":
     folder = start.check(request, request.shard_of, needs_text=bool(request.json_schema))
     if request.json_schema is not None:
         read_json(request.json_schema, PromptError)
-        from mistral_chat.chat.grammar import read_grammar
+        from mistral_chat.chat.schema.grammar import read_grammar
 
         read_grammar(request.json_schema)
     return folder
@@ -79,7 +79,7 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
     torch_imported = time.monotonic()
     kept_to = None
     if request.json_schema is not None:
-        from mistral_chat.chat.grammar import read_grammar
+        from mistral_chat.chat.schema.grammar import read_grammar
         from mistral_chat.chat.tokenizer import Tokenizer
         from mistral_chat.model.folder import ModelFolder
 

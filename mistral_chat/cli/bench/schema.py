@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mistral_chat.chat.chat import make_request
-from mistral_chat.chat.grammar import Grammar
+from mistral_chat.chat.schema.grammar import Grammar
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.cli.bench import measure
 from mistral_chat.config import SamplingParams

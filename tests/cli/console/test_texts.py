@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mistral_chat.chat.grammar import read_grammar
+from mistral_chat.chat.schema.grammar import read_grammar
 from mistral_chat.chat.tools import read_tools
 from mistral_chat.cli.console.texts import read_text_file, text_of
 from mistral_chat.cli.main import request_of

@@ -9,7 +9,7 @@ import math
 from fractions import Fraction
 from typing import Any, TypeGuard, cast
 
-from mistral_chat.chat.pattern_reader import NotHeldError
+from mistral_chat.chat.schema.pattern_reader import NotHeldError
 from mistral_chat.errors import shown
 
 __all__ = ["check_multiples", "rewrite_numbers"]

@@ -15,7 +15,7 @@ from mistral_common.protocol.instruct.tool_calls import Function, Tool
 
 from mistral_chat import LLM, Answer, SamplingParams
 from mistral_chat.chat.chat import Chat
-from mistral_chat.chat.grammar import ANY_OBJECT, Grammar, GrammarMask, read_grammar
+from mistral_chat.chat.schema.grammar import ANY_OBJECT, Grammar, GrammarMask, read_grammar
 from mistral_chat.errors import PromptError, UsageError
 from mistral_chat.model.args import TransformerArgs
 from tests.conftest import TINY, make_folder
@@ -23,7 +23,7 @@ from tests.scripts.tokenizers import encode, small_tekken, tokenizer
 
 Schema = dict[str, Any]
 Parts = tuple[tuple[bytes, ...], ...]
-N_SCHEMAS = 60
+N_SCHEMAS = 100
 N_OF_A_REAL_MODEL = 16  # whose tokens cost a hundred times as much
 HOT = SamplingParams(temperature=1.5, max_tokens=160, seed=5)
 POINT: Schema = {

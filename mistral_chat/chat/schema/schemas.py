@@ -14,10 +14,17 @@ from functools import cache
 from typing import Any
 from urllib.parse import unquote
 
-from mistral_chat.chat.characters import KEY_ASCII, KEY_TEXT, TEXT, Ranges, common, complement
-from mistral_chat.chat.formats import FORMATS, NOT_HELD
-from mistral_chat.chat.number_bounds import check_multiples, rewrite_numbers
-from mistral_chat.chat.patterns import NotHeldError, Pattern, write_search
+from mistral_chat.chat.schema.characters import (
+    KEY_ASCII,
+    KEY_TEXT,
+    TEXT,
+    Ranges,
+    common,
+    complement,
+)
+from mistral_chat.chat.schema.formats import FORMATS, NOT_HELD
+from mistral_chat.chat.schema.number_bounds import check_multiples, rewrite_numbers
+from mistral_chat.chat.schema.patterns import NotHeldError, Pattern, write_search
 from mistral_chat.errors import shown
 
 __all__ = ["needs_unicode_escapes", "rewrite_schema"]

@@ -14,8 +14,8 @@ from jsonschema.exceptions import SchemaError
 from jsonschema.validators import Draft3Validator, Draft202012Validator, validator_for
 from llguidance import LLMatcher
 
-from mistral_chat.chat.patterns import NotHeldError, Pattern
-from mistral_chat.chat.schemas import needs_unicode_escapes, rewrite_schema
+from mistral_chat.chat.schema.patterns import NotHeldError, Pattern
+from mistral_chat.chat.schema.schemas import needs_unicode_escapes, rewrite_schema
 from mistral_chat.errors import PromptError, one_line, shown
 from mistral_chat.files import read_json
 

@@ -8,7 +8,7 @@ Unicode digit. Anything else is refused by name. Knows nothing of llguidance.
 import re
 from dataclasses import dataclass
 
-from mistral_chat.chat.characters import (
+from mistral_chat.chat.schema.characters import (
     DIGITS,
     ENDS_OF_LINES,
     SPACES,

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from mistral_chat.chat.schema_grammar import compile_schema, read_schema
+from mistral_chat.chat.schema.schema_grammar import compile_schema, read_schema
 from mistral_chat.errors import PromptError, UsageError
 
 if TYPE_CHECKING:

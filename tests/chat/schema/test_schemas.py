@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from mistral_chat.chat.formats import FORMATS
-from mistral_chat.chat.patterns import NotHeldError, Pattern
-from mistral_chat.chat.schema_grammar import compile_schema
+from mistral_chat.chat.schema.formats import FORMATS
+from mistral_chat.chat.schema.patterns import NotHeldError, Pattern
+from mistral_chat.chat.schema.schema_grammar import compile_schema
 from mistral_chat.errors import PromptError
 from tests.scripts.schema_law import (
     FORMAT_NAMES,

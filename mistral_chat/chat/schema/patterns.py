@@ -7,8 +7,8 @@ that it cannot write; neither kind reaches it. Knows nothing of schemas.
 
 from collections.abc import Iterator
 
-from mistral_chat.chat.characters import TEXT, Ranges
-from mistral_chat.chat.pattern_reader import (
+from mistral_chat.chat.schema.characters import TEXT, Ranges
+from mistral_chat.chat.schema.pattern_reader import (
     Anchor,
     Chars,
     Choice,
