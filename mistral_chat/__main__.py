@@ -9,7 +9,7 @@ __all__ = ["main"]
 def main() -> int:
     """Run the command line; the code to end with."""
     _leave_out_the_current_folder()
-    from mistral_chat.engine import parent
+    from mistral_chat.engine.ranks import parent
 
     parent.end_with_launcher()
     try:

@@ -19,7 +19,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "consolidated", "hf", "dummy"]
 
 COMPLETION_MAX_TOKENS = 256
-HOTTEST = 1e30  # it divides in float32, where a banned token's logit over infinity is NaN
+HOTTEST = 1e30  # logits are divided in float32, where a banned token's over infinity is NaN
 
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one answer are chosen.
+    """How to choose the tokens of an answer.
 
     What None stands for is in parentheses; `logprobs=0` reports the chosen token alone.
 
@@ -59,7 +59,7 @@ class SamplingParams:
         ignore_eos: go on after the end token (for measuring).
 
     Raises:
-        UsageError: a value out of its range, named.
+        UsageError: a value is out of range; it is named.
     """
 
     max_tokens: int | None = flag(None, table="generation")
@@ -102,7 +102,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Where and how a model runs. Every rank is made from the same one.
+    """Where and how a model runs; the same for every rank.
 
     Args:
         model: the model's folder; None with `load_format="dummy"` and a shape.
@@ -150,7 +150,7 @@ class EngineConfig:
             )
 
     def require_positions(self, known: int | None) -> None:
-        """Refuse a context that is longer than the model's; None is one that is not known.
+        """Refuse a context longer than the model's; None if that is unknown.
 
         Raises:
             UsageError: it is longer.
@@ -161,12 +161,12 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A TOML preset: what the tables of one file hold.
+    """The tables of a TOML preset.
 
     Args:
-        shape: the table [model]: params.json's keys, for dummy weights.
-        run: the table [run]: flags that say where and how to run.
-        generation: the table [generation]: flags of sampling.
+        shape: table [model]: keys of params.json, for dummy weights.
+        run: table [run]: flags that say where and how to run.
+        generation: table [generation]: sampling flags.
     """
 
     shape: dict[str, Any] = field(default_factory=dict)
@@ -178,7 +178,7 @@ def read_preset(path: Path) -> Preset:
     """Read a TOML preset.
 
     Raises:
-        UsageError: no such file, not TOML, or a table it does not know.
+        UsageError: no such file, not TOML, or an unknown table.
     """
     try:
         tables = read_toml(path, UsageError, pipes=True)

@@ -1,4 +1,4 @@
-"""Every error that a person or a script is meant to see.
+"""All errors that a person or a script is meant to see.
 
     MistralChatError
     ├── UsageError              wrong flags or values; the command line ends with code 2
@@ -16,7 +16,7 @@
     │   └── OtherRankFailedError  another rank failed and says why; this one ends silently
     └── EmbeddedModelError      the embedded model cannot be fetched or converted
 
-A message says what was found, what was expected and what to do, in one line.
+A message says in one line what was found, what was expected and what to do.
 """
 
 import re
@@ -48,29 +48,28 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u20
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value that a file or a person gave, as a message may quote it.
+    """Quote a value from a file or a person in a message.
 
     Args:
-        value: of any kind and size; a long one is cut in its middle.
-        most: characters.
+        value: any value; a long one is cut in the middle.
+        most: longest result, in characters.
     """
     if isinstance(value, int) and abs(value) >= 10**MOST_CHARACTERS:
-        return "a number of more than 300 digits"  # Python refuses to write some of these
+        return "a number of more than 300 digits"  # Python refuses to print some of these
     return _cut(repr(value), most)
 
 
 def named(name: str) -> str:
-    """A name that a file gave, as a message may have it: bare, or quoted where it is not plain."""
+    """Put a name from a file into a message: bare, or quoted if it has unusual characters."""
     return name if _PLAIN.fullmatch(name) else shown(name)
 
 
 def one_line(text: object, most: int = MOST_CHARACTERS) -> str:
-    """A message as a terminal may get it: one line, bounded, without control characters.
+    """Make a message safe for a terminal: one line of limited length, without control characters.
 
     Args:
-        text: an error or a text; what it quotes may come from a hostile file.
-        most: characters; what is beyond them is cut out of the middle, since the end of a message
-            says what to do.
+        text: an error or a text, which may quote a hostile file.
+        most: longest result, in characters; it is cut in the middle, as the end says what to do.
     """
     return _cut(_CONTROLS.sub("\ufffd", " ".join(str(text).split())), most)
 
@@ -83,15 +82,15 @@ def _cut(text: str, most: int) -> str:
 
 
 class MistralChatError(Exception):
-    """Root of all errors raised on purpose."""
+    """Base class of all errors raised on purpose."""
 
 
 class UsageError(MistralChatError):
-    """Wrong usage: an unknown flag, a value out of range, flags that exclude each other."""
+    """Wrong usage: an unknown flag, a value out of range, or flags that exclude each other."""
 
 
 class PromptError(MistralChatError):
-    """A prompt, file or conversation that cannot be answered as it is."""
+    """A prompt, file or conversation that cannot be answered."""
 
 
 class ContextLengthError(PromptError):
@@ -99,7 +98,7 @@ class ContextLengthError(PromptError):
 
     Args:
         prompt_tokens: tokens of the encoded prompt.
-        max_seq_len: tokens that the context holds, answer included.
+        max_seq_len: size of the context in tokens, including the answer.
     """
 
     def __init__(self, prompt_tokens: int, max_seq_len: int) -> None:
@@ -117,35 +116,35 @@ class CheckpointError(MistralChatError):
 
 
 class TokenizerError(MistralChatError):
-    """A tokenizer file that is missing, ambiguous or broken, or a request that it refuses."""
+    """A missing, ambiguous or broken tokenizer file, or a request that the tokenizer refuses."""
 
 
 class DownloadError(MistralChatError):
-    """A repository that cannot be fetched, or holds no model that can be run."""
+    """A repository that cannot be fetched, or contains no supported model."""
 
 
 class ToolError(MistralChatError):
-    """Calls of functions that came to no answer."""
+    """Function calls that did not lead to an answer."""
 
 
 class OutputError(MistralChatError):
-    """Stdout is closed, or what is behind it takes no more."""
+    """Stdout is closed, or cannot be written."""
 
 
 class SessionError(MistralChatError):
-    """A kept chat that is not there, cannot be read, or can no longer be written."""
+    """A kept chat that does not exist, cannot be read, or can no longer be written."""
 
 
 class DeviceError(MistralChatError):
-    """A device, data type or number of ranks that this machine or model does not have."""
+    """A device, data type or number of ranks that this machine or model does not support."""
 
 
 class NotEnoughMemoryError(MistralChatError):
-    """Weights, cache or workspace do not fit the memory that is free."""
+    """Weights, cache or workspace do not fit into the free memory."""
 
 
 class RankLostError(MistralChatError):
-    """Another rank ended or failed, so this one cannot go on."""
+    """Another rank ended or failed, so this one cannot continue."""
 
 
 class OtherRankFailedError(RankLostError):

@@ -1,9 +1,9 @@
-"""The one way to read a small file that somebody else wrote: regular, of bounded size, UTF-8.
+"""The only way to read small files written by others: regular, of limited size, UTF-8.
 
 A FIFO, a device, a link to /dev/zero or a sparse terabyte must neither hang the program nor fill
-its memory; only where a person names the file itself may a pipe stand in its place, as a shell's
-`<(command)` does. Nested brackets and numbers of a thousand digits must not end it with a
-traceback. Knows nothing of what the files mean.
+its memory. A pipe is accepted only if a person names the file, as with a shell's `<(command)`.
+Deep nesting and numbers with thousands of digits must not end in a traceback. Knows nothing of
+what the files mean.
 """
 
 import json
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 SMALL_FILE_BYTES = 64 << 20
-MOST_DIGITS = 30  # of a whole number; 2^64 has 20
+MOST_DIGITS = 30  # of an integer; 2^64 has 20
 _BOM = b"\xef\xbb\xbf"
 _LFS = b"version https://git-lfs"
 
@@ -40,10 +40,10 @@ Error = type[MistralChatError]
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is something to read, links followed; what may not be looked at is."""
+    """Return whether a path exists, following links; True if that may not be looked at."""
     try:
         path.stat()
-    except PermissionError:  # who reads it says so
+    except PermissionError:  # reading it will report the error
         return True
     except (OSError, ValueError):  # ValueError: a NUL byte in the path
         return False
@@ -52,22 +52,22 @@ def is_there(path: Path) -> bool:
 
 @contextmanager
 def open_regular(path: Path, error: Error, *, pipes: bool = False) -> Iterator[tuple[int, int]]:
-    """A regular file of any size, open for reading.
+    """Open a regular file of any size for reading.
 
     Args:
-        path: links are followed.
-        error: what to raise, also for what the system refuses inside the block.
-        pipes: a pipe will do, too, which has no bytes yet; a writer may be waited for.
+        path: the file; links are followed.
+        error: the type to raise, also for OSErrors inside the block.
+        pipes: whether to accept a pipe, of size 0, which may have to wait for a writer.
 
     Yields:
-        the file's descriptor, and its bytes.
+        the file descriptor, and the size in bytes.
 
     Raises:
-        MistralChatError: of the type `error`: not there, no regular file, not readable, or a Git
-            LFS pointer in the place of the file.
+        MistralChatError: of type `error`: the file does not exist, is not regular, cannot be read,
+            or is a Git LFS pointer.
     """
     try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for a writer.
+        # O_NONBLOCK: opening a FIFO that nobody writes to would block.
         waits = 0 if pipes else os.O_NONBLOCK
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | waits)
     except FileNotFoundError:
@@ -98,32 +98,32 @@ def open_regular(path: Path, error: Error, *, pipes: bool = False) -> Iterator[t
 def read_small_file(
     path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES, *, pipes: bool = False
 ) -> bytes:
-    """All bytes of a regular file.
+    """Read a regular file whole.
 
     Args:
-        path: links are followed.
-        error: what to raise.
-        most_bytes: a longer file is refused.
-        pipes: a pipe will do, too; it is read to its end, which may be waited for.
+        path: the file; links are followed.
+        error: the type to raise.
+        most_bytes: longer files are refused.
+        pipes: whether to accept a pipe, and wait for its end.
 
     Raises:
-        MistralChatError: of the type `error`: as `open_regular`, or too long.
+        MistralChatError: of type `error`: as in `open_regular`, or the file is too long.
     """
     with open_regular(path, error, pipes=pipes) as (fd, size):
         if size > most_bytes:
             raise error(f"{path} has {size:,} bytes: expected at most {most_bytes:,}")
         with open(fd, "rb", closefd=False) as file:
             data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:  # a pipe, or a file that grew
+    if len(data) > most_bytes:  # a pipe, or a file that has grown
         raise error(f"{path} has more than {most_bytes:,} bytes: expected no more")
     return data
 
 
 def decode_text(data: bytes, where: str, error: Error) -> str:
-    """UTF-8 text, without a byte order mark at its beginning.
+    """Decode UTF-8 text and drop a byte order mark.
 
     Raises:
-        MistralChatError: of the type `error`: no UTF-8, or a NUL byte.
+        MistralChatError: of type `error`: not UTF-8, or contains a NUL byte.
     """
     begin = len(_BOM) if data.startswith(_BOM) else 0
     try:
@@ -142,14 +142,14 @@ def decode_text(data: bytes, where: str, error: Error) -> str:
 def read_text(
     path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES, *, pipes: bool = False
 ) -> str:
-    """A file's text; arguments and errors as those of `read_small_file` and `decode_text`."""
+    """Read a file as text; arguments and errors as in `read_small_file` and `decode_text`."""
     return decode_text(read_small_file(path, error, most_bytes, pipes=pipes), str(path), error)
 
 
 def read_json(
     path: Path, error: Error, most_bytes: int = SMALL_FILE_BYTES, *, pipes: bool = False
 ) -> Any:
-    """A file's JSON value; arguments and errors as those of `read_text` and `parse_json`."""
+    """Read a file as JSON; arguments and errors as in `read_text` and `parse_json`."""
     return parse_json(read_text(path, error, most_bytes, pipes=pipes), str(path), error)
 
 
@@ -166,11 +166,11 @@ def read_json_object(path: Path, error: Error) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str, error: Error) -> Any:
-    """The value of a JSON text, as the standard has it.
+    """Parse JSON strictly.
 
     Raises:
-        MistralChatError: of the type `error`: no JSON, nested too deeply, NaN or Infinity, a name
-            that stands twice in an object, or a number that no machine computes with.
+        MistralChatError: of type `error`: not JSON, nested too deeply, NaN or Infinity, a
+            duplicate name in an object, or a number out of range.
     """
 
     def whole(digits: str) -> int:
@@ -214,10 +214,10 @@ def parse_json(text: str, where: str, error: Error) -> Any:
 def read_toml(
     path: Path, error: Error, most_bytes: int = 1 << 20, *, pipes: bool = False
 ) -> dict[str, Any]:
-    """A file's TOML tables; arguments as those of `read_text`.
+    """Read a file as TOML; arguments as in `read_text`.
 
     Raises:
-        MistralChatError: of the type `error`: as `read_text`, or no TOML.
+        MistralChatError: of type `error`: as in `read_text`, or not TOML.
     """
     text = read_text(path, error, most_bytes, pipes=pipes)
     try:

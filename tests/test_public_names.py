@@ -67,7 +67,7 @@ def test_package_version_is_a_version() -> None:
         "import mistral_chat",
         "import mistral_chat.config, mistral_chat.errors",
         "from mistral_chat import SamplingParams; SamplingParams(temperature=0)",
-        "import mistral_chat.engine.launch",
+        "import mistral_chat.engine.ranks.launch",
         "import mistral_chat.cli.main",
     ],
 )

@@ -102,7 +102,8 @@ class Piped:
 
     def finish(self) -> tuple[int, bytes, bytes]:
         """Wait for its end: its code and what it wrote that was not read before."""
-        out, err = self.stdout.read(), self.stderr.read()
+        out = b"" if self.stdout.closed else self.stdout.read()
+        err = self.stderr.read()  # ends when the last process that holds it has ended
         return self._command.wait(WAIT_S), out, err
 
     def kill(self) -> None:

@@ -1,1 +1,1 @@
-"""Text and messages on top of the engine's token ids. Rank 0 only; nothing of terminals."""
+"""Text and messages on top of the engine's token ids. Rank 0 only; knows nothing of terminals."""

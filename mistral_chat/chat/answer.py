@@ -1,7 +1,6 @@
-"""What comes of a prompt: text as it arrives, and an answer that says how it ended.
+"""Turn the engine's tokens into text as it arrives, and into an answer that says how it ended.
 
-Turns the engine's tokens into text, finds stop texts and where calls begin. Knows nothing of
-conversations.
+Also finds stop texts and the place where tool calls begin. Knows nothing of conversations.
 """
 
 import time
@@ -28,11 +27,11 @@ FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A chosen token and what else was likely.
+    """A chosen token and the most likely alternatives.
 
     Args:
         id: token id.
-        text: the token by itself.
+        text: the text of this token alone.
         logprob: natural log of the model's own probability.
         top: (id, text, logprob) of the most likely tokens.
     """
@@ -45,12 +44,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a request.
+    """Token counts of a request.
 
     Args:
-        prompt_tokens: all of the prompt.
-        cached_tokens: of those, the ones that were not computed again.
-        completion_tokens: chosen, the end token included.
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: prompt tokens that came from the cache.
+        completion_tokens: tokens of the answer, including the end token.
     """
 
     prompt_tokens: int
@@ -60,22 +59,22 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of a prompt.
+    """The complete answer to a prompt.
 
     Args:
-        text: the answer; a tool call in raw form, with its control token.
+        text: the answer; tool calls in raw form, with their control token.
         finish_reason: `stop` at the end token or a stop text, `length` at max_tokens or a full
             context, `tool_calls`, `cancelled`.
-        token_ids: chosen ids, the end token included.
-        tool_calls: calls that could be read.
-        seed: repeats the answer.
-        usage: tokens.
-        first_token_s: seconds from the request to the first token; None when there was none.
-        decode_tokens_per_s: of the tokens after the first; None for fewer than two.
-        logprobs: of the chosen tokens, when asked for.
-        prompt_logprobs: of the prompt's tokens after the first, when asked for.
-        stopped_by_text: a stop text ended it.
-        call_at: where in the text the first call begins, readable or not; None without one.
+        token_ids: chosen ids, including the end token.
+        tool_calls: the calls, if all of them could be parsed.
+        seed: the same seed gives the same answer.
+        usage: token counts.
+        first_token_s: seconds from the request to the first token; None if there was none.
+        decode_tokens_per_s: speed after the first token; None for fewer than two tokens.
+        logprobs: one entry per chosen token, if requested.
+        prompt_logprobs: of the prompt's tokens after the first, if requested.
+        stopped_by_text: whether a stop text ended the answer.
+        call_at: index in the text where the first call begins, valid or not; None without one.
     """
 
     text: str
@@ -93,7 +92,7 @@ class Answer:
 
     @property
     def said(self) -> str:
-        """The text before any call."""
+        """The text before the first call."""
         return self.text[: self.call_at]
 
 
@@ -103,7 +102,7 @@ class Delta:
 
     Args:
         text: the piece.
-        is_call: it belongs to calls in raw form, which no person needs to see.
+        is_call: whether it is part of a call in raw form, which is not meant for people.
     """
 
     text: str
@@ -111,10 +110,10 @@ class Delta:
 
 
 class StopTexts:
-    """Finds stop texts in a stream and holds back what may become one.
+    """Find stop texts in a stream; hold back text that may become one.
 
     Args:
-        texts: none of them empty.
+        texts: the stop texts, none of them empty.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -122,7 +121,7 @@ class StopTexts:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """The text that is safe to show, and whether a stop text was reached after it."""
+        """Return the text that can be shown now, and whether a stop text followed it."""
         self._held += text
         found = [at for at in (self._held.find(t) for t in self._texts) if at >= 0]
         if found:
@@ -134,24 +133,24 @@ class StopTexts:
         return shown, False
 
     def flush(self) -> str:
-        """What was held back and became no stop text."""
+        """Return the text that was held back and did not become a stop text."""
         shown, self._held = self._held, ""
         return shown
 
     def _overlap(self, text: str) -> int:
-        """Length of the longest end of what is held that begins `text`."""
+        """Return the length of the longest suffix of the held text that is a prefix of `text`."""
         longest = min(len(text) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(text[:n])), 0)
 
 
 class AnswerBuilder:
-    """Turns one request's events into text and, at the end, an answer.
+    """Turn the events of one request into text and, at the end, an answer.
 
     Args:
         tokenizer: of the model.
-        request: set cancelled here when a stop text is reached.
-        seed: that the request's params carry.
-        continues: the text goes on after the prompt (plain completion).
+        request: the request; cancelled here when a stop text is found.
+        seed: the seed in the request's params.
+        continues: whether the text continues the prompt (plain completion).
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class AnswerBuilder:
         self._first = self._last = 0.0
 
     def add(self, event: Prefill | Token) -> str:
-        """Take an event; give the text to show now, which may be empty."""
+        """Take an event; return the text to show now, which may be empty."""
         if isinstance(event, Prefill):
             self._prefill = event
             return ""
@@ -182,7 +181,7 @@ class AnswerBuilder:
         self._tokens.append(event)
         text = "" if event.finish_reason == "stop" else self._detokenizer.add(event.id)
         if event.id == self._tokenizer.tool_calls_id and self.call_at is None:
-            # The token's text may come behind the end of an unfinished character.
+            # This token may first complete a pending character, so its own text comes last.
             self.call_at = self._n_decoded + len(text) - len(TOOL_CALLS)
         self._n_decoded += len(text)
         shown, self._stopped_by_text = self._stops.add(text)
@@ -198,7 +197,7 @@ class AnswerBuilder:
         return shown if self._stopped_by_text else shown + self._stops.flush()
 
     def finish(self) -> tuple[str, Answer]:
-        """The text still held back by a cancelled answer, and the answer."""
+        """Return the rest of the text, which only a cancelled answer still has, and the answer."""
         rest = ""
         reason: FinishReason = "cancelled"
         last = self._tokens[-1].finish_reason if self._tokens else None
@@ -239,12 +238,12 @@ class AnswerBuilder:
 
 
 class AnswerStream:
-    """An answer on its way. Iterate it once: progress of the prompt, text, then the answer.
+    """A running answer. Iterate it once: prompt progress, then text, then the answer.
 
     Args:
-        engine: runs the request.
-        request: what to run.
-        builder: of the same request.
+        engine: the engine that runs the request.
+        request: the request to run.
+        builder: the builder of the same request.
     """
 
     def __init__(self, engine: Engine, request: Request, builder: AnswerBuilder) -> None:
@@ -255,7 +254,7 @@ class AnswerStream:
         self.answer: Answer | None = None
 
     def cancel(self) -> None:
-        """End the answer before its next step; what was said so far is kept."""
+        """End the answer before its next step and keep the text so far."""
         self._request.cancelled = True
 
     def __iter__(self) -> Iterator[Prefill | Delta | Answer]:
@@ -269,7 +268,7 @@ class AnswerStream:
         yield self.answer
 
     def _deltas(self, text: str) -> Iterator[Delta]:
-        """A piece of text, in two where a call begins inside it."""
+        """Split a piece of text where a call begins in it."""
         at = self._builder.call_at
         n_said = len(text) if at is None else min(len(text), max(0, at - self._n_shown))
         self._n_shown += len(text)

@@ -1,7 +1,8 @@
-"""Questions, and many of them at once: each is encoded when its turn comes, answered when it ends.
+"""Answer many questions at once: each is encoded when a slot is free, answered when it ends.
 
-Over `Engine.generate_many`, beside `Chat`. `LLM.chat` asks one of them. Knows nothing of files.
-Imports nothing heavy until asked, so that questions can be read before there is a model.
+Built on `Engine.generate_many`, beside `Chat`; `LLM.chat` uses it for one question. Knows nothing
+of files. Imports nothing heavy until it runs, so questions can be checked before the model is
+loaded.
 """
 
 import itertools
@@ -27,16 +28,17 @@ __all__ = ["Question", "answer_many", "prepare"]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One prompt of many: a text to go on from, or a conversation to answer.
+    """One prompt of many: a text to continue, or a conversation to answer.
 
     Args:
-        prompt: text of a plain completion.
-        messages: or a conversation in OpenAI's form, for the chat template.
-        system: system prompt of a conversation that has no system or developer message.
-        tools: functions of its own; None takes those offered to all.
-        json_schema: an answer that ends by itself is JSON, valid against this schema.
-        json_object: the same for any JSON object; False is free text, None what is asked of all.
-        params: how to sample.
+        prompt: text to continue (plain completion).
+        messages: a conversation in OpenAI's form, for the chat template.
+        system: system prompt, if the conversation has no system or developer message.
+        tools: this question's own functions; None uses those of the whole batch.
+        json_schema: an answer that is not cut short is JSON, valid against this schema.
+        json_object: the same for any JSON object; False is free text, None the batch's
+            setting.
+        params: sampling settings.
     """
 
     prompt: str | None = None
@@ -51,19 +53,19 @@ class Question:
         assert (self.prompt is None) != (self.messages is None)
 
     def is_json(self, *, by_default: bool) -> bool:
-        """Whether the answer is to be JSON, where by default all are or none is."""
+        """Return whether the answer must be JSON, or `by_default` if the question does not say."""
         if self.json_schema is not None:
             return True
         return by_default if self.json_object is None else self.json_object
 
 
 class _Guard:
-    """A mask whose failure ends its own answer and no other: the engine runs many in one step.
+    """A mask whose failure ends only its own answer, since other answers run in the same step.
 
     Args:
-        mask: of an answer.
-        request: of the same answer; cancelled at the first failure.
-        vocab_size: of the model.
+        mask: the mask of an answer.
+        request: the request of the same answer; cancelled at the first failure.
+        vocab_size: the model's vocabulary size.
     """
 
     def __init__(self, mask: "TokenMask", request: "Request", vocab_size: int) -> None:
@@ -73,7 +75,7 @@ class _Guard:
         self.fault: PromptError | None = None
 
     def allowed(self) -> "Tensor":
-        """As the mask's; after a failure every token, of which none is kept."""
+        """Return the allowed tokens; all after a failure, since the answer is then discarded."""
         import torch
 
         if self.fault is None:
@@ -84,7 +86,7 @@ class _Guard:
         return torch.full((-(-self._vocab_size // 32),), -1, dtype=torch.int32)
 
     def take(self, token: int) -> None:
-        """As the mask's."""
+        """Pass the token to the mask, unless the mask has failed."""
         if self.fault is None:
             try:
                 self._mask.take(token)
@@ -106,15 +108,15 @@ def answer_many(
     """Answer questions, as many at once as the engine has slots.
 
     Args:
-        engine: of the loaded model.
-        tokenizer: of the same model.
-        questions: taken one by one as slots become free.
-        tools: offered in every conversation that brings none of its own.
-        grammar: what every answer must be whose question does not say; None is free text.
+        engine: the engine of the loaded model.
+        tokenizer: the tokenizer of the same model.
+        questions: read one by one as slots become free.
+        tools: offered in conversations that have no tools of their own.
+        grammar: for questions that do not say what the answer must be; None is free text.
 
     Yields:
-        the question's number from 0, and each of its tokens, then its answer; or, alone, why it
-        cannot be answered.
+        the question's number, from 0, with each of its tokens and then its answer; or only the
+        error that prevents an answer.
     """
     from mistral_chat.engine.engine import Token
 
@@ -158,19 +160,19 @@ def prepare(
     tools: Sequence["Tool"] = (),
     grammar: "Grammar | None" = None,
 ) -> tuple["Request", "AnswerBuilder"]:
-    """What the engine runs for a question, and what reads its tokens.
+    """Return the engine's request for a question, and the builder that reads its tokens.
 
     Args:
-        engine: of the loaded model.
-        tokenizer: of the same model.
-        question: what is asked.
-        tools: offered to a conversation that brings none of its own.
-        grammar: what the answer must be where the question does not say.
+        engine: the engine of the loaded model.
+        tokenizer: the tokenizer of the same model.
+        question: the question to prepare.
+        tools: offered in a conversation that has no tools of its own.
+        grammar: used if the question does not say what the answer must be.
 
     Raises:
-        PromptError: it cannot be encoded, leaves no room for an answer, or has a schema that no
-            answer can be kept to.
-        UsageError: a schema with tools, stop texts or the beginning of an answer.
+        PromptError: it cannot be encoded, leaves no room for an answer, or has a schema that is
+            not supported.
+        UsageError: a schema together with tools, stop texts or a prefix.
     """
     from mistral_chat.chat.answer import AnswerBuilder
     from mistral_chat.chat.chat import check_no_tools, make_request

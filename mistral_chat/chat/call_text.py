@@ -1,8 +1,8 @@
-"""Calls of functions as models write them: what can be read of a text that is not quite JSON.
+"""Parse function calls as models write them, in text that is not quite JSON.
 
-Models close no list, go on talking after it, leave arguments out or give them another name. What
-a text says is never guessed: a call is read whole, with all that was written of its arguments, or
-not at all. Knows nothing of tokens or templates.
+Models leave lists open, continue talking after them, omit arguments or rename the key. Nothing is
+guessed: a call is read completely, with every argument that was written, or not at all. Knows
+nothing of tokens or templates.
 """
 
 import json
@@ -20,17 +20,17 @@ __all__ = [
 ]
 
 MAX_DEPTH = 64
-WrittenCall = tuple[str, dict[str, Any], Any]  # name, arguments, what stands as its id
+WrittenCall = tuple[str, dict[str, Any], Any]  # name, arguments, value of the id field
 _SPACE = " \t\r\n"
 _KEYS = {"name", "arguments", "id", "type"}
-_BEGINS_CALLS = re.compile(r'\[\s*\{|\{\s*"')  # where text follows calls, more calls would, too
+_BEGINS_CALLS = re.compile(r'\[\s*\{|\{\s*"')  # text after calls that looks like this is more calls
 
 
 def read_listed_calls(text: str) -> list[WrittenCall] | None:
-    """Calls written as a JSON list of objects, or as one object; text after them is not read.
+    """Parse calls written as a JSON list of objects, or as one object; ignore text after them.
 
     Returns:
-        the calls, at least one; None where they cannot be read, all of them.
+        the calls, at least one; None unless all of them can be parsed.
     """
     found: list[WrittenCall] = []
     rest = text.lstrip(_SPACE)
@@ -45,14 +45,14 @@ def read_listed_calls(text: str) -> list[WrittenCall] | None:
 
 
 def read_named_call(name: str, body: str) -> tuple[str, dict[str, Any]] | None:
-    """A call written as a name and a JSON object after it; text after that is not read.
+    """Parse a call written as a name followed by a JSON object; ignore text after it.
 
     Args:
-        name: what stands before the arguments.
-        body: the arguments; nothing at all are none.
+        name: the text before the arguments.
+        body: the text of the arguments; empty for none.
 
     Returns:
-        name and arguments; None where they cannot be read.
+        name and arguments; None if they cannot be parsed.
     """
     name, body = name.strip(), body.lstrip(_SPACE)
     if not is_name(name):
@@ -67,10 +67,10 @@ def read_named_call(name: str, body: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def read_arguments(value: Any) -> dict[str, Any] | None:
-    """Arguments as an object or as its JSON text; null and the empty text are none.
+    """Read arguments given as an object or as JSON text; null and empty text mean none.
 
     Returns:
-        them by name; None for anything else.
+        the arguments by name; None for anything else.
     """
     if isinstance(value, str):
         try:
@@ -83,7 +83,7 @@ def read_arguments(value: Any) -> dict[str, Any] | None:
 
 
 def nests_at_most(value: Any, depth: int) -> bool:
-    """Whether no list or object lies in more than `depth` others."""
+    """Return whether lists and objects are nested at most `depth` levels deep."""
     if not isinstance(value, (list, dict)):
         return True
     inner = value.values() if isinstance(value, dict) else value
@@ -91,12 +91,12 @@ def nests_at_most(value: Any, depth: int) -> bool:
 
 
 def is_name(text: str) -> bool:
-    """Whether mistral-common takes it for a function's name."""
+    """Return whether mistral-common accepts this as a function name."""
     return re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", text) is not None
 
 
 def _read_list(rest: str) -> tuple[list[WrittenCall], str] | None:
-    """The calls of a list behind its bracket, which may lack its end, and what follows."""
+    """Parse the calls after a list's opening bracket, and return the text that follows it."""
     found: list[WrittenCall] = []
     while True:
         read = _read_entry(rest.lstrip(_SPACE))
@@ -113,7 +113,7 @@ def _read_list(rest: str) -> tuple[list[WrittenCall], str] | None:
 
 
 def _read_entry(text: str) -> tuple[list[WrittenCall], str] | None:
-    """The call at the beginning of a text, and what follows it."""
+    """Parse the call at the start of a text, and return the text that follows it."""
     read = _read_value(text)
     if read is None:
         return None
@@ -124,12 +124,12 @@ def _read_entry(text: str) -> tuple[list[WrittenCall], str] | None:
     if arguments is None or not is_name(entry["name"]):
         return None
     if not arguments and entry.keys() - _KEYS:
-        return None  # what was meant stands under another name, such as parameters
+        return None  # the arguments are under another key, such as parameters
     return [(entry["name"], arguments, entry.get("id"))], rest
 
 
 def _read_value(text: str) -> tuple[Any, str] | None:
-    """The JSON value at the beginning of a text, and what follows it."""
+    """Parse the JSON value at the start of a text, and return the text that follows it."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_members)
     try:
         value, end = decoder.raw_decode(text)
@@ -146,14 +146,13 @@ def _load(text: str) -> Any:
 
 
 def _check(value: Any) -> None:
-    """Refuse JSON that cannot be written again and put into any template.
+    """Refuse JSON that cannot be serialized again and put into every template.
 
     Raises:
-        ValueError: a number out of range, half of a surrogate pair, or deeper than anybody would
-            write.
-        RecursionError: much deeper.
+        ValueError: a number out of range, a lone surrogate, or nesting deeper than MAX_DEPTH.
+        RecursionError: nesting deeper than Python's recursion limit.
     """
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is read as infinity
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 is parsed as infinity
     if not nests_at_most(value, MAX_DEPTH):
         raise ValueError(f"deeper than {MAX_DEPTH}")
 

@@ -1,7 +1,7 @@
-"""Sets of characters, as regular expressions and texts of JSON have them: sorted ranges of codes.
+"""Sets of characters in regular expressions and JSON text, as sorted ranges of code points.
 
-Where Python's `re` and ECMA-262 differ in what a class holds, here is what both call so, and what
-either does.
+Python's `re` and ECMA-262 disagree on some classes, so this has both the characters that the two
+agree on and those that at least one of them includes.
 """
 
 import re
@@ -26,16 +26,16 @@ __all__ = [
 
 Ranges = tuple[tuple[int, int], ...]
 
-# ECMA-262 has U+2028 and U+2029, too; without them llguidance takes ten times as long.
+# ECMA-262 adds U+2028 and U+2029; including them makes llguidance ten times slower.
 ENDS_OF_LINES: Ranges = ((10, 10), (13, 13))
 DIGITS: Ranges = ((48, 57),)
 WORD: Ranges = ((48, 57), (65, 90), (95, 95), (97, 122))
-# What both call a space: Python has U+001C to U+001F and U+0085 besides, ECMA-262 U+FEFF.
+# Spaces in both. Only Python adds U+001C to U+001F and U+0085, only ECMA-262 U+FEFF.
 SPACES: Ranges = (
     *((9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A)),
     *((0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000)),
 )
-# What either calls a space.
+# Spaces in at least one of them.
 _ALL_SPACES: Ranges = (*SPACES, (0x1C, 0x1F), (0x85, 0x85), (0xFEFF, 0xFEFF))
 
 
@@ -61,10 +61,10 @@ def common(one: Ranges, other: Ranges) -> Ranges:
 
 @cache
 def widest(letter: str) -> Ranges:
-    """What either calls a digit, a letter of a word or a space."""
+    """Return what at least one of them matches as a digit (d), word character (w) or space (s)."""
     if letter == "s":
         return union(_ALL_SPACES)
-    # 50 ms, once; no class spans U+D800 to U+DFFF
+    # takes 50 ms, hence the cache; no class spans U+D800 to U+DFFF
     every = "".join(map(chr, range(0xD800))) + "".join(map(chr, range(0xE000, sys.maxunicode + 1)))
     shift = 0xE000 - 0xD800
     found = [(m.start(), m.end() - 1) for m in re.finditer(rf"\{letter}+", every)]
@@ -73,8 +73,8 @@ def widest(letter: str) -> Ranges:
     )
 
 
-# What an answer can write: \u0000 to \u001f have no short escapes but these, U+007F has none.
+# What an answer can contain: most of \u0000 to \u001f, and U+007F, have no short JSON escape.
 TEXT = complement(((0, 7), (11, 11), (14, 31), (127, 127), (0xD800, 0xDFFF)))
-# Names of properties: Python lets `$` stand before a last newline.
+# Property names: in Python `$` also matches before a final newline.
 KEY_TEXT = common(TEXT, ((32, sys.maxunicode),))
 KEY_ASCII: Ranges = ((32, 126),)

@@ -1,6 +1,6 @@
-"""One prompt or a chat: text in, a stream of text out, and a history that keeps what was said.
+"""A chat or single prompts: text in, a stream of text out, and a history of what was said.
 
-The middle of the three generators: over `Engine.generate`'s ids, under the terminal's printing.
+The middle of three generators: above `Engine.generate`, which yields ids, and below the terminal.
 """
 
 import secrets
@@ -25,18 +25,18 @@ __all__ = ["Answer", "Chat", "ChatStream", "Delta", "check_no_tools", "make_requ
 
 
 class Chat:
-    """A conversation, or with `instruct=False` one plain completion after another.
+    """A conversation or, with `instruct=False`, independent plain completions.
 
     Args:
-        engine: of the loaded model.
-        tokenizer: of the same model.
-        instruct: use the tokenizer's chat template and keep a history.
+        engine: the engine of the loaded model.
+        tokenizer: the tokenizer of the same model.
+        instruct: whether to use the chat template and keep a history.
         system: system prompt.
-        tools: offered functions.
+        tools: functions offered to the model.
         grammar: what every answer must be, unless `send` says otherwise; None is free text.
 
     Raises:
-        UsageError: tools and a grammar.
+        UsageError: both tools and a grammar.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Chat:
         self._n_answers = 0
 
     def clear(self) -> None:
-        """Forget the conversation but its system prompt."""
+        """Forget the conversation except its system prompt."""
         self.conversation.clear()
 
     def send(
@@ -70,26 +70,25 @@ class Chat:
         json_object: bool = False,
         replace_last: bool = False,
     ) -> "ChatStream":
-        """Say something and stream the answer, which joins the history when its stream ends.
+        """Send a message and stream the answer, which joins the history when the stream ends.
 
-        Calls of the last answer that got no result (`send_results`) get one that says so.
+        Calls of the last answer that still lack a result (`send_results`) get one that says so.
 
         Args:
             text: the next message, or a plain prompt.
-            params: how to sample; a seed of its own is drawn where it has none. Later answers of
-                a chat use the seed plus their number, so that a seed repeats a whole chat.
-            json_schema: an answer that ends by itself is JSON, valid against this schema.
+            params: sampling settings; without a seed a random one is used. Later answers of a chat
+                add their number to the seed, so one seed repeats the whole chat.
+            json_schema: an answer that is not cut short is JSON, valid against this schema.
             json_object: the same for any JSON object.
-            replace_last: say it in place of the last exchange, which stays where this one comes
-                to nothing.
+            replace_last: replace the last turn, which is kept if this one gets no answer.
 
         Returns:
-            a stream to iterate once; nothing runs before.
+            a stream to iterate once; nothing runs until then.
 
         Raises:
             ContextLengthError: history and message leave no room for an answer.
-            PromptError: the template refuses the message, or answers cannot be kept to the schema.
-            UsageError: a schema with tools, stop texts or ignore_eos.
+            PromptError: the template refuses the message, or the schema is not supported.
+            UsageError: a schema together with tools, stop texts or ignore_eos.
         """
         grammar = choose_grammar(json_schema, json_object) or self.grammar
         check_no_tools(self.conversation.tools, grammar)
@@ -103,15 +102,15 @@ class Chat:
             ids = self.tokenizer.encode(text)
         return self._stream(text, ids, params, grammar, replace_last=replace_last)
 
-    def exchanges_to_drop(self, text: str, n_answer: int) -> int | None:
-        """The least number of oldest exchanges without which a message fits the context.
+    def turns_to_drop(self, text: str, n_answer: int) -> int | None:
+        """Return how many of the oldest turns must go so that a message fits the context.
 
         Args:
             text: the message.
-            n_answer: tokens to leave for its answer.
+            n_answer: tokens to reserve for its answer.
 
         Returns:
-            0 where it fits as it is; None where it does not fit by itself.
+            0 if it fits already; None if it does not fit even alone.
         """
         room = self.engine.max_seq_len - n_answer
 
@@ -120,23 +119,23 @@ class Chat:
             rest.drop(n)
             return len(rest.encode(self.tokenizer, [UserMessage(content=text)])) <= room
 
-        counts = range(self.conversation.n_exchanges + 1)
+        counts = range(self.conversation.n_turns + 1)
         n = bisect_left(counts, True, key=fits)
         return n if n < len(counts) else None
 
     def send_results(
         self, results: Mapping[str, str], params: SamplingParams | None = None
     ) -> "ChatStream":
-        """Say what came of the last answer's calls, and stream what the model makes of it.
+        """Send the results of the last answer's calls and stream the model's answer to them.
 
         Args:
-            results: text by the call's id. What has got its result before stays as it is.
-            params: how to sample.
+            results: text by call id, for exactly the calls that have no result yet.
+            params: sampling settings.
 
         Raises:
             ContextLengthError: the results leave no room for an answer.
             PromptError: the template refuses them.
-            UsageError: not the ids of the calls that wait for a result.
+            UsageError: the ids are not those of the calls that wait for a result.
         """
         calls = self.conversation.open_calls
         if {call.id for call in calls} != set(results):
@@ -170,16 +169,16 @@ class Chat:
         return ChatStream(self, text, request, builder, replace_last=replace_last)
 
     def keep(self, text: str | None, answer: Answer, *, replace_last: bool = False) -> bool:
-        """Add a finished answer to the history; one that is empty is not kept.
+        """Add a finished answer to the history, unless it is empty.
 
         Args:
-            text: what it answers; None are results of calls, which are there already.
-            replace_last: take back the last exchange first.
-            answer: with its calls; calls that cannot be read are kept as one, by the name
-                `UNREADABLE`, so that the model can be told.
+            text: the message it answers; None for results of calls, which the history already has.
+            replace_last: take back the last turn first.
+            answer: the answer; calls that cannot be parsed become one call named `UNREADABLE`, so
+                that the model can be told.
 
         Returns:
-            whether it was kept.
+            whether it was added.
         """
         self._n_answers += 1
         if not self.instruct:
@@ -195,8 +194,8 @@ class Chat:
         if text is not None:
             self.conversation.add_user(text)
         if calls:
-            # The template of some versions writes ids, which results refer to. Where the model
-            # left them out the call is written as the template has it.
+            # Some template versions write ids, which results refer to. If the model omitted them,
+            # let the template write the calls instead of using the model's own tokens.
             has_ids = calls[0].name == UNREADABLE or all(call.id in answer.text for call in calls)
             is_whole = has_ids or not self.tokenizer.calls_have_ids
             is_whole = is_whole and not answer.stopped_by_text
@@ -209,7 +208,7 @@ class Chat:
 
     def _calls_to_keep(self, answer: Answer) -> tuple[ToolCall, ...]:
         if answer.call_at is None or answer.finish_reason not in ("stop", "tool_calls"):
-            return ()  # none, or cut short
+            return ()  # no calls, or cut short
         if answer.tool_calls or answer.stopped_by_text:
             return answer.tool_calls
         id_ = make_id(answer.seed, 0)
@@ -217,9 +216,9 @@ class Chat:
 
 
 class ChatStream(AnswerStream):
-    """An answer of a chat on its way; at its end the exchange joins the history.
+    """A running answer in a chat; when it ends, the turn joins the history.
 
-    `is_kept` says whether it has.
+    `is_kept` says whether the turn was added.
     """
 
     def __init__(
@@ -245,10 +244,10 @@ class ChatStream(AnswerStream):
 
 
 def check_no_tools(tools: Sequence[Tool], grammar: Grammar | None) -> None:
-    """Refuse tools beside a grammar: a tool call is no answer of a schema.
+    """Refuse tools together with a grammar: a tool call cannot follow a schema.
 
     Raises:
-        UsageError: both are there.
+        UsageError: both are given.
     """
     if tools and grammar is not None:
         raise UsageError("tools and a JSON schema: expected one of them")
@@ -265,22 +264,22 @@ def make_request(
     seed_offset: int = 0,
     grammar: Grammar | None = None,
 ) -> tuple[Request, int]:
-    """A checked request with its seed drawn, its end tokens and its banned ids; and the seed.
+    """Build a checked request with its seed, end tokens and banned ids; return it and the seed.
 
     Args:
-        engine: whose model's vocabulary is banned beyond the tokenizer's.
-        tokenizer: of the model.
-        ids: the prompt.
-        params: how to sample; without max_tokens a plain completion stops at 256.
+        engine: its model may have ids that the tokenizer lacks; these are banned.
+        tokenizer: the model's tokenizer.
+        ids: tokens of the prompt.
+        params: sampling settings; without max_tokens a plain completion stops at 256.
         instruct: whether this is an answer rather than a completion.
         tools: whether tools are offered.
-        seed_offset: added to the seed that the person gave.
+        seed_offset: added to the seed.
         grammar: what the answer must be; None is free text.
 
     Raises:
         ContextLengthError: the prompt leaves no room for an answer.
         PromptError: the prompt is empty or has ids outside the vocabulary.
-        UsageError: a grammar, and params that would end an answer early or not at all.
+        UsageError: a grammar with params that end an answer early or keep it from ending.
     """
     if grammar is not None and (params.stop or params.ignore_eos):
         name = "stop" if params.stop else "ignore_eos"

@@ -1,6 +1,6 @@
-"""The messages of one chat, and their encoding that keeps what the model itself wrote.
+"""The messages of a chat, encoded so that the model's own tokens are kept.
 
-Knows templates only through the tokenizer; knows nothing of generating.
+Uses templates only through the tokenizer; knows nothing of generation.
 """
 
 import json
@@ -29,26 +29,26 @@ Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 
 
 class Conversation:
-    """Messages with the ids that the model chose for its own.
+    """Messages, with the token ids that the model chose for its answers.
 
     Args:
-        system: system prompt; None for none.
-        tools: offered functions.
+        system: system prompt, or None.
+        tools: functions offered to the model.
     """
 
     def __init__(self, system: str | None = None, tools: Sequence[Tool] = ()) -> None:
         self.tools = list(tools)
         self.messages: list[Message] = []
-        self._written: dict[int, tuple[int, ...]] = {}  # index of a message -> its ids
+        self._written: dict[int, tuple[int, ...]] = {}  # message index -> its ids
         if system is not None:
             self.messages.append(SystemMessage(content=system))
 
     def encode(self, tokenizer: Tokenizer, new: Sequence[Message] = ()) -> list[int]:
-        """All messages and `new` ones in the template, ready for an answer.
+        """Encode all messages, and then `new` ones, with the template, ready for an answer.
 
-        Encoding an answer's text again can give other ids than the model chose (mistral-common
-        drops trailing spaces, and sampled text has more than one tokenization), so its own ids
-        are put in their place: the model sees what it said, and the cache is used up to there.
+        Encoding an answer's text again can give other ids than the model chose: mistral-common
+        drops trailing spaces, and sampled text has more than one tokenization. So the model's own
+        ids replace them; the model sees what it wrote, and the cache stays valid up to there.
 
         Raises:
             PromptError: the template refuses the conversation.
@@ -64,28 +64,28 @@ class Conversation:
         return _put_back(ids, [self._written.get(i) for i in answers], tokenizer)
 
     def add_user(self, text: str) -> None:
-        """Note what the person said. Calls that got no result get one that says so."""
+        """Add a user message. Calls without a result get one that says they were not run."""
         self.close_calls(NOT_RUN)
         self.messages.append(UserMessage(content=text))
 
     def add_answer(self, text: str, ids: Sequence[int] | None) -> None:
-        """Note what the model said.
+        """Add the model's answer.
 
         Args:
             text: the answer.
-            ids: its tokens without the end token; None where they are not just this text.
+            ids: its tokens without the end token; None if they encode more than this text.
         """
         if ids is not None:
             self._written[len(self.messages)] = tuple(ids)
         self.messages.append(AssistantMessage(content=text))
 
     def add_calls(self, text: str, calls: Sequence[ToolCall], ids: Sequence[int] | None) -> None:
-        """Note that the model asks for calls; each must get its result.
+        """Add the model's tool calls; each of them needs a result later.
 
         Args:
-            text: what it said before them.
-            calls: in its order.
-            ids: its tokens without the end token; None has the template write the calls.
+            text: what the model said before them.
+            calls: the calls, in the model's order.
+            ids: its tokens without the end token; None lets the template write the calls.
         """
         if ids is not None:
             self._written[len(self.messages)] = tuple(ids)
@@ -101,7 +101,7 @@ class Conversation:
         self.messages.append(AssistantMessage(content=text or None, tool_calls=listed))
 
     def add_result(self, call: ToolCall, text: str) -> None:
-        """Note what came of a call. Text that no template could take becomes an error."""
+        """Add the result of a call. Text that some template cannot encode becomes an error."""
         self.messages.append(
             ToolMessage(content=_checked_result(text), tool_call_id=call.id, name=call.name)
         )
@@ -120,7 +120,7 @@ class Conversation:
         return []
 
     def close_calls(self, text: str) -> list[ToolCall]:
-        """Give every open call this result, since templates take none without; the calls."""
+        """Give every open call this result, as templates require one; return these calls."""
         calls = self.open_calls
         for call in calls:
             self.add_result(call, text)
@@ -128,17 +128,17 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system prompt."""
+        """The system prompt, or None."""
         first = self.messages[0] if self.messages else None
         return str(first.content) if isinstance(first, SystemMessage) else None
 
     @property
     def last_ids(self) -> tuple[int, ...] | None:
-        """Ids of the last message, where the model chose them as they are."""
+        """The last message's ids, if the model chose them."""
         return self._written.get(len(self.messages) - 1)
 
     def set_system(self, system: str | None) -> None:
-        """Another system prompt, or none; the rest stays."""
+        """Replace or, with None, remove the system prompt."""
         had = self.system is not None
         rest = self.messages[1:] if had else self.messages
         new: list[Message] = [] if system is None else [SystemMessage(content=system)]
@@ -147,10 +147,10 @@ class Conversation:
         self._written = {index + shift: ids for index, ids in self._written.items()}
 
     def undo(self) -> str | None:
-        """Take back the last exchange.
+        """Remove the last turn.
 
         Returns:
-            what the person had said; None when nothing was said.
+            the user message of that turn; None if there was none.
         """
         said = [i for i, message in enumerate(self.messages) if isinstance(message, UserMessage)]
         if not said:
@@ -160,42 +160,42 @@ class Conversation:
         return text
 
     @property
-    def n_exchanges(self) -> int:
-        """How many messages of the person's it holds, each with what came after it."""
+    def n_turns(self) -> int:
+        """Number of turns: a user message and all that follows it."""
         return sum(isinstance(message, UserMessage) for message in self.messages)
 
     def drop(self, n: int) -> None:
-        """Forget the oldest exchanges; the system prompt stays.
+        """Remove the oldest turns; keep the system prompt.
 
         Args:
-            n: how many, at most `n_exchanges`.
+            n: how many, at most `n_turns`.
         """
-        assert 0 <= n <= self.n_exchanges
+        assert 0 <= n <= self.n_turns
         said = [i for i, message in enumerate(self.messages) if isinstance(message, UserMessage)]
         end = [*said, len(self.messages)][n]
         system = [m for m in self.messages[:end] if isinstance(m, SystemMessage)]
         self._keep_only([*system, *self.messages[end:]])
 
     def copy(self) -> "Conversation":
-        """Another one that goes on from here by itself."""
+        """Return an independent copy."""
         other = Conversation(tools=self.tools)
         other.messages, other._written = list(self.messages), dict(self._written)
         return other
 
     def _keep_only(self, messages: list[Message]) -> None:
-        """Keep some messages of those there are, and the ids of these."""
+        """Keep only these of the messages, with their ids."""
         places = {id(message): index for index, message in enumerate(self.messages)}
         ids = [self._written.get(places[id(message)]) for message in messages]
         self._written = {index: own for index, own in enumerate(ids) if own is not None}
         self.messages = messages
 
     def clear(self) -> None:
-        """Forget all messages but the system prompt."""
+        """Remove all messages but the system prompt."""
         self._keep_only([m for m in self.messages if isinstance(m, SystemMessage)])
 
 
 def calls_of(message: Message) -> list[ToolCall]:
-    """The calls that a message asks for."""
+    """Return the calls of a message."""
     listed = (isinstance(message, AssistantMessage) and message.tool_calls) or []
     return [
         ToolCall(call.id, call.function.name, json.loads(call.function.arguments))
@@ -210,7 +210,7 @@ def _without_text_beside_calls(message: Any) -> Any:
 
 
 def _checked_result(text: str) -> str:
-    """The text, unless it is JSON that older templates, which read it, could not write again."""
+    """Return the text, or an error if it is JSON that older templates cannot serialize again."""
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()
@@ -231,11 +231,11 @@ def _checked_result(text: str) -> str:
 def _put_back(
     ids: list[int], written: Sequence[tuple[int, ...] | None], tokenizer: Tokenizer
 ) -> list[int]:
-    """Replace each answer between its template's marks by the ids that were chosen for it.
+    """Replace each answer's ids with those that the model chose.
 
-    An answer ends at an end token and begins after the control token before it that is not one of
-    its own, such as a call's. Where that is the start or another end, the template's marks are
-    plain text (v1), which gives no such place.
+    An answer ends at an end token. It begins after the last control token before it that models do
+    not write themselves (they do write a call's). If that one is the first or another end token,
+    the template's marks are plain text (v1) and the beginning cannot be found.
     """
     outer = {int(tokenizer.raw.bos_id), tokenizer.eos_id}
     ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_id]

@@ -1,7 +1,7 @@
-"""What JSON schema's `format`s mean, as patterns, as strict as their strictest readers.
+"""JSON schema's `format`s as regular expressions, as strict as the strictest validator.
 
-Each pattern is narrower than its standard where readers differ, never wider: an offset is needed
-in a date-time, a domain has a dot in an email. Knows nothing of llguidance.
+Where validators differ a pattern is narrower than the standard, never wider: a date-time needs an
+offset, an email's domain needs a dot. Knows nothing of llguidance.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ __all__ = ["FORMATS", "NOT_HELD", "Format"]
 
 
 class Format(NamedTuple):
-    """A whole match of ASCII, and the most characters."""
+    """A pattern for the whole text, which must be ASCII, and its maximum length."""
 
     pattern: str
     most: int | None = None
@@ -21,13 +21,13 @@ def _ipv6() -> str:
     forms = [f"(?:{group}:){{7}}{group}"]
     for before in range(7):
         left = f"(?:{group}:){{{before - 1}}}{group}" if before else ""
-        most = 6 - before  # `::` stands for two groups or more
+        most = 6 - before  # `::` stands for at least two groups
         right = f"(?:{group}(?::{group}){{0,{most - 1}}})?" if most else ""
         forms.append(f"{left}::{right}")
     return "|".join(forms)
 
 
-# Python and RFC 3339 differ in the year 0000 and in the second 60.
+# Python and RFC 3339 disagree on year 0000 and second 60.
 _YEAR = r"(?:[1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])"
 _FOURTH = r"(?:0[48]|[2468][048]|[13579][26])"
 _DATE = (
@@ -39,12 +39,12 @@ _CLOCK = r"(?:\d{1,9}H(?:\d{1,9}M(?:\d{1,9}S)?)?|\d{1,9}M(?:\d{1,9}S)?|\d{1,9}S)
 _DAYS = r"(?:\d{1,9}Y(?:\d{1,9}M(?:\d{1,9}D)?)?|\d{1,9}M(?:\d{1,9}D)?|\d{1,9}D)"
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _IPV4 = rf"{_OCTET}(?:\.{_OCTET}){{3}}"
-# At most 63 characters, and no `--`, which is kept for names in other scripts.
+# At most 63 characters, and no `--`, which is reserved for internationalized names.
 _LABEL = "[a-zA-Z0-9](?:-?[a-zA-Z0-9]){0,31}"
 _TOP = "[a-zA-Z](?:-?[a-zA-Z0-9]){0,31}"
 _HOST = rf"(?:{_LABEL}\.)*{_TOP}"
 _ATOM = "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]"
-# RFC 5321: 64 characters before the @, and 254 in all.
+# RFC 5321: at most 64 characters before the @ and 254 in total.
 _LOCAL = rf"{_ATOM}{{1,32}}(?:\.{_ATOM}{{1,15}}){{0,2}}"
 _EMAIL = rf"{_LOCAL}@(?:[a-zA-Z0-9](?:-?[a-zA-Z0-9]){{0,21}}\.){{1,3}}[a-zA-Z]{{2,32}}"
 _PCHAR = "(?:[a-zA-Z0-9._~!$&'()*+,;=:@-]|%[0-9a-fA-F]{2})"
@@ -53,7 +53,7 @@ _USER = "(?:(?:[a-zA-Z0-9._~!$&'()*+,;=:-]|%[0-9a-fA-F]{2})*@)?"
 _AUTHORITY = rf"//{_USER}(?:{_HOST}|{_IPV4}|\[(?:{_ipv6()})\])(?::\d{{1,4}})?(?:/{_PCHAR}*)*"
 _PATH = f"(?:/(?:{_PCHAR}+(?:/{_PCHAR}*)*)?|{_PCHAR}+(?:/{_PCHAR}*)*)"
 _URI = f"[a-zA-Z][a-zA-Z0-9+.-]*:(?:{_AUTHORITY}|{_PATH}){_TAIL}"
-# The first segment of a relative path has no colon.
+# The first segment of a relative path must not contain a colon.
 _SEGMENT = "(?:[a-zA-Z0-9._~!$&'()*+,;=@-]|%[0-9a-fA-F]{2})+"
 _RELATIVE = f"(?:{_AUTHORITY}|(?:/{_PCHAR}+|{_SEGMENT})(?:/{_PCHAR}*)*|/)?{_TAIL}"
 _POINTER = "(?:/(?:[^~/]|~[01])*)*"

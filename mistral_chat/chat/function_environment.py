@@ -1,6 +1,6 @@
-"""The environment of a person's Python functions: this process's, without its secrets.
+"""The environment variables of the process that runs the user's functions: ours, without secrets.
 
-What runs there was asked for by a model, and its code is often somebody else's.
+Models decide what runs there, and the code often comes from someone else.
 """
 
 import os
@@ -11,7 +11,7 @@ from mistral_chat.errors import UsageError
 
 __all__ = ["is_secret", "split_environment"]
 
-# Words of a name, between underscores: HF_TOKEN, but not TOKENIZERS_PARALLELISM.
+# Words of a name, separated by underscores: HF_TOKEN, but not TOKENIZERS_PARALLELISM.
 _SECRET = re.compile(
     r"(^|_)(API_?KEY|KEY|TOKEN|CREDENTIAL|PASS|PASSWD)S?(_|$)|SECRET|PASSWORD"
     r"|^AWS_|^MISTRAL_CHAT_",
@@ -20,21 +20,21 @@ _SECRET = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable's name says that its value is for few eyes."""
+    """Return whether a variable's name suggests that its value is secret."""
     return _SECRET.search(name) is not None
 
 
 def split_environment(asked: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """What functions see of this process's environment, and what is withheld.
+    """Split this process's environment into what functions may see and what is withheld.
 
     Args:
-        asked: names of variables to hand on whatever they are called.
+        asked: names of variables to pass on even if they look secret.
 
     Returns:
-        the variables, and the names of those that are left out.
+        the variables, and the names of those withheld.
 
     Raises:
-        UsageError: a name that is asked for and not there.
+        UsageError: a requested variable does not exist.
     """
     for name in asked:
         if name not in os.environ:

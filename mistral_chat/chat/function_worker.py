@@ -1,12 +1,12 @@
-"""A process of its own for a person's Python file: says what its functions take, and calls them.
+"""Run the user's Python file in a process of its own: describe its functions and call them.
 
-Started by `functions.py` as a plain script, so that nothing of this package or of torch is loaded:
+Started by `functions.py` as a plain script, so that it loads neither this package nor torch:
 
     python -P function_worker.py FILE REQUESTS REPLIES LIFELINE MAX_CHARS
 
-Requests and replies are JSON lines on pipes of their own; stdin is empty, and what the file prints
-goes to stdout and stderr, which `functions.py` reads. Arguments are checked against the types of
-the function before it is called, and nothing is ever evaluated.
+Requests and replies are JSON lines on separate pipes. stdin is empty; what the file prints goes to
+stdout and stderr, which `functions.py` reads. Arguments are checked against the function's types
+before the call, and nothing is evaluated.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 MODULE_NAME = "mistral_chat_functions"
 _STANDARD_LIBRARY = str(Path(os.__file__).parent)
-_LEFT_OUT = object()  # stands for an argument that the model did not give
+_LEFT_OUT = object()  # marks an argument that the model did not give
 _BY_POSITION = {
     inspect.Parameter.VAR_POSITIONAL: "takes *{}",
     inspect.Parameter.VAR_KEYWORD: "takes **{}",
@@ -46,22 +46,22 @@ _BY_POSITION = {
 
 
 class RefusedError(Exception):
-    """The file or one of its functions cannot be offered, and why."""
+    """The file, or one of its functions, cannot be offered; the message says why."""
 
 
 class _Schema(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
-        return False  # a name once more, and tokens of every prompt
+        return False  # a title only repeats the name and costs tokens in every prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A function to offer.
+    """A function to offer to the model.
 
     Args:
         call: the function.
-        arguments: checks what it is to be called with.
-        schema: name, description and parameters, as models are told.
+        arguments: validates a call's arguments.
+        schema: name, description and parameters, as shown to the model.
     """
 
     call: Callable[..., Any]
@@ -70,10 +70,10 @@ class Function:
 
 
 def load_functions(path: Path) -> dict[str, Function]:
-    """The public functions that a file defines, by name and in its order.
+    """Return the public functions defined in a file, by name, in the file's order.
 
     Raises:
-        RefusedError: the file cannot be imported, or a function not offered; it is named.
+        RefusedError: the file cannot be imported, or one of its functions cannot be offered.
     """
     module = _import_file(path)
     functions = {
@@ -87,7 +87,7 @@ def load_functions(path: Path) -> dict[str, Function]:
 
 
 def _import_file(path: Path) -> ModuleType:
-    # Modules beside the file are its own, but none of them stands in for the standard library's.
+    # Modules beside the file can be imported but must not shadow the standard library.
     standard = [n for n, each in enumerate(sys.path) if each.startswith(_STANDARD_LIBRARY)]
     ours = [n for n in standard if not sys.path[n].endswith(("site-packages", "dist-packages"))]
     sys.path.insert(max(ours, default=-1) + 1, str(path.parent))
@@ -99,7 +99,7 @@ def _import_file(path: Path) -> ModuleType:
     process = os.getpid()
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:  # SystemExit, too: the file is somebody else's
+    except BaseException as error:  # also SystemExit: the file is not our code
         if isinstance(error, SyntaxError) and error.filename == str(path):
             raise RefusedError(f"line {error.lineno} is no Python ({error.msg})") from error
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
@@ -107,7 +107,7 @@ def _import_file(path: Path) -> ModuleType:
         raise RefusedError(f"cannot be imported{where} ({_in_short(error)})") from error
     finally:
         if os.getpid() != process:
-            os._exit(0)  # a fork that the file left behind answers nobody
+            os._exit(0)  # a child that the file forked must not go on here
     return module
 
 
@@ -116,7 +116,7 @@ def _is_own_function(module: ModuleType, name: str, value: Any) -> bool:
         not name.startswith("_")
         and (inspect.isfunction(value) or hasattr(value, "__wrapped__"))
         and getattr(value, "__module__", None) == module.__name__
-        and getattr(value, "__name__", None) == name  # not an imported or second name
+        and getattr(value, "__name__", None) == name  # neither imported nor an alias
     )
 
 
@@ -140,16 +140,16 @@ def _describe(name: str, function: Callable[..., Any]) -> Function:
 def _arguments_of(
     name: str, function: Callable[..., Any], said: dict[str, str]
 ) -> tuple[TypeAdapter[Any], dict[str, Any]]:
-    """What checks a call's arguments, and their JSON schema.
+    """Build the validator of a call's arguments, and their JSON schema.
 
     Args:
-        name: of the function.
-        function: with its types.
-        said: parameter -> what the docstring says of it.
+        name: name of the function.
+        function: the function, with type annotations.
+        said: parameter -> its description in the docstring.
     """
     try:
         hints = get_type_hints(function, include_extras=True)
-    except Exception as error:  # annotations are code of the file's
+    except Exception as error:  # annotations may run any code
         raise RefusedError(f"{name}: its annotations cannot be read ({error})") from error
     fields: list[Any] = []
     defaults: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def _arguments_of(
             raise RefusedError(f"{name} {how}: expected parameters that are given by name")
         if each not in hints:
             raise RefusedError(f"{name}: the parameter {each} has no type")
-        if isinstance(default, FieldInfo):  # a call without it would be given the Field itself
+        if isinstance(default, FieldInfo):  # would be passed to the function as it is
             raise RefusedError(
                 f"{name}: the parameter {each} has a Field as its default: expected "
                 f"Annotated[..., Field(...)] as its type"
@@ -184,22 +184,22 @@ def _arguments_of(
     arguments: TypeAdapter[Any] = TypeAdapter(made_class)
     schema = _json_schema(arguments)
     schema.pop("title", None)
-    schema.pop("description", None)  # the dataclass's own signature
+    schema.pop("description", None)  # the generated dataclass's signature
     described = dict(
         zip((field[0] for field in fields), schema["properties"].values(), strict=True)
     )
     for each, default in defaults.items():
-        try:  # by place, since an alias may stand in the place of the name
+        try:  # by position, since an alias may replace the name
             described[each]["default"] = pydantic_core.to_jsonable_python(default)
         except ValueError:
-            continue  # no JSON: the parameter is optional, its default not told
+            continue  # not JSON: the parameter is optional, but its default is not shown
     return arguments, schema
 
 
 def _check_type(which: str, hint: Any) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an alias has its effect later
+            warnings.simplefilter("ignore")  # an alias has no effect here yet
             adapter: TypeAdapter[Any] = TypeAdapter(hint)
         _json_schema(adapter)
     except (PydanticUserError, pydantic_core.SchemaError, NameError, TypeError) as error:
@@ -217,19 +217,19 @@ def _check_type(which: str, hint: Any) -> None:
 
 def _json_schema(adapter: TypeAdapter[Any]) -> JsonSchemaValue:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of defaults in a person's own classes that are no JSON
+        warnings.simplefilter("ignore")  # warnings about defaults that cannot be written as JSON
         return adapter.json_schema(schema_generator=_Schema)
 
 
 def call_function(function: Function, arguments: str) -> tuple[bool, str]:
-    """Check arguments and call.
+    """Validate the arguments and call the function.
 
     Args:
-        function: what to call.
-        arguments: a JSON object.
+        function: the function to call.
+        arguments: a JSON object, as text.
 
     Returns:
-        whether it gave a result, and the result or what went wrong, as text.
+        whether it succeeded, and the result or the error as text.
     """
     try:
         checked = function.arguments.validate_json(arguments, strict=True)
@@ -244,7 +244,7 @@ def call_function(function: Function, arguments: str) -> tuple[bool, str]:
     process = os.getpid()
     try:
         value = function.call(**given)
-    except BaseException as error:  # SystemExit and KeyboardInterrupt of the function, too
+    except BaseException as error:  # also SystemExit and KeyboardInterrupt raised by the function
         if os.getpid() == process:
             own = error.__traceback__.tb_next if error.__traceback__ else None
             with contextlib.suppress(OSError, ValueError, AttributeError):  # as in _flush
@@ -252,10 +252,10 @@ def call_function(function: Function, arguments: str) -> tuple[bool, str]:
         return False, _in_short(error)
     finally:
         if os.getpid() != process:
-            os._exit(0)  # a fork that the function left behind answers nobody
+            os._exit(0)  # a child that the function forked must not go on here
     try:
         text = str.__str__(value) if isinstance(value, str) else _to_json(value)
-    except BaseException as error:  # its objects have methods of their own
+    except BaseException as error:  # its objects may run code of their own
         return False, f"the result, of type {type(value).__name__}, is no JSON: {_in_short(error)}"
     return True, text
 
@@ -269,22 +269,22 @@ def _in_short(error: BaseException) -> str:
         return f"sys.exit({error.code!r}) was called"
     try:
         lines = str(error).strip().splitlines()
-    except Exception:  # the exception is somebody else's, too
+    except Exception:  # the exception's class may be the user's, too
         lines = []
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _die_with(lifeline: int) -> None:
-    """Have the kernel kill this process and all it started once the other end is closed.
+    """Have the kernel kill this process group when the other end of the pipe closes.
 
-    That takes no thread and no lock of the interpreter, which a hanging function may hold.
+    This needs no thread and no interpreter lock, which a hanging function may hold.
     """
     os.set_inheritable(lifeline, False)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:  # closed before that
+    if select.select([lifeline], [], [], 0)[0]:  # it closed before the signal was set up
         os._exit(1)
 
 
@@ -292,19 +292,19 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):  # closed or taken away by the file
+        except (OSError, ValueError, AttributeError):  # the file has closed or replaced it
             continue
 
 
 def serve(path: Path, requests: IO[bytes], replies: IO[bytes], max_chars: int) -> None:
-    """Say what there is, then answer calls until the other end is closed.
+    """Describe the functions, then answer calls until the other end closes.
 
     Args:
-        path: the person's file.
-        requests: lines of `{"n", "name", "arguments"}`; arguments are JSON in a text.
-        replies: takes `{"n": 0, "tools"}` or `{"n": 0, "refused"}`, then `{"n", "ok", "text",
+        path: the user's Python file.
+        requests: lines of `{"n", "name", "arguments"}`, where arguments is JSON as text.
+        replies: gets `{"n": 0, "tools"}` or `{"n": 0, "refused"}`, then `{"n", "ok", "text",
             "n_chars"}` for each call.
-        max_chars: most characters of a text; n_chars says how many there were.
+        max_chars: longest text to send; n_chars is its full length.
     """
 
     def reply(value: dict[str, Any]) -> None:
@@ -328,7 +328,7 @@ def serve(path: Path, requests: IO[bytes], replies: IO[bytes], max_chars: int) -
 
 
 def main() -> None:
-    """Take the pipes by their numbers and serve."""
+    """Open the pipes by their file descriptors and serve."""
     file, requests, replies, lifeline, max_chars = sys.argv[1:]
     for handle in (int(requests), int(replies)):
         os.set_inheritable(handle, False)
@@ -336,7 +336,7 @@ def main() -> None:
     path = Path(file)
     sys.argv = [file]
     assert isinstance(sys.stdout, TextIOWrapper)
-    sys.stdout.reconfigure(line_buffering=True)  # shown as it comes, and before a call is killed
+    sys.stdout.reconfigure(line_buffering=True)  # not lost if the process is killed
     with open(int(requests), "rb") as asked, open(int(replies), "wb") as said:  # noqa: PTH123
         serve(path, asked, said, int(max_chars))
 

@@ -1,7 +1,7 @@
-"""The functions of a person's Python file, run in a process of their own under a time limit.
+"""Run the functions of a user's Python file in a separate process with a time limit.
 
-The file is never imported here: `function_worker.py` does that, so that whatever a function does,
-this process goes on. Knows nothing of who asked for a call or where its result goes.
+Only `function_worker.py` imports the file, so no function can take this process down. Knows
+nothing of who requests a call or where its result goes.
 """
 
 import codecs
@@ -27,33 +27,33 @@ from mistral_chat.errors import PromptError
 
 __all__ = ["CallsCancelledError", "PythonFunctions"]
 
-MAX_CHARS = 20_000  # of a result: some 5,000 tokens
-MAX_PRINTED_LINES = 200  # shown of one call
+MAX_CHARS = 20_000  # of a result: about 5,000 tokens
+MAX_PRINTED_LINES = 200  # of one call
 POLL_S = 0.05
 TIMEOUT_S = 60.0  # of one call
 WORKER = Path(__file__).with_name("function_worker.py")
 
 
 class CallsCancelledError(Exception):
-    """The person stopped a call, or would not say what is to become of it."""
+    """The user stopped a call, or did not answer the question about it."""
 
 
 class _EndedError(Exception):
-    """The process is no more, and why."""
+    """The process has ended; the message says why."""
 
 
 class PythonFunctions:
-    """Functions of a file, described and ready to be called; a context manager.
+    """The functions of a file, described and ready to call; a context manager.
 
     Args:
         path: the Python file.
-        timeout_s: most seconds of one call, and of importing the file.
-        on_printed: takes each line that the file prints.
-        variables: of the environment to hand on although their names call them secret.
+        timeout_s: time limit of one call, and of importing the file.
+        on_printed: called with each line that the file prints.
+        variables: environment variables to pass on even if they look secret.
 
     Raises:
-        PromptError: a file that cannot be imported, or a function that cannot be offered.
-        UsageError: a variable that is not there.
+        PromptError: the file cannot be imported, or one of its functions cannot be offered.
+        UsageError: a variable does not exist.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PythonFunctions:
         self.close()
 
     def close(self) -> None:
-        """End the process; a later call would start another."""
+        """End the process; a later call starts a new one."""
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
@@ -97,14 +97,14 @@ class PythonFunctions:
         """Call a function and wait for its result.
 
         Args:
-            call: what to call; its arguments are checked against the function's types.
-            is_cancelled: asked some 20 times a second.
+            call: the call; its arguments are checked against the function's types.
+            is_cancelled: polled about 20 times a second.
 
         Returns:
-            the result as text: a text as it is, else JSON; or `error: ` and what went wrong.
+            the result: text unchanged, anything else as JSON; or `error: ` and the reason.
 
         Raises:
-            CallsCancelledError: it was stopped half-way.
+            CallsCancelledError: the call was cancelled before it ended.
         """
         try:
             if self._worker is None:
@@ -122,7 +122,7 @@ class PythonFunctions:
             self.close()
             raise
         text, n_chars = str(reply["text"]), int(reply["n_chars"])
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be encoded
         if n_chars > len(text):
             text += f"\n[cut: the first {len(text):,} of {n_chars:,} characters]"
         if not reply["ok"] and (hint := self._hint(text)):
@@ -130,7 +130,7 @@ class PythonFunctions:
         return text if reply["ok"] else f"error: {text}"
 
     def _hint(self, fault: str) -> str:
-        """What a person is told of a fault that names a variable which was withheld."""
+        """Return the hint to show if an error names a withheld variable."""
         for name in self._withheld:
             if re.search(rf"\b{re.escape(name)}\b", fault):
                 return f"; {name} is withheld from functions: --tools_env {name} hands it on"
@@ -152,12 +152,12 @@ class PythonFunctions:
 
 
 class _Worker:
-    """One process, its pipes, and the one question that it may be asked at a time.
+    """One process and its pipes; answers one request at a time.
 
     Args:
         path: the Python file.
-        on_printed: takes each line that it prints.
-        environment: that it sees.
+        on_printed: called with each line that it prints.
+        environment: its environment variables.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class _Worker:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=(asked, said, held),
-                start_new_session=True,  # no terminal, no Ctrl-C, and one group to kill
+                start_new_session=True,  # no terminal or Ctrl-C; one group to kill
             )  # fmt: skip
         except OSError:
             self._close_pipes()
@@ -194,11 +194,11 @@ class _Worker:
     def ask(
         self, request: dict[str, Any] | None, timeout_s: float, is_cancelled: Callable[[], bool]
     ) -> dict[str, Any]:
-        """Wait for the answer to a request; None is the question what there is.
+        """Send a request and wait for the reply; None waits for the list of functions.
 
         Raises:
-            _EndedError: no answer came, in time or at all.
-            CallsCancelledError: `is_cancelled` said so.
+            _EndedError: no reply in time, or the process ended.
+            CallsCancelledError: `is_cancelled` returned True.
         """
         self._n_asked += 1
         self._printed.begin()
@@ -208,7 +208,7 @@ class _Worker:
         deadline = time.monotonic() + timeout_s
         try:
             while True:
-                has_ended = self._process.poll() is not None  # before its last words are read
+                has_ended = self._process.poll() is not None  # before the last output is read
                 left = self._write(left)
                 for reply in self._read_replies():
                     if reply.get("n") == self._n_asked:
@@ -228,7 +228,7 @@ class _Worker:
             self._printed.end()
 
     def kill(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and everything it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -241,7 +241,7 @@ class _Worker:
             os.close(handle)
 
     def _wait(self, writes: bool) -> None:
-        """Until something can be read or written, or it is time to look about."""
+        """Wait until a pipe is ready, at most POLL_S."""
         poller = select.poll()
         for handle in (self._replies, self._out):
             poller.register(handle, select.POLLIN)
@@ -249,16 +249,16 @@ class _Worker:
             poller.register(self._requests, select.POLLOUT)
         events = poller.poll(POLL_S * 1000)
         if any(event & select.POLLHUP and not event & select.POLLIN for _, event in events):
-            time.sleep(POLL_S / 5)  # a closed pipe is always ready
+            time.sleep(POLL_S / 5)  # poll returns at once for a closed pipe
 
     def _write(self, data: bytes) -> bytes:
-        """Write what goes in now; what is left."""
+        """Write as much as the pipe takes; return the rest."""
         try:
             return data[os.write(self._requests, data) :] if data else data
         except BlockingIOError:
             return data
         except BrokenPipeError:
-            return b""  # it has ended, and the loop finds that
+            return b""  # the process has ended; the loop notices that
 
     def _read_replies(self) -> Iterator[dict[str, Any]]:
         self._held += _read(self._replies)
@@ -266,7 +266,7 @@ class _Worker:
         for line in lines:
             try:
                 value = json.loads(line)
-            except (ValueError, RecursionError):  # the file itself wrote there
+            except (ValueError, RecursionError):  # the file itself wrote to the pipe
                 continue
             if isinstance(value, dict):
                 yield value
@@ -283,7 +283,7 @@ class _Worker:
 
 
 class _Lines:
-    """Makes lines of what is printed, fit to be shown, and not too many of one call."""
+    """Split output into lines that are safe to show, up to a limit per call."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
@@ -299,7 +299,7 @@ class _Lines:
         *lines, self._held = self._held.split("\n")
         for line in lines:
             self._show_line(line)
-        self._held = self._held[: 2 * MAX_CHARS]  # a line without end
+        self._held = self._held[: 2 * MAX_CHARS]  # a line that never ends
 
     def end(self) -> None:
         if self._held:
@@ -316,7 +316,7 @@ class _Lines:
 
 
 def _read(handle: int) -> bytes:
-    """What a pipe holds now, at most a megabyte."""
+    """Read what the pipe holds now, at most about a megabyte."""
     data = b""
     while len(data) < 1 << 20:
         try:

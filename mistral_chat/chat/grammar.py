@@ -1,8 +1,8 @@
-"""Answers that are JSON of a schema, by construction: which token may come next.
+"""Constrain an answer to JSON that follows a schema: which tokens may come next.
 
-llguidance follows the schema through an answer's bytes; here it is given the tokenizer and the
+llguidance follows the schema through the answer's bytes; this gives it the tokenizer and the
 schema. Knows nothing of sampling or of how an answer is run. Imports torch only for an answer, so
-that a schema can be judged before ranks are started.
+schemas can be checked before ranks are started.
 """
 
 from collections.abc import Mapping
@@ -26,17 +26,17 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 class _Vocabulary(TokenizerWrapper):
-    """A tokenizer as llguidance asks for it: the bytes of each id.
+    """A tokenizer in the form that llguidance expects: the bytes of each id.
 
     Args:
-        tokenizer: of the model.
-        vocab_size: of the model.
+        tokenizer: the model's tokenizer.
+        vocab_size: the model's vocabulary size.
     """
 
     def __init__(self, tokenizer: "Tokenizer", vocab_size: int) -> None:
         banned = {*tokenizer.banned_ids(vocab_size, tools=False), *tokenizer.end_ids}
         special = {i for i in range(vocab_size) if i in banned or tokenizer.is_special(i)}
-        self.is_tokenizer_wrapper = True  # what LLTokenizer looks for
+        self.is_tokenizer_wrapper = True  # LLTokenizer checks for this
         self.bos_token_id = None
         self.eos_token_id = tokenizer.eos_id
         self.special_token_ids = sorted(special)
@@ -47,14 +47,14 @@ class _Vocabulary(TokenizerWrapper):
 
 
 class Grammar:
-    """What an answer may be: JSON that is valid against a schema.
+    """Constrains an answer to JSON that is valid against a schema.
 
     Args:
         schema: a JSON schema.
-        where: names it in errors.
+        where: what errors call the schema.
 
     Raises:
-        PromptError: not a schema, or one that no answer can be kept to, and why.
+        PromptError: not a schema, or one that is not supported; the message says why.
     """
 
     def __init__(self, schema: Mapping[str, Any], where: str = "json_schema") -> None:
@@ -62,11 +62,11 @@ class Grammar:
         self._lark = compile_schema(schema, where)
 
     def mask(self, tokenizer: "Tokenizer", vocab_size: int) -> "GrammarMask":
-        """The masks of one answer, at its beginning.
+        """Return a mask for one answer, at its beginning.
 
         Args:
-            tokenizer: of the model.
-            vocab_size: of the model.
+            tokenizer: the model's tokenizer.
+            vocab_size: the model's vocabulary size.
 
         Raises:
             PromptError: llguidance cannot follow the schema.
@@ -76,14 +76,14 @@ class Grammar:
 
 
 class GrammarMask:
-    """What the tokens of one answer may be; the end token exactly where the JSON is complete.
+    """The tokens allowed next in one answer; the end token only where the JSON is complete.
 
-    It is the engine's `TokenMask`.
+    Implements the engine's `TokenMask`.
 
     Args:
-        matcher: at the beginning of an answer.
-        vocab_size: of the model.
-        where: names the schema in errors.
+        matcher: a matcher at the beginning of an answer.
+        vocab_size: the model's vocabulary size.
+        where: what errors call the schema.
 
     Raises:
         PromptError: llguidance cannot follow the schema.
@@ -96,20 +96,20 @@ class GrammarMask:
         self._check()
 
     def allowed(self) -> "Tensor":
-        """What the next token may be.
+        """Return the tokens allowed next.
 
         Returns:
             (ceil(vocabulary / 32),) int32, bit i % 32 of word i // 32 for token i.
 
         Raises:
-            PromptError: following the schema takes more than llguidance's limits, or no text
-                goes on from here.
+            PromptError: the schema exceeds llguidance's limits, or no valid text continues from
+                here.
         """
         import torch
 
         data = bytearray(self._matcher.compute_bitmask())
         self._check()
-        # where nothing but the end may come, llguidance appends an empty word
+        # where only the end token is allowed, llguidance appends an empty word
         words = torch.frombuffer(data, dtype=torch.int32)[: self._n_words]
         if not words.any():
             raise PromptError(
@@ -119,7 +119,7 @@ class GrammarMask:
         return words
 
     def take(self, token: int) -> None:
-        """Note the token that was chosen."""
+        """Advance by the token that was chosen."""
         self._matcher.consume_token(token)
         self._check()
 
@@ -130,20 +130,20 @@ class GrammarMask:
 
 
 def read_grammar(path: Path) -> Grammar:
-    """Read a JSON schema from a file.
+    """Read a JSON schema from a file and build its grammar.
 
     Raises:
-        PromptError: unreadable, not a JSON object, or a schema that no answer can be kept to.
+        PromptError: unreadable, not a JSON object, or a schema that is not supported.
     """
     return Grammar(read_schema(path), str(path))
 
 
 def choose_grammar(json_schema: Mapping[str, Any] | None, json_object: bool) -> Grammar | None:
-    """The grammar that is asked for by a schema, or for any object; None for free text.
+    """Return the grammar of a schema or of any JSON object; None if neither is requested.
 
     Raises:
-        UsageError: both are asked for.
-        PromptError: a schema that no answer can be kept to.
+        UsageError: both are requested.
+        PromptError: the schema is not supported.
     """
     if json_schema is not None and json_object:
         raise UsageError("json_schema and json_object: expected one of them")
@@ -156,7 +156,7 @@ _made: WeakKeyDictionary["Tokenizer", dict[int, LLTokenizer]] = WeakKeyDictionar
 
 
 def _vocabulary(tokenizer: "Tokenizer", vocab_size: int) -> LLTokenizer:
-    """A tokenizer's vocabulary for llguidance, made once: half a second for 131,072 ids."""
+    """Build llguidance's form of a vocabulary, once: 131,072 ids take half a second."""
     made = _made.setdefault(tokenizer, {})
     if vocab_size not in made:
         wrapped = _Vocabulary(tokenizer, vocab_size)

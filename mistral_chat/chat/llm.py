@@ -27,12 +27,12 @@ __all__ = ["LLM"]
 class LLM:
     """A loaded model that answers; a context manager.
 
-    Alone it runs in this process, and with `nproc_per_node` it starts the other ranks and ends
-    them with itself. In a script under torchrun every rank makes one: rank 0 goes on, the others
-    serve it and end the process when rank 0 closes its own.
+    Alone it runs in this process; with `nproc_per_node` it starts the other ranks and later ends
+    them. In a script under torchrun every rank creates one: rank 0 continues, the others serve it
+    and exit when rank 0 closes its own.
 
-    Ctrl-C reaches the program between two steps, after which the object still answers. Several
-    threads take turns, an answer each. A forked process cannot use its parent's.
+    Ctrl-C is raised between two steps, and the object can still be used. Threads take turns, one
+    answer each. A forked process cannot use its parent's object.
 
     Args:
         model: folder in Mistral's format.
@@ -40,11 +40,11 @@ class LLM:
         device: auto, cuda or cpu.
         dtype: of weights and cache.
         max_seq_len: context to plan memory for; None is what fits, at most the model's.
-        max_batch_size: sequences that decode together.
+        max_batch_size: how many sequences can decode together.
         load_format: auto, consolidated or dummy.
 
     Raises:
-        MistralChatError: the model cannot be loaded here, and why.
+        MistralChatError: the model cannot be loaded here; the message says why.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End the other ranks; the object is of no more use. Signal handlers may call it, too."""
+        """End the other ranks; the object cannot be used afterwards. Safe in signal handlers."""
         self._session.close()
 
     def generate(
@@ -104,22 +104,23 @@ class LLM:
         json_schema: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         json_object: bool = False,
     ) -> list[Answer]:
-        """Go on from plain prompts, several at once.
+        """Continue plain prompts, several at once.
 
         Args:
-            prompts: a text, texts, or lists of token ids.
-            params: for all, or one for each.
-            json_schema: an answer that ends by itself is JSON, valid against this schema; for all,
-                or one for each, where None is free text.
+            prompts: a text, several texts, or lists of token ids.
+            params: one for all prompts, or one for each.
+            json_schema: an answer that is not cut short is JSON, valid against this schema; one
+                for all prompts or one for each, where None is free text.
             json_object: the same for any JSON object.
 
         Returns:
-            an answer for each prompt, in their order.
+            one answer for each prompt, in order.
 
         Raises:
-            ContextLengthError: a prompt that leaves no room for an answer.
-            PromptError: answers cannot be kept to a schema.
-            UsageError: not as many params or schemas as prompts, or a schema with stop texts.
+            ContextLengthError: a prompt leaves no room for an answer.
+            PromptError: a schema is not supported.
+            UsageError: the number of params or schemas is not that of the prompts, or a schema is
+                combined with stop texts.
         """
         listed: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed]
@@ -138,22 +139,21 @@ class LLM:
         json_schema: Mapping[str, Any] | None = None,
         json_object: bool = False,
     ) -> Answer:
-        """Answer a conversation; nothing is remembered from one call to the next but the cache.
+        """Answer a conversation; only the cache is kept between calls.
 
         Args:
-            messages: OpenAI's form, `{"role": ..., "content": ...}`. `"prefix": True` on a last
-                message of the assistant's has the answer go on from its text, which the answer's
-                own text does not repeat.
-            params: how to sample.
+            messages: OpenAI's form, `{"role": ..., "content": ...}`. With `"prefix": True` on a
+                last assistant message the answer continues its text, without repeating it.
+            params: sampling settings.
             tools: function schemas.
-            json_schema: an answer that ends by itself is JSON, valid against this schema.
+            json_schema: an answer that is not cut short is JSON, valid against this schema.
             json_object: the same for any JSON object.
 
         Raises:
-            PromptError: a conversation that the model's template does not know, and which message
-                is at fault; or a schema that answers cannot be kept to.
-            ContextLengthError: it leaves no room for an answer.
-            UsageError: a schema with tools, stop texts or a prefix.
+            PromptError: the template does not support the conversation (the message at fault is
+                named), or the schema is not supported.
+            ContextLengthError: the conversation leaves no room for an answer.
+            UsageError: a schema together with tools, stop texts or a prefix.
         """
         question = Question(
             messages=messages,
@@ -167,11 +167,11 @@ class LLM:
     def conversation(
         self, system: str | None = None, tools: Sequence[Mapping[str, Any] | Tool] = ()
     ) -> Chat:
-        """A chat that keeps its history; `for event in chat.send(text)` streams an answer.
+        """Start a chat that keeps its history; `for event in chat.send(text)` streams an answer.
 
         Args:
             system: system prompt.
-            tools: function schemas; what came of a call goes back with `chat.send_results`.
+            tools: function schemas; results of calls are sent with `chat.send_results`.
 
         Raises:
             PromptError: not a function schema.

@@ -1,7 +1,7 @@
-"""Messages in OpenAI's form, read in one place for Python and batch, and put into the template.
+"""Read OpenAI's form of messages, for Python and batch alike, and encode it with the template.
 
-Every fault says which message it is in, counted from 1, which field, and what was expected. Reading
-imports nothing heavy, so that messages can be checked before there is a model.
+Every error names the message, counted from 1, the field, and what was expected. Reading imports
+nothing heavy, so that messages can be checked before the model is loaded.
 """
 
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["encode_messages", "ends_with_prefix", "read_messages"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# What a message may hold. OpenAI's name of a speaker is no part of any template, and no fault.
+# Fields allowed in a message. No template uses OpenAI's `name` of a speaker, so it is ignored.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "system": ("role", "content", "name"),
     "user": ("role", "content", "name"),
@@ -36,22 +36,22 @@ _FOLLOWERS = {
     "tool": ("assistant", "tool", "user"),
 }
 _NAMES = "1 to 64 of a-z, A-Z, 0-9, _, -"
-_CALL_ID = 9  # letters and digits, where a template writes it
+_CALL_ID = 9  # letters and digits, in templates that write it
 
 
 def read_messages(messages: object) -> list[dict[str, Any]]:
-    """Check a conversation and leave out what is null or means nothing.
+    """Check a conversation, and drop fields that are null or have no effect.
 
     Args:
-        messages: a list of objects with `role` and `content`. `developer` is another word for
-            system. `prefix` on the last, an assistant's, has the answer go on from its text.
+        messages: a list of objects with `role` and `content`. `developer` is a synonym of system.
+            With `prefix` on a last assistant message the answer continues its text.
 
     Returns:
-        messages that a template can take, as far as that does not depend on the template; reading
-        them again gives the same.
+        the messages, checked as far as possible without a template; reading them again changes
+        nothing.
 
     Raises:
-        PromptError: no conversation, and why.
+        PromptError: not a valid conversation; the message says why.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise PromptError(f"messages are {shown(messages)}: expected a list of objects")
@@ -64,23 +64,23 @@ def read_messages(messages: object) -> list[dict[str, Any]]:
 
 
 def ends_with_prefix(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the answer to messages goes on from the text of the last one."""
+    """Return whether the answer continues the text of the last message."""
     return messages[-1].get("prefix") is True
 
 
 def encode_messages(
     tokenizer: "Tokenizer", messages: object, tools: Sequence["Tool"], system: str | None = None
 ) -> list[int]:
-    """A conversation in OpenAI's form as the ids of the model's template.
+    """Encode a conversation in OpenAI's form with the model's template.
 
     Args:
-        tokenizer: of the model.
-        messages: as `read_messages` takes them.
-        tools: offered functions.
-        system: system prompt of a conversation that has no system or developer message.
+        tokenizer: the model's tokenizer.
+        messages: the conversation, as `read_messages` takes it.
+        tools: functions offered to the model.
+        system: system prompt, if the conversation has no system or developer message.
 
     Raises:
-        PromptError: no conversation, or one that the template does not know.
+        PromptError: not a valid conversation, or one that the template does not support.
     """
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
@@ -105,7 +105,7 @@ def _as_mistral_has_it(message: dict[str, Any]) -> "ChatMessage":
     if message["role"] == "tool":
         return known.ToolMessage.from_openai(message)
     made = known.AssistantMessage.from_openai(message)
-    made.prefix = ends_with_prefix([message])  # which from_openai leaves out
+    made.prefix = ends_with_prefix([message])  # from_openai ignores it
     return made
 
 
@@ -161,7 +161,7 @@ def _read_assistant(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _with_reasoning(content: Any, entry: Mapping[str, Any], where: str) -> Any:
-    """The content with what stands under `reasoning` or `reasoning_content` before it."""
+    """Return the content with the text of `reasoning` or `reasoning_content` put before it."""
     named = [n for n in ("reasoning", "reasoning_content") if entry.get(n) not in (None, "")]
     if not named:
         return content
@@ -219,12 +219,12 @@ def _read_part(part: object, role: str, where: str) -> dict[str, Any]:
         closed = part.get("closed") is not False
         thought = _read_text(part, "thinking", where, "a text")
         return {"type": "thinking", "thinking": thought, "closed": closed}
-    # Pictures and sounds: mistral-common would fetch them and leave their tokens in the prompt.
+    # No images or audio: mistral-common would fetch them and put their tokens into the prompt.
     raise PromptError(f"{where}: type {_found(part, 'type')}: expected text, and nothing else")
 
 
 def _read_text(entry: Mapping[str, Any], name: str, where: str, expected: str) -> str:
-    """A text that is not empty."""
+    """Return the text of a field, which must not be empty."""
     text = entry.get(name)
     if not isinstance(text, str) or not text:
         raise PromptError(f"{where}: {name} {_found(entry, name)}: expected {expected}")
@@ -251,7 +251,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _check_order(messages: Sequence[dict[str, Any]]) -> None:
-    """Refuse an order of roles that no template takes."""
+    """Refuse an order of roles that no template supports."""
     for number, (message, following) in enumerate(pairwise(messages), 1):
         before, after = message["role"], following["role"]
         if "prefix" in message:
@@ -272,8 +272,8 @@ def _check_order(messages: Sequence[dict[str, Any]]) -> None:
 
 
 def _check_results(messages: Sequence[dict[str, Any]]) -> None:
-    """Refuse results of no call, and calls without a result before the assistant goes on."""
-    open_: dict[str, int] = {}  # ids of calls without a result, and whose call each is
+    """Refuse results without a call, and calls that the next assistant message finds unanswered."""
+    open_: dict[str, int] = {}  # id of a call without a result -> number of its message
     for number, message in enumerate(messages, 1):
         if message["role"] == "tool":
             id_ = message["tool_call_id"]
@@ -300,7 +300,7 @@ def _check_results(messages: Sequence[dict[str, Any]]) -> None:
 
 
 def _check_template(tokenizer: "Tokenizer", message: dict[str, Any], where: str) -> None:
-    """Refuse what this template does not take, where it can be said of one message."""
+    """Refuse what this template does not support, as far as one message shows it."""
     template = f"the {tokenizer.version} template"
     calls, content = message.get("tool_calls", ()), message.get("content")
     if tokenizer.calls_have_ids:

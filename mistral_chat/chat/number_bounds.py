@@ -1,6 +1,7 @@
-"""Bounds and multiples of JSON schemas, in numbers that llguidance reads exactly and keeps to.
+"""Rewrite numeric bounds and multiples of JSON schemas so that llguidance follows them exactly.
 
-An answer's digits are read as a float: 0.5 with a 1 far behind it is 0.5, and not above it.
+Validators parse an answer's digits as a float, so 0.5000000000000000001 equals 0.5 and is not
+greater.
 """
 
 import decimal
@@ -13,11 +14,11 @@ from mistral_chat.errors import shown
 
 __all__ = ["check_multiples", "rewrite_numbers"]
 
-# llguidance reads a decimal exactly up to these.
+# llguidance reads decimals exactly up to these limits.
 _MOST_DIGITS = 15
 _MOST_PLACES = 22
-_WIDEST = 2**63 - 1024  # of 64 bits, and exact as a float
-_MOST_FACTOR = 2**32 - 1  # llguidance's least common multiple is of 32 bits
+_WIDEST = 2**63 - 1024  # fits 64 bits and is exact as a float
+_MOST_FACTOR = 2**32 - 1  # llguidance computes least common multiples in 32 bits
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -25,10 +26,10 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def rewrite_numbers(found: dict[str, Any]) -> None:
-    """Change what a schema says of numbers, in place.
+    """Rewrite a schema's numeric keywords in place.
 
     Raises:
-        NotHeldError: a bound or a multiple that answers cannot be kept to.
+        NotHeldError: a bound or a multiple is not supported.
     """
     _rewrite_bound(found, "minimum", "exclusiveMinimum", math.inf)
     _rewrite_bound(found, "maximum", "exclusiveMaximum", -math.inf)
@@ -36,7 +37,7 @@ def rewrite_numbers(found: dict[str, Any]) -> None:
 
 
 def _rewrite_bound(found: dict[str, Any], name: str, exclusive: str, inwards: float) -> None:
-    """Put an exclusive bound as the next number: digits beyond would be rounded to the bound."""
+    """Make an exclusive bound the next number, as digits beyond would be rounded to the bound."""
     bound, edge = found.get(name), found.pop(exclusive, None)
     if edge is True:  # draft 4
         edge = bound
@@ -61,7 +62,7 @@ def _rewrite_bound(found: dict[str, Any], name: str, exclusive: str, inwards: fl
 
 
 def _rounded(bound: int | float, inwards: float) -> int | float:
-    """A bound in digits that llguidance reads without rounding, at worst a little narrower."""
+    """Round a bound to digits that llguidance reads exactly, if need be to a narrower bound."""
     if isinstance(bound, int) or bound.is_integer():
         return int(bound)
     rounding = decimal.ROUND_CEILING if inwards > 0 else decimal.ROUND_FLOOR
@@ -79,13 +80,14 @@ def _rewrite_multiple(found: dict[str, Any]) -> None:
     if parts == 1:
         found["multipleOf"] = whole
     elif value != 0.5:
-        # 0.3 / 0.1 is no whole number to a machine, so that validators refuse multiples; of 0.25
-        # llguidance wants 0.50, which is not how it writes a bound
+        # Floats make 0.3 / 0.1 no whole number, so validators reject multiples. For multiples of
+        # 0.25 llguidance expects 0.50, but it writes a bound as 0.5.
         raise NotHeldError(
             f"multipleOf: {shown(value)}, whose multiples are rounded: expected a whole number "
             f"or 0.5"
         )
-    # to llguidance 0.500 is below 0.501 and 0.5 is not, and it writes multiples without zeros
+    # llguidance compares 0.500 correctly with 0.501, but not 0.5, and writes multiples without
+    # trailing zeros; so make the bounds multiples.
     for name, rounded in (("minimum", math.ceil), ("maximum", math.floor)):
         if _is_number(found.get(name)):
             nearest = rounded(Fraction(found[name]) / Fraction(value)) * Fraction(value)
@@ -93,7 +95,7 @@ def _rewrite_multiple(found: dict[str, Any]) -> None:
 
 
 def check_multiples(values: list[Any]) -> None:
-    """Refuse what llguidance, which multiplies in 32 bits, could not merge."""
+    """Refuse multiples whose product overflows llguidance's 32 bits."""
     ratios = {value.as_integer_ratio() for value in values if _is_number(value)}
     if len(ratios) > 1:
         most_parts = max(parts for _, parts in ratios)

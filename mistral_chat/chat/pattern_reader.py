@@ -1,8 +1,8 @@
-r"""Reads the regular expressions of JSON schemas into trees.
+r"""Parse the regular expressions of JSON schemas into trees.
 
-What is read is what Python's `re`, which judges answers, and ECMA-262, which JSON schema names,
-both read. Where the two differ the narrower meaning is taken: `\d` is 0 to 9, and `\D` leaves
-out every digit of Unicode. Anything else is refused by its name. Knows nothing of llguidance.
+Accepts what both Python's `re`, which validates answers, and ECMA-262, which JSON schema names,
+support. Where they differ, takes the narrower meaning: `\d` is 0 to 9, and `\D` excludes every
+Unicode digit. Anything else is refused by name. Knows nothing of llguidance.
 """
 
 import re
@@ -36,40 +36,40 @@ _CONTROLS = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
 
 
 class NotHeldError(Exception):
-    """What no answer can be kept to, and why, in a person's words."""
+    """A part of a schema is not supported; the message says why, in plain words."""
 
 
 @dataclass(frozen=True)
 class Chars:
-    """One character of these."""
+    """One character out of these ranges."""
 
     ranges: Ranges
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """The beginning of the text, or its end."""
+    """The start or end of the text."""
 
     at_start: bool
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One part after another."""
+    """Parts that follow one another."""
 
     parts: "tuple[Node, ...]"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of these."""
+    """One of several options."""
 
     options: "tuple[Node, ...]"
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """A part again and again; without a most, for ever."""
+    """A repeated part; `most` is None if unbounded."""
 
     part: "Node"
     least: int
@@ -80,24 +80,24 @@ Node = Chars | Anchor | Sequence | Choice | Repeat
 
 
 class Reader:
-    """Reads what Python and ECMA-262 agree on.
+    """A parser for what Python and ECMA-262 agree on.
 
     Args:
-        text: of the regular expression.
-        alphabet: characters that the texts it is for are made of.
+        text: the regular expression.
+        alphabet: the characters of the texts that it is matched with.
     """
 
     def __init__(self, text: str, alphabet: Ranges) -> None:
         self._text = text
         self._alphabet = alphabet
         self._at = 0
-        self.is_ambiguous = False  # holds a class that the two read differently
+        self.is_ambiguous = False  # contains a class that the two read differently
 
     def read(self) -> Node:
-        """The whole expression.
+        """Parse the whole expression.
 
         Raises:
-            NotHeldError: a part that is not supported, by its name.
+            NotHeldError: a part is not supported; it is named.
         """
         try:
             node = self._choice()
@@ -152,7 +152,7 @@ class Reader:
             return part
         if self._next() == "+":
             raise NotHeldError("a possessive repeat such as a++")
-        self._skip("?")  # lazy or not, the same texts match
+        self._skip("?")  # greedy or lazy, it matches the same texts
         if self._next() in ("*", "+", "?"):
             raise NotHeldError("a repeat of a repeat such as a**")
         return Repeat(part, least, most)
@@ -185,7 +185,7 @@ class Reader:
         node = self._choice()
         if not self._skip(")"):
             raise NotHeldError("a ( without )")
-        # a group of its own, so that a repeat is of all of it
+        # wrapped, so that a repeat applies to the whole group
         return Sequence((node,)) if isinstance(node, Anchor) else node
 
     def _group_name(self) -> str:
@@ -201,7 +201,7 @@ class Reader:
         return f"{shown}...: flags, conditions and atomic groups"
 
     def _escape(self, *, in_class: bool, negated: bool) -> Ranges:
-        """What follows a backslash; in a negated class the widest meaning of it."""
+        """Parse an escape after its backslash; in a negated class return its widest meaning."""
         char = self._take()
         if char in "dwsDWS":
             self.is_ambiguous = True

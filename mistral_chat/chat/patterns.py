@@ -1,8 +1,8 @@
-"""Regular expressions of JSON schemas, rewritten so that llguidance holds them in an answer's JSON.
+"""Rewrite the regular expressions of JSON schemas so that llguidance applies them to an answer.
 
-What is written are whole matches made of plain ranges. llguidance quotes a class that holds every
-control character as if it held the quote and the backslash, too, and leaves out a character that
-it has no way to write; so both are kept from it. Knows nothing of schemas.
+Writes patterns that match the whole text and consist of plain ranges. llguidance treats a class
+with every control character as if it also had the quote and the backslash, and it drops characters
+that it cannot write; neither kind reaches it. Knows nothing of schemas.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def _has_anchor(node: Node) -> bool:
 
 
 def _alternatives(parts: tuple[Node, ...]) -> Iterator[tuple[Node, ...]]:
-    """Sequences whose anchors, if they stand in groups at an edge, stand at the edge itself."""
+    """Expand groups at either edge that contain anchors, so that anchors are at the edge itself."""
     for at in (0, len(parts) - 1):
         if not parts:
             break
@@ -50,7 +50,7 @@ def _alternatives(parts: tuple[Node, ...]) -> Iterator[tuple[Node, ...]]:
                 yield from _alternatives(parts[:at] + opened + parts[at + 1 :])
             return
         if at == 0 and edge == Anchor(True) and len(parts) > 1 and _has_anchor(parts[1]):
-            # `^` before a group that may hold `^` or `$`
+            # `^` before a group that may contain `^` or `$`
             for rest in _alternatives(parts[1:]):
                 yield (edge, *rest) if rest[:1] != (edge,) else rest
             return
@@ -61,11 +61,11 @@ class Pattern:
     """A regular expression that is searched for in a text.
 
     Args:
-        text: of the regular expression.
-        alphabet: characters that the text is made of: TEXT for strings.
+        text: the regular expression.
+        alphabet: the characters of that text; TEXT for strings.
 
     Raises:
-        NotHeldError: a part that is not supported, by its name.
+        NotHeldError: a part is not supported; it is named.
     """
 
     def __init__(self, text: str, alphabet: Ranges = TEXT) -> None:
@@ -95,7 +95,7 @@ class Pattern:
         return Sequence((*before, *held, *after))
 
     def matches_all(self) -> bool:
-        """Whether it surely matches every text of its alphabet."""
+        """Return whether it is certain to match every text of its alphabet."""
         options = self._node.options if isinstance(self._node, Choice) else (self._node,)
         return any(
             isinstance(option, Sequence)
@@ -105,16 +105,16 @@ class Pattern:
         )
 
     def texts(self, most: int) -> list[str] | None:
-        """All texts that match as a whole, or None for more than these."""
+        """Return all texts that match as a whole, or None if there are more than `most`."""
         return _texts(self._node, most)
 
     def written(self) -> str:
-        """The expression for llguidance, a whole match."""
+        """Return the expression for llguidance, matching the whole text."""
         return f"^(?:{_written(self._node)})$"
 
 
 def write_search(ranges: Ranges) -> str:
-    """The expression for llguidance of the texts that hold one of these characters."""
+    """Return an expression for llguidance that matches texts with one of these characters."""
     anything = Repeat(Chars(TEXT), 0, None)
     return f"^(?:{_written(Sequence((anything, Chars(ranges), anything)))})$"
 

@@ -1,6 +1,6 @@
-"""The rounds of an exchange in which a model calls functions: calls, results, and on it goes.
+"""The rounds of a turn in which the model calls functions: calls, results, next answer.
 
-Says which calls can be run, what the model hears of the others, and when it is enough. Knows
+Decides which calls can run, what the model is told about the others, and when to stop. Knows
 nothing of how a call is run or shown.
 """
 
@@ -23,12 +23,12 @@ TOO_MANY = f"error: not run, since {MAX_ROUNDS} rounds of calls are over"
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """What came of a call.
+    """The result of a call.
 
     Args:
-        call: that was asked for.
+        call: the call that the model asked for.
         text: what the model is told.
-        fault: why it could not be run, for the person; None where it was.
+        fault: why it could not run, for the person; None if it ran.
     """
 
     call: ToolCall
@@ -37,15 +37,15 @@ class CallResult:
 
 
 class Rounds:
-    """One exchange: from the answer to a message to an answer without calls.
+    """One turn: from the first answer to an answer without calls.
 
     Args:
-        chat: whose answers they are.
-        params: how to sample.
-        run: runs a call and gives its result as text, or raises CallsCancelledError.
+        chat: the chat that gives the answers.
+        params: sampling settings.
+        run: runs a call and returns its result as text, or raises CallsCancelledError.
 
-    `n_rounds` counts those that had calls to run, `cancelled` says that the person stopped one,
-    and `ended` why the model is not asked again without having answered.
+    `n_rounds` counts the rounds with calls that could run, `cancelled` is whether the person
+    stopped one, and `ended` is why the model is not asked again although it has not answered.
     """
 
     def __init__(self, chat: Chat, params: SamplingParams, run: Callable[[ToolCall], str]) -> None:
@@ -54,15 +54,15 @@ class Rounds:
         self._run = run
         self.n_rounds = 0
         self._has_results = False
-        self._n_unusable = 0  # rounds in a row of which nothing could be run
+        self._n_unusable = 0  # consecutive rounds in which nothing could run
         self.cancelled = False
         self.ended: str | None = None
 
     def results(self, answer: Answer) -> Iterator[CallResult]:
-        """Run the calls of an answer that the chat has kept; each result joins the history.
+        """Run the calls of an answer that the chat has kept; add each result to the history.
 
         Args:
-            answer: the last one.
+            answer: the last answer.
         """
         conversation = self._chat.conversation
         calls = conversation.open_calls
@@ -75,7 +75,7 @@ class Rounds:
             return
         self.n_rounds += 1
         used = answer.usage.prompt_tokens + answer.usage.completion_tokens
-        # Half of what is left of the context; the other half is for quotes and the answer.
+        # Use half of the free context; the rest is for JSON escapes and the answer.
         most = (self._chat.engine.max_seq_len - used) // (2 * len(calls))
         n_run = 0
         for call in calls:
@@ -96,7 +96,7 @@ class Rounds:
             self.ended = "the model made unusable calls twice in a row"
 
     def go_on(self) -> ChatStream | None:
-        """What the model says to the results; None where the exchange is over.
+        """Return the model's answer to the results; None if the turn is over.
 
         Raises:
             ContextLengthError: the results leave no room for an answer.
@@ -130,8 +130,8 @@ class Rounds:
 
 
 def cut_result(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:
-    """The beginning of a result that leaves room for an answer, and how much was cut."""
-    kept = text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    """Cut a result so that it leaves room for an answer; say in it how much was cut."""
+    kept = text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be encoded
     while kept and (n := len(tokenizer.raw.encode(kept, bos=False, eos=False))) > max_tokens:
         kept = kept[: max(0, min(len(kept) - 1, len(kept) * max_tokens // n))]
     if kept == text:

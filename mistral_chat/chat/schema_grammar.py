@@ -1,6 +1,6 @@
-"""A JSON schema as a grammar that llguidance follows, or why no answer can be kept to it.
+"""Compile a JSON schema into a grammar for llguidance, or say why it is not supported.
 
-Needs neither a tokenizer nor torch, so that a schema is refused before anything is loaded.
+Needs neither a tokenizer nor torch, so that a bad schema is refused before anything is loaded.
 """
 
 import json
@@ -21,19 +21,19 @@ from mistral_chat.files import read_json
 
 __all__ = ["compile_schema", "read_schema"]
 
-# As json.dumps or a person writes it, and bounded: a model that is unsure fills pages with spaces.
+# As json.dumps or a person writes it, and bounded: an unsure model fills pages with spaces.
 _WHITESPACE = r"[ ]|\n[ ]{0,40}"
-# One way to write a character: `\u0061` would be another name for a property called a.
+# Each character has one spelling: `\u0061` would be another name for a property called a.
 _ESCAPES = r'"\nrtbf'
-# Many models begin an answer with a token that begins with a space. Nothing is forced: a forced
-# text would be tokenized in one way, and the model may prefer another.
+# Many models begin an answer with a token that starts with a space. Do not force text: it would
+# get one fixed tokenization, and the model may prefer another.
 _LARK = """\
 %llguidance {{"no_forcing": true}}
 start: " "? value
 value: %json {schema}
 """
 
-# What llguidance says that a person would not.
+# Plain words for llguidance's messages.
 _SAYS = {
     r"Unimplemented keys: \[(.*)\]": r"not supported: \1",
     r".*Regex is empty.*": "a text that pattern, format and lengths leave no value for",
@@ -46,7 +46,7 @@ _SAYS = {
 
 
 def read_schema(path: Path) -> Mapping[str, Any]:
-    """Read a JSON schema from a file; whether answers can be kept to it is not looked at.
+    """Read a JSON schema from a file, without checking whether it is supported.
 
     Raises:
         PromptError: unreadable, or not a JSON object.
@@ -60,14 +60,14 @@ def read_schema(path: Path) -> Mapping[str, Any]:
 
 
 def compile_schema(schema: Mapping[str, Any], where: str = "json_schema") -> str:
-    """The grammar, as llguidance takes it.
+    """Compile a schema into a grammar for llguidance.
 
     Args:
         schema: a JSON schema.
-        where: names it in errors.
+        where: what errors call the schema.
 
     Raises:
-        PromptError: not a schema, or one that no answer can be kept to, and why.
+        PromptError: not a schema, or one that is not supported; the message says why.
     """
     try:
         return _compile(schema)
@@ -85,7 +85,7 @@ def _compile(schema: Mapping[str, Any]) -> str:
         raise NotHeldError("draft 3, expected draft 4 or later")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", FutureWarning)  # of patterns
+            warnings.simplefilter("error", FutureWarning)  # raised by `re` for doubtful patterns
             kind.check_schema(schema)
         rewritten = rewrite_schema(json.loads(json.dumps(schema, allow_nan=False)))
     except SchemaError as error:
@@ -109,7 +109,7 @@ def _compile(schema: Mapping[str, Any]) -> str:
     }
     own = json.dumps({**rewritten, "x-guidance": options})
     lark = LLMatcher.grammar_from_lark(_LARK.format(schema=own))
-    for grammar in (LLMatcher.grammar_from_json_schema(own), lark):  # the first says it shorter
+    for grammar in (LLMatcher.grammar_from_json_schema(own), lark):  # the first is more concise
         is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
         if is_error or messages:
             raise NotHeldError(_in_plain_words("; ".join(messages)))
@@ -117,7 +117,7 @@ def _compile(schema: Mapping[str, Any]) -> str:
 
 
 def _reason(pattern: str) -> str:
-    """Why Python does not read a pattern."""
+    """Return why Python cannot read a pattern."""
     try:
         Pattern(pattern)
     except NotHeldError as error:

@@ -1,8 +1,8 @@
-"""JSON schemas, rewritten into ones that llguidance keeps answers to exactly, or refused by name.
+"""Rewrite JSON schemas into ones that llguidance follows exactly, or refuse them by name.
 
-llguidance takes some keywords for more or less than they say: classes of characters, exclusive
-bounds, formats, names that run out. Each is put here into words that it keeps, the answers that
-they allow being the same or fewer. Knows nothing of tokens.
+llguidance reads some keywords more or less strictly than the standard: character classes,
+exclusive bounds, formats, property names that run out. Each is rewritten so that the allowed
+answers are the same or fewer. Knows nothing of tokens.
 """
 
 import json
@@ -28,25 +28,25 @@ _IN_ONE = (
 )
 _IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-# llguidance rounds a number from 2^53 on, where it must be exact; a bound it cuts to 64 bits, which
-# is as good.
+# llguidance rounds numbers from 2^53 on, where they must be exact; it clamps bounds to 64 bits,
+# which is harmless.
 _EXACT: dict[str, float] = {
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), 2**63 - 1),
     **dict.fromkeys(("const", "enum"), math.inf),
 }
-MOST_NAMES = 64  # of one pattern, to be listed
+MOST_NAMES = 64  # names of one pattern that are listed as properties
 
 Found = dict[str, Any]
 
 
 def rewrite_schema(schema: Mapping[str, Any]) -> Found:
-    """A schema that llguidance keeps answers to, with the same answers or fewer.
+    """Rewrite a schema for llguidance; it allows the same answers or fewer.
 
     Args:
-        schema: valid against its metaschema, and JSON.
+        schema: a JSON value that is valid against its metaschema.
 
     Raises:
-        NotHeldError: what cannot be kept, and where.
+        NotHeldError: a part is not supported; its place is named.
     """
     root: Found = json.loads(json.dumps(schema))
     places = list(_reachable(root))
@@ -70,7 +70,7 @@ def rewrite_schema(schema: Mapping[str, Any]) -> Found:
 
 
 def needs_unicode_escapes(schema: Any) -> bool:
-    r"""Whether a constant has a character that JSON writes as \u0001 only."""
+    r"""Return whether a constant has a character that JSON can only write like \u0001."""
     if isinstance(schema, Mapping):
         constants = [schema.get("const"), schema.get("enum")]
         held = (text for constant in constants for text in _texts(constant))
@@ -85,7 +85,7 @@ def _is_control(char: str) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a JSON value, names included."""
+    """Yield all strings in a JSON value, names included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -98,7 +98,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _reachable(root: Found) -> Iterator[tuple[str, Found]]:
-    """Every schema in a schema, and where: by keywords of the standard, and by references."""
+    """Yield every subschema and its path: those in standard keywords and those referenced."""
     todo: deque[tuple[str, Any]] = deque([("", root)])
     seen: set[int] = set()
     while todo:
@@ -132,15 +132,15 @@ def _pointed_at(root: Found, pointer: str) -> Any:
 
 def _check_counts(found: Found) -> None:
     if found.get("minProperties", 0) > len(found.get("required", [])) + 1:
-        # the same name twice is two properties to llguidance
+        # llguidance counts a name that is written twice as two properties
         raise NotHeldError("minProperties above the number of required properties and one more")
-    for name, most in _EXACT.items():  # with a value near -2^63 the process would end
+    for name, most in _EXACT.items():  # llguidance aborts the process for a value near -2^63
         if any(2**53 <= abs(number) < most for number in _numbers(found.get(name))):
             raise NotHeldError(f"{name}: a number of 2^53 or more, which would be rounded")
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """The numbers in a JSON value."""
+    """Yield the numbers in a JSON value."""
     if isinstance(value, (int, float)):
         yield value
     elif isinstance(value, (dict, list)):
@@ -160,7 +160,7 @@ def _rewrite_text(found: Found) -> None:
         return
     if name in NOT_HELD:
         raise NotHeldError(f"format {name!r}: {NOT_HELD[name]}")
-    if name not in FORMATS:  # an annotation
+    if name not in FORMATS:  # only an annotation
         return
     form = FORMATS[name]
     held: Found = {"pattern": _written(form.pattern)}
@@ -178,7 +178,7 @@ def _written(pattern: str) -> str:
 
 
 def _check_names_are_plain(found: Found) -> None:
-    r"""Refuse further names beside known ones, once llguidance may write a character as \u0061."""
+    r"""Refuse additional names beside known ones if llguidance may write a letter as \u0061."""
     named = any(found.get(key) for key in ("properties", "required", "patternProperties"))
     if named and found.get("additionalProperties", True) is not False:
         raise NotHeldError(
@@ -188,7 +188,7 @@ def _check_names_are_plain(found: Found) -> None:
 
 
 def _rewrite_names(found: Found, texts: set[str]) -> None:
-    """Names that match a pattern: exactly, and none where no name is left."""
+    """Rewrite patternProperties to match exactly; list the names where they may run out."""
     patterns: Found = found["patternProperties"]
     alphabet = KEY_TEXT
     if any(_key_pattern(key, KEY_TEXT).is_ambiguous for key in patterns):
@@ -207,7 +207,7 @@ def _rewrite_names(found: Found, texts: set[str]) -> None:
         pattern = _key_pattern(key, alphabet)
         names = pattern.texts(MOST_NAMES)
         if names is not None and all(name in texts for name in names):
-            # all of them may be taken, and then llguidance would still expect one
+            # once an answer has all of them, llguidance would still expect another
             properties = found.setdefault("properties", {})
             for name in names:
                 has = name in properties
@@ -219,7 +219,7 @@ def _rewrite_names(found: Found, texts: set[str]) -> None:
         rewritten[written] = schema
         if pattern.matches_all():
             is_open, found["additionalProperties"] = False, False
-    if is_open:  # the names that the patterns are not exact for
+    if is_open:  # refuse names for which the patterns are not exact
         rewritten[write_search(outside)] = False
     found["patternProperties"] = rewritten
 

@@ -1,4 +1,4 @@
-"""Text to ids and back, through mistral-common, for every template version it knows.
+"""Text to ids and back, through mistral-common, for every template version that it supports.
 
 Encodes prompts and conversations, and decodes ids as they arrive. Knows nothing of weights,
 sampling or terminals.
@@ -25,24 +25,25 @@ from mistral_chat.model.folder import ModelFolder
 __all__ = ["Detokenizer", "Tokenizer"]
 
 TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
-# Control tokens that models write: the parts of a tool call and the marks around thinking.
+# Control tokens that models write themselves: the parts of a call, and marks of reasoning.
 _WRITTEN = (TOOL_CALLS, ARGS, CALL_ID, "[THINK]", "[/THINK]")
 _SPACE = "\u2581"  # SentencePiece's mark for a space
-# Python reads bytes that are not UTF-8 as such halves; SentencePiece raises a bare RuntimeError.
+# Terminal input that is not UTF-8 arrives as lone surrogates; SentencePiece raises RuntimeError.
 _NO_TEXT = "found half of a surrogate pair, which is no text: expected UTF-8"
 
 
 class Tokenizer:
-    """One model's tokenizer and chat template.
+    """A model's tokenizer and chat template.
 
     Args:
         path: a tekken.json or a SentencePiece model of Mistral's.
-        end_ids: ids that end an answer, beside the tokenizer's own.
+        end_ids: ids that end an answer, in addition to the tokenizer's own.
 
-    `fingerprint` is equal for files with equal content.
+    `fingerprint` is the same for two files with the same content.
 
     Raises:
-        TokenizerError: the file is no tokenizer, or an end id begins a part of an answer.
+        TokenizerError: the file is not a tokenizer, or an end id is a token that begins part of an
+            answer.
     """
 
     def __init__(self, path: Path, end_ids: Iterable[int] = ()) -> None:
@@ -64,7 +65,7 @@ class Tokenizer:
 
     @classmethod
     def shipped(cls, vocab_size: int) -> "Tokenizer":
-        """mistral-common's v3 tokenizer with a vocabulary of the given size, for dummy weights.
+        """Return mistral-common's v3 tokenizer of this vocabulary size, for dummy weights.
 
         Raises:
             TokenizerError: no tokenizer of that size is shipped.
@@ -107,7 +108,7 @@ class Tokenizer:
 
     @property
     def n_words(self) -> int:
-        """Size of the vocabulary."""
+        """Size of the tokenizer's vocabulary."""
         return self.raw.n_words
 
     @property
@@ -117,13 +118,13 @@ class Tokenizer:
         return f"{self.mistral.version.value} {kind}"
 
     def banned_ids(self, vocab_size: int, *, tools: bool) -> tuple[int, ...]:
-        """Ids that an answer must never hold.
+        """Return ids that must never be in an answer.
 
-        Control tokens, unless models write them themselves; with no tools offered also the tool
-        call; and what the model's vocabulary has beyond the tokenizer's.
+        These are control tokens, except those that models write themselves; the tool call token if
+        no tools are offered; and ids of the model that the tokenizer does not have.
 
         Args:
-            vocab_size: of the model.
+            vocab_size: the model's vocabulary size.
             tools: whether tools are offered.
         """
         allowed = {id_ for id_, text in self._written.items() if tools or "THINK" in text}
@@ -134,10 +135,10 @@ class Tokenizer:
         return tuple(sorted(i for i in banned - self.end_ids if i < vocab_size))
 
     def encode(self, text: str) -> list[int]:
-        """A plain prompt, with the beginning-of-sequence token.
+        """Encode a plain prompt, with the beginning-of-sequence token.
 
         Raises:
-            PromptError: half of a surrogate pair, which is no text.
+            PromptError: the text contains a lone surrogate.
         """
         try:
             return self.raw.encode(text, bos=True, eos=False)
@@ -145,7 +146,7 @@ class Tokenizer:
             raise PromptError(_NO_TEXT) from error
 
     def encode_chat(self, request: ChatCompletionRequest[Any]) -> list[int]:
-        """A conversation in the model's template.
+        """Encode a conversation with the model's template.
 
         Raises:
             PromptError: mistral-common refuses the conversation, or SentencePiece its text.
@@ -162,31 +163,31 @@ class Tokenizer:
             raise PromptError(_NO_TEXT) from error
 
     def is_special(self, token: int) -> bool:
-        """Whether an id is a control token."""
+        """Return whether an id is a control token."""
         return token < self.n_words and self.raw.is_special(token)
 
     def is_written(self, token: int) -> bool:
-        """Whether a control token is one that models write themselves."""
+        """Return whether a control token is one that models write themselves."""
         return token in self._written
 
     @property
     def calls_have_ids(self) -> bool:
-        """Whether the template writes a call's id beside it: from v3 to v11."""
+        """Whether the template writes an id beside a call: v3 to v11."""
         version = self.mistral.version
         return TokenizerVersion.v3 <= version <= TokenizerVersion.v11
 
     @property
     def calls_have_text(self) -> bool:
-        """Whether the template takes text and calls in one answer: from v7 on."""
+        """Whether the template allows text and calls in one answer: from v7 on."""
         return self.mistral.version >= TokenizerVersion.v7
 
     @property
     def takes_thinking(self) -> bool:
-        """Whether the template has a place for thinking of earlier answers: from v13 on."""
+        """Whether the template can encode the thinking of earlier answers: from v13 on."""
         return self.mistral.version >= TokenizerVersion.v13
 
     def begins_with_mark(self, token: int) -> bool:
-        """Whether a SentencePiece token writes its first space as a mark, and not as a byte."""
+        """Return whether a SentencePiece token starts with the mark for a space, not the byte."""
         return (
             isinstance(self.raw, SentencePieceTokenizer)
             and token < self.n_words
@@ -194,13 +195,13 @@ class Tokenizer:
         )
 
     def piece(self, token: int) -> str:
-        """One token as text, for showing it by itself; half a character shows as U+FFFD."""
+        """Return one token as text, to show it alone; part of a character shows as U+FFFD."""
         if self.is_special(token):
             return self.raw.id_to_piece(token)
         return self.token_bytes(token).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; none for control tokens that no model writes."""
+        """Return a token's bytes; empty for control tokens that no model writes."""
         if token >= self.n_words:
             return b""
         if self.raw.is_special(token):
@@ -215,11 +216,11 @@ class Tokenizer:
         return piece.replace(_SPACE, " ").encode()
 
     def detokenizer(self, *, continues: bool) -> "Detokenizer":
-        """Turn ids into text as they come.
+        """Return a decoder that turns ids into text as they arrive.
 
         Args:
-            continues: the text goes on after a prompt, so that a first space belongs to it. In an
-                answer of its own SentencePiece's first space is no part of the text.
+            continues: whether the text continues a prompt, so that a leading space is part of it.
+                Otherwise SentencePiece's leading space is dropped.
         """
         strips = isinstance(self.raw, SentencePieceTokenizer) and not continues
         return Detokenizer(self, strip_first_space=strips)
@@ -234,14 +235,13 @@ class _Bytes(Protocol):
 
 
 class Detokenizer:
-    """Incremental decoding: never half a character, never a lost space.
+    """Decode incrementally, without splitting characters or losing spaces.
 
-    What it gives piece by piece is, put together, what decoding all ids at once gives. Bytes that
-    are no UTF-8 become U+FFFD.
+    The pieces together equal the text of all ids decoded at once. Invalid UTF-8 becomes U+FFFD.
 
     Args:
-        tokenizer: gives each token's bytes.
-        strip_first_space: leave out the mark of a space at the very beginning.
+        tokenizer: provides each token's bytes.
+        strip_first_space: whether to drop the mark for a space at the very beginning.
     """
 
     def __init__(self, tokenizer: _Bytes, *, strip_first_space: bool) -> None:
@@ -250,8 +250,8 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """The text that this token completes; may be empty."""
-        if self._tokenizer.is_special(token):  # ends any unfinished character before it
+        """Return the text that this token completes; may be empty."""
+        if self._tokenizer.is_special(token):  # it ends any unfinished character before it
             text = self._decoder.decode(b"", final=True)
             self._decoder.reset()
             return text + self._tokenizer.token_bytes(token).decode()
@@ -262,12 +262,12 @@ class Detokenizer:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """What is left of an unfinished character at the end."""
+        """Return the rest: U+FFFD for an unfinished character."""
         return self._decoder.decode(b"", final=True)
 
 
 def _special_id(raw: RawTokenizer, text: str) -> int | None:
-    """Id of a control token, or None where the tokenizer does not have it."""
+    """Return the id of a control token, or None if the tokenizer does not have it."""
     try:
         id_ = int(raw.get_special_token(text))
     except ValueError:

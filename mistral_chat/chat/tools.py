@@ -1,6 +1,6 @@
-"""Function tools: schemas from a file, and the calls in an answer's tokens.
+"""Function tools: schemas from a file, and calls from an answer's tokens.
 
-Calls are found by the control token that starts them, never by searching text. Nothing is run.
+Finds calls by the control token that starts them, never by searching text. Runs nothing.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ __all__ = [
     "read_tools",
 ]
 
-UNREADABLE = "unreadable_call"  # stands in the history for calls that cannot be read
+UNREADABLE = "unreadable_call"  # the history's name for calls that cannot be parsed
 _ID_ALPHABET = string.ascii_letters + string.digits
 
 
@@ -54,9 +54,9 @@ class ToolCall:
     """A call that the model asks for.
 
     Args:
-        id: nine letters and digits, as mistral-common demands.
-        name: of the function.
-        arguments: by name.
+        id: nine letters and digits, as mistral-common requires.
+        name: name of the function.
+        arguments: values by name.
     """
 
     id: str
@@ -65,7 +65,7 @@ class ToolCall:
 
 
 def read_tools(path: Path) -> list[Tool]:
-    """Read function schemas from a JSON file: OpenAI's and Mistral's form, or bare functions.
+    """Read function schemas from a JSON file: OpenAI's or Mistral's form, or bare functions.
 
     Raises:
         PromptError: unreadable, or not a list of function schemas.
@@ -79,10 +79,10 @@ def read_tools(path: Path) -> list[Tool]:
 
 
 def make_tools(tools: Sequence[Mapping[str, Any] | Tool]) -> list[Tool]:
-    """Tools from their JSON form, those that are none yet.
+    """Convert tools from their JSON form; leave those that are Tool objects as they are.
 
     Raises:
-        PromptError: no list, or not a function schema; which of them is named.
+        PromptError: not a list, or not a function schema; the faulty one is named.
     """
     if not isinstance(tools, (list, tuple)):
         raise PromptError(f"tools are {shown(tools)}: expected a list of function schemas")
@@ -94,7 +94,7 @@ def make_tools(tools: Sequence[Mapping[str, Any] | Tool]) -> list[Tool]:
 
 
 def make_tool(entry: Any, where: str) -> Tool:
-    """A tool from its JSON form, checked as the template will: before a model is loaded.
+    """Convert a tool from its JSON form and check it as the template would.
 
     Raises:
         PromptError: not a function schema; `where` is named.
@@ -111,7 +111,7 @@ def make_tool(entry: Any, where: str) -> Tool:
 
 
 def _as_mistral_has_it(entry: Any) -> Any:
-    """A tool of OpenAI's, flat or not, or a bare function, with what they may leave out."""
+    """Convert OpenAI's form, flat or nested, or a bare function, and add omitted defaults."""
     if not isinstance(entry, dict):
         return entry
     if "function" not in entry:
@@ -126,7 +126,7 @@ def _as_mistral_has_it(entry: Any) -> Any:
 
 
 def _refusal(function: Function) -> str | None:
-    """Why no template takes it; None where they do."""
+    """Return why no template accepts it; None if they do."""
     if not is_name(function.name):
         return f"function.name: found {function.name!r}, expected 1 to 64 of a-z, A-Z, 0-9, _, -"
     try:
@@ -144,18 +144,18 @@ def _refusal(function: Function) -> str | None:
 def parse_tool_calls(
     tokenizer: "Tokenizer", ids: Sequence[int], seed: int
 ) -> tuple[ToolCall, ...] | None:
-    """The calls in an answer.
+    """Parse the calls in an answer.
 
-    v2 to v7 write one control token and a JSON list; v11 and later one control token a call, with
-    `name[ARGS]{...}` or `name[CALL_ID]id[ARGS]{...}`.
+    v2 to v7 write one control token and a JSON list; from v11 on there is one control token per
+    call, with `name[ARGS]{...}` or `name[CALL_ID]id[ARGS]{...}`.
 
     Args:
-        tokenizer: whose control token starts a call.
-        ids: of the answer.
-        seed: makes the ids of calls that have none, so that a seed repeats an answer whole.
+        tokenizer: knows the control token that starts a call.
+        ids: the answer's token ids.
+        seed: determines ids for calls without one, so that a seed repeats the whole answer.
 
     Returns:
-        the calls, no two with one id; None where the answer has none, or one that cannot be read.
+        the calls, all with different ids; None if there are none or one cannot be parsed.
     """
     start = tokenizer.tool_calls_id
     if start is None or start not in ids:
@@ -177,7 +177,7 @@ def parse_tool_calls(
 
 
 def _split(ids: Sequence[int], at: int | None) -> list[list[int]]:
-    """The ids between those that are `at`."""
+    """Split ids at each `at`."""
     parts: list[list[int]] = [[]]
     for token in ids:
         if token == at:
@@ -200,7 +200,7 @@ def _named_call(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[WrittenCall]
         return None
     if bodies:
         body = _decode(tokenizer, bodies[0])
-    else:  # v11 may leave the mark out, but then not the arguments, too
+    else:  # in v11 the [ARGS] mark may be missing, but then the arguments must not be
         name, brace, rest = name.partition("{")
         if not brace:
             return None
@@ -217,6 +217,6 @@ def _checked_id(value: Any) -> str | None:
 
 
 def make_id(seed: int, index: int) -> str:
-    """An id for a call that came without one; a seed repeats it."""
+    """Make an id for a call that came without one; a seed repeats it."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     return "".join(_ID_ALPHABET[byte % len(_ID_ALPHABET)] for byte in digest[:9])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.console.terminal import is_terminal
-from mistral_chat.engine.launch import launched_rank, launched_ranks
+from mistral_chat.engine.ranks.launch import launched_rank, launched_ranks
 from mistral_chat.errors import one_line
 
 if TYPE_CHECKING:

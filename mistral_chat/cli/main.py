@@ -29,7 +29,7 @@ from mistral_chat.cli.requests import (
     InspectRequest,
     make,
 )
-from mistral_chat.engine.launch import (
+from mistral_chat.engine.ranks.launch import (
     is_launched,
     launched_rank,
     set_up_environment,
@@ -311,7 +311,7 @@ def _demo(request: DemoRequest, words: list[str], begun: Begun) -> int:
     """The main job on the embedded model, which ranks are given as any other."""
     from mistral_chat.cli.hub.embedded import embedded_model
     from mistral_chat.cli.talk import run as talk
-    from mistral_chat.engine.launch import visible_gpus
+    from mistral_chat.engine.ranks.launch import visible_gpus
 
     speaks = not request.quiet and launched_rank() in (None, 0)
 

@@ -19,15 +19,15 @@ from mistral_chat.cli.codes import FAILED, code_of
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.cli.requests import ModelRequest
-from mistral_chat.engine import parent
-from mistral_chat.engine.launch import launched_rank, launched_ranks, launched_ranks_here
+from mistral_chat.engine.ranks import parent
+from mistral_chat.engine.ranks.launch import launched_rank, launched_ranks, launched_ranks_here
 from mistral_chat.errors import MistralChatError, OtherRankFailedError, RankLostError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.tokenizer import Tokenizer
     from mistral_chat.cli.console.terminal_state import TerminalState
     from mistral_chat.config import EngineConfig
-    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.ranks.group import Group
     from mistral_chat.engine.runner import Runner
     from mistral_chat.model.folder import ModelFolder
 
@@ -95,7 +95,7 @@ def launch(request: ModelRequest, words: Sequence[str], n_heads: int = 1) -> int
 def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
     """Start ranks and wait for them; the code to end with."""
     from mistral_chat.cli.console.terminal_state import TerminalState
-    from mistral_chat.engine.launcher import run_ranks
+    from mistral_chat.engine.ranks.launcher import run_ranks
 
     terminal = TerminalState()
     ended = run_ranks(n_ranks, words)
@@ -108,7 +108,7 @@ def _run_ranks(n_ranks: int, words: Sequence[str]) -> int:
 
 def _ranks_to_start(request: ModelRequest, n_heads: int) -> int:
     """Ranks on this machine: as asked for, else every GPU that the model can use, else one."""
-    from mistral_chat.engine.launch import visible_gpus
+    from mistral_chat.engine.ranks.launch import visible_gpus
 
     if request.nproc_per_node is not None:
         return request.nproc_per_node
@@ -126,7 +126,7 @@ def follow(config: "EngineConfig") -> int:
     terminal = TerminalState()
     if launched_rank() == 1:  # no launcher but ours does it for a rank 0 that was killed
         put_back_at_end(terminal)
-    from mistral_chat.engine.launch import current_group
+    from mistral_chat.engine.ranks.launch import current_group
     from mistral_chat.engine.worker import serve
 
     def on_lost(message: str) -> None:  # noqa: ARG001

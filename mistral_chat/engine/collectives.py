@@ -8,8 +8,8 @@ captured in a CUDA graph.
 import torch
 from torch import Tensor
 
-from mistral_chat.engine.group import Group
-from mistral_chat.engine.shared_memory import share_memory, why_no_peer_access
+from mistral_chat.engine.ranks.group import Group
+from mistral_chat.engine.ranks.shared_memory import share_memory, why_no_peer_access
 from mistral_chat.kernels import ops
 from mistral_chat.model import few_rows
 from mistral_chat.model.operations import Alone, Collective, Rows

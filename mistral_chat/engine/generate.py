@@ -10,7 +10,7 @@ import torch
 
 from mistral_chat.config import EngineConfig, SamplingParams
 from mistral_chat.engine.collectives import collective_of
-from mistral_chat.engine.launch import current_group
+from mistral_chat.engine.ranks.launch import current_group
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.sampling import Draws, allowed_words, check_finite, choose, log_probability
 from mistral_chat.engine.start_up import load_model

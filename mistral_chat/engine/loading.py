@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from mistral_chat.engine.group import Group
+from mistral_chat.engine.ranks.group import Group
 from mistral_chat.model.loading import Reading
 
 __all__ = ["Loading", "OnLoading", "Watch"]

@@ -41,7 +41,7 @@ def _import_package() -> None:
 def main() -> None:
     """Tie this process to its parent and run the module."""
     _import_package()
-    from mistral_chat.engine import parent
+    from mistral_chat.engine.ranks import parent
 
     kind, process, module, *arguments = sys.argv[1:]
     if kind == "launcher":

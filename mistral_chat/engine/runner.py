@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mistral_chat.engine.collectives import PeerCollective, decode_collective
 from mistral_chat.engine.decoder import Choosing, Decoder, Pending
-from mistral_chat.engine.group import Group
 from mistral_chat.engine.memory import Plan
+from mistral_chat.engine.ranks.group import Group
 from mistral_chat.engine.step import Step
 from mistral_chat.engine.step_guard import StepGuard
 from mistral_chat.errors import UsageError

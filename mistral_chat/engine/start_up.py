@@ -14,9 +14,9 @@ import torch
 
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine.collectives import collective_of
-from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.loading import OnLoading, Watch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.runner import Runner, StartUp, why_no_decoder
 from mistral_chat.errors import DeviceError
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from mistral_chat.config import EngineConfig
-from mistral_chat.engine.group import Group, Place
-from mistral_chat.engine.launch import (
+from mistral_chat.engine.ranks.group import Group, Place
+from mistral_chat.engine.ranks.launch import (
     current_group,
     launched_rank,
     launched_ranks_here,

@@ -1,4 +1,4 @@
-"""answer_many over a scripted model and a random one: tools and schemas of each question's own."""
+"""answer_many over a scripted model and a random one: tools and schemas of single questions."""
 
 import json
 from collections import deque
@@ -30,7 +30,7 @@ def llm(tiny_folder: Path) -> Iterator[LLM]:
 
 
 def _ends(llm: LLM, *questions: Question, **defaults: Any) -> list[Any]:
-    """What each question ended with, in their order."""
+    """The final result of each question, in order."""
     found = answer_many(llm.engine, llm.tokenizer, questions, **defaults)
     ends = {n: e for n, e in found if isinstance(e, (Answer, PromptError, UsageError))}
     assert sorted(ends) == list(range(len(questions)))
@@ -97,7 +97,7 @@ def test_schema_that_cannot_be_taken_is_its_own_questions_end(
 def test_mask_that_fails_under_way_ends_its_own_answer(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, method: str, at: int
 ) -> None:
-    """As llguidance does where following a schema takes more than its limits."""
+    """Fail as llguidance does when a schema exceeds its limits."""
     whole = getattr(GrammarMask, method)
     held = {"type": "string", "const": "fails " * 4}
     n_calls = 0

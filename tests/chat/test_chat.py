@@ -1,4 +1,4 @@
-"""Streams, endings and histories of answers whose tokens are chosen beforehand.
+"""Streams, endings and histories of answers with tokens chosen in advance.
 
 The engine is the real one; its runner scores the scripted token highest instead of running a model.
 """
@@ -31,7 +31,7 @@ TOOL = Tool(function=Function(name="f", parameters={"type": "object"}))
 
 
 class Scripted(Runner):
-    """Scores the next scripted id highest, whatever was asked; the end token when out of script."""
+    """Scores the next scripted id highest, and the end token after the script."""
 
     def __init__(self, made: Tokenizer, max_seq_len: int, vocab_size: int) -> None:
         device = torch.device("cpu")
@@ -61,7 +61,7 @@ class Scripted(Runner):
 
 
 class Talk:
-    """A chat, its script, and what was streamed."""
+    """A chat, its script, and what it streamed."""
 
     def __init__(
         self, name: str = "v3", max_seq_len: int = 2000, extra_rows: int = 0, **options: Any
@@ -79,14 +79,14 @@ class Talk:
     def answer(
         self, ids: Iterable[int], params: SamplingParams = GREEDY, text: str = "Hi"
     ) -> tuple[list[str], Answer]:
-        """The pieces that were streamed, and the answer."""
+        """Return the streamed pieces and the answer."""
         events = list(self.stream(ids, params, text))
         last = events[-1]
         assert isinstance(last, Answer)
         return [e.text for e in events if isinstance(e, Delta)], last
 
     def next_prompt(self) -> list[int]:
-        """What the model would be asked now."""
+        """Return the text that the model would be given now."""
         return self.chat.send("next", GREEDY)._request.ids
 
     def ids(self, text: str) -> list[int]:
@@ -264,7 +264,7 @@ def test_stop_text_at_the_very_beginning_leaves_nothing() -> None:
 
 
 def cancel_at(talk: Talk, stream: ChatStream, n_tokens: int) -> None:
-    """Cancel from outside, as Ctrl-C does, while a token is being computed."""
+    """Cancel from outside while a token is being computed, as Ctrl-C does."""
     talk.runner.on_scored = lambda n: stream.cancel() if n == n_tokens else None
 
 
@@ -375,7 +375,7 @@ def test_history_after_a_stop_text_holds_the_text_alone() -> None:
 
 
 @pytest.mark.parametrize("said", ["", "x"])
-def test_history_leaves_out_an_exchange_without_an_answer(said: str) -> None:
+def test_history_leaves_out_a_turn_without_an_answer(said: str) -> None:
     talk = Talk()
     before = talk.next_prompt()
     ids = byte_ids(talk.tokenizer, said)
@@ -385,7 +385,7 @@ def test_history_leaves_out_an_exchange_without_an_answer(said: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["v1", *WITH_MARKS])
-def test_replacing_the_last_exchange_is_as_if_it_had_not_been(name: str) -> None:
+def test_replacing_the_last_turn_is_as_if_it_had_not_been(name: str) -> None:
     talk, wanted = Talk(name), Talk(name)
     for either in (talk, wanted):
         either.answer(talk.ids("one"), text="first")
@@ -401,7 +401,7 @@ def test_replacing_the_last_exchange_is_as_if_it_had_not_been(name: str) -> None
     assert talk.next_prompt() == wanted.next_prompt()
 
 
-def test_replacing_with_nothing_leaves_the_last_exchange() -> None:
+def test_replacing_with_nothing_leaves_the_last_turn() -> None:
     talk = Talk(max_seq_len=60)
     talk.answer(talk.ids("two"), text="second")
     before = talk.next_prompt()
@@ -415,7 +415,7 @@ def test_replacing_with_nothing_leaves_the_last_exchange() -> None:
     assert talk.next_prompt() == before
 
 
-def test_exchanges_to_drop_are_just_enough() -> None:
+def test_turns_to_drop_are_just_enough() -> None:
     talk = Talk(max_seq_len=200)
     for n in range(5):
         talk.answer(talk.ids("some answer"), text=f"a question {n}")
@@ -429,7 +429,7 @@ def test_exchanges_to_drop_are_just_enough() -> None:
     counts = set()
     for n_words in range(1, 220, 6):
         text = "word " * n_words
-        n = talk.chat.exchanges_to_drop(text, 20)
+        n = talk.chat.turns_to_drop(text, 20)
         counts.add(n)
         if n is None:
             assert length(5, text) > 180

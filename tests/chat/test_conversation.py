@@ -1,4 +1,4 @@
-"""What the model wrote goes back to it token for token."""
+"""The model is given its own answers token for token."""
 
 import random
 from typing import Any
@@ -29,13 +29,13 @@ def plain(made: Tokenizer, *messages: Any, **options: Any) -> list[int]:
 
 
 def letters(made: Tokenizer, text: str) -> list[int]:
-    """A tokenization that no encoder gives: a token a letter."""
+    """A tokenization that no encoder produces: one token per letter."""
     vocabulary = made.raw.vocab()
     return [vocabulary.index(letter) for letter in text]
 
 
 def answers_of(made: Tokenizer, ids: list[int]) -> list[list[int]]:
-    """What stands between the end of each instruction and the end of text after it."""
+    """Return what lies between the end of each instruction and the end of the text after it."""
     end_of_instruction = made.raw.get_special_token("[/INST]")
     answers = []
     for end in (n for n, i in enumerate(ids) if i == made.eos_id):
@@ -199,7 +199,7 @@ def test_clear_forgets_all_but_the_system_prompt(system: str | None) -> None:
     conversation.clear()
     new = [UserMessage(content="Hi")]
     assert conversation.encode(made, new) == Conversation(system).encode(made, new)
-    # an answer without ids of its own does not get those of the one that stood there before
+    # an answer without ids must not get those of the message that was at this index before
     conversation.add_user("again")
     conversation.add_answer("three", None)
     bare = Conversation(system)
@@ -238,12 +238,12 @@ def test_drop_leaves_what_would_have_been_said_without_the_oldest(
             wanted.add_user(f"question {number}")
             wanted.add_answer(text, ids)
         assert conversation.messages == wanted.messages
-        assert conversation.n_exchanges == 4 - n
+        assert conversation.n_turns == 4 - n
         following = [UserMessage(content="next")]
         assert conversation.encode(made, following) == wanted.encode(made, following)
 
 
-def test_drop_takes_calls_and_results_with_their_exchange() -> None:
+def test_drop_takes_calls_and_results_with_their_turn() -> None:
     conversation = Conversation("Be brief.", [TOOL])
     conversation.add_user("with a call")
     call = ToolCall("aaaaaaaa1", "get_weather", {})

@@ -1,4 +1,4 @@
-"""A person's Python file: what is offered of it, and whatever a call of it does is survived."""
+"""A user's Python file: which functions it offers, and that no call can do harm."""
 
 import errno
 import json
@@ -205,7 +205,7 @@ def call(name: str, **arguments: Any) -> ToolCall:
 
 
 class Offered:
-    """Functions with a short limit, and what they printed."""
+    """Functions with a short time limit, and the lines that they printed."""
 
     def __init__(self, path: Path, timeout_s: float = 20.0) -> None:
         self.printed: list[str] = []
@@ -255,7 +255,7 @@ def test_arguments_of_every_json_type_arrive_as_they_are(every: PythonFunctions)
     assert given == left_out | {"own": "o", "maybe": None, "more": ["a"]}
 
 
-# Whatever a type would make of another one: nothing is converted.
+# Nothing is converted, even if pydantic could convert it.
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -339,7 +339,7 @@ def test_result_that_is_long_is_cut_and_says_so(misdeeds: Offered) -> None:
 
 
 def test_hanging_call_is_killed_and_the_next_one_has_a_new_process(tmp_path: Path) -> None:
-    # Processes have no more time to start than that, either.
+    # The processes that it starts have no more time than that, either.
     offered = Offered(write(tmp_path, MISDEEDS), 4)
     with offered.functions:
         assert [offered.call("counts") for _ in range(3)] == ["1", "2", "3"]
@@ -350,7 +350,7 @@ def test_hanging_call_is_killed_and_the_next_one_has_a_new_process(tmp_path: Pat
         assert offered.call("counts") == "1"
         # One that takes stderr away can still say why it failed.
         assert offered.call("takes_stderr") == "error: ValueError: the reason"
-        # One that takes its pipes away can no longer answer, whatever it does.
+        # One that closes its pipes can no longer answer.
         assert offered.call("closes").startswith("error: ")
         assert offered.call("counts") == "1"
 
@@ -448,7 +448,7 @@ def test_close_ends_all_that_calls_have_started(tmp_path: Path) -> None:
     wait_for_end(pid)
 
 
-# Nothing outlives the process that asked, however that ends and whatever the function does.
+# Nothing outlives the process that asked, however that ends.
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_functions_end_with_the_process_that_started_them(tmp_path: Path, how: int) -> None:
     path = write(
@@ -653,7 +653,7 @@ def test_functions_see_the_environment_without_its_secrets(
         said = functions.call(ToolCall("a" * 9, "needs", {}))
     assert seen >= {*HARMLESS, "HF_TOKEN"}
     assert seen.isdisjoint({*SECRETS, "WEATHER_API_KEY"} - {"HF_TOKEN"})
-    # The model hears what happened, the person what to do about it.
+    # The model is told what happened, the user what to do about it.
     hint = "WEATHER_API_KEY is withheld from functions: --tools_env WEATHER_API_KEY hands it on"
     assert said == "error: KeyError: 'WEATHER_API_KEY'"
     assert printed[-1] == hint

@@ -39,7 +39,7 @@ NAMES: Schema = {"type": "array", "items": {"enum": ["é", 'a"b', "\n"]}, "maxIt
 def llm(
     request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LLM]:
-    """A random model; the one with a Tekken tokenizer has rows that the tokenizer does not name."""
+    """A random model; the one with a Tekken tokenizer has rows beyond the tokenizer's."""
     folder = tiny_folder
     if request.param == "small tekken":
         n_words = tokenizer("small tekken").n_words
@@ -71,7 +71,7 @@ def _leaf(rng: random.Random) -> Schema:
 
 
 def _draw_schema(rng: random.Random, depth: int) -> Schema:
-    """A schema of at most this depth, every text of which is bounded in length or likely to be."""
+    """Draw a schema of at most this depth whose texts are short, or probably so."""
     kind = rng.random()
     if depth == 0 or kind < 0.1:
         return _leaf(rng)
@@ -189,7 +189,7 @@ SMALL: Schema = {
 }
 _A = (SPACES, ('"a"',), SPACES, (":",), SPACES, ('"x"', '"yé"', "12"), SPACES)
 _B = (SPACES, ('"b"',), SPACES, (":",), SPACES, ("true",), SPACES)
-# What SMALL describes: texts of these alternatives, one of each, in order.
+# What SMALL describes: one alternative of each, in order.
 TEXTS = tuple(
     tuple(tuple(text.encode() for text in part) for part in parts)
     for parts in ((("", " "), ("{",), *_A, ("}",)), (("", " "), ("{",), *_A, (",",), *_B, ("}",)))
@@ -198,7 +198,7 @@ TEXTS = tuple(
 
 @cache
 def _can_begin(text: bytes, parts: Parts) -> bool:
-    """Whether a text begins one that is made of these parts."""
+    """Return whether a text is the beginning of one made of these parts."""
     if not text:
         return True
     return bool(parts) and any(
@@ -210,7 +210,7 @@ def _can_begin(text: bytes, parts: Parts) -> bool:
 
 @cache
 def _open_ends(text: bytes, parts: Parts) -> frozenset[tuple[bytes, Parts]]:
-    """Every way to read a text up to a part that is not finished: its beginning, and the parts."""
+    """Return every way to read a text: the unfinished part at its end, and the parts left."""
     if not parts:
         return frozenset()
     found = {(text, parts)} if any(part.startswith(text) for part in parts[0]) else set()
@@ -258,7 +258,7 @@ def test_masks_equal_brute_force(name: str) -> None:
             if any(_is_whole(text, parts) for parts in TEXTS):
                 expected.add(made.eos_id)
             assert _ids(mask.allowed(), vocab_size) == expected, text
-            # seldom a space, so that there are few places to look at
+            # few spaces, so that there are few places to check
             tight = sorted(i for i in expected if i == made.eos_id or pieces[i].strip())
             chosen = rng.choice(tight if seed else sorted(expected))
             mask.take(chosen)
@@ -274,7 +274,7 @@ def test_texts_that_models_write_are_allowed(name: str, text: str) -> None:
     made = tokenizer(name)
     mask = Grammar(POINT).mask(made, made.n_words)
     if made.version.endswith("SentencePiece"):
-        text = text.removeprefix(" ")  # it writes one itself
+        text = text.removeprefix(" ")  # the model writes one itself
     for token in encode(made, text):
         assert token in _ids(mask.allowed(), made.n_words)
         mask.take(token)

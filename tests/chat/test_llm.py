@@ -1,4 +1,4 @@
-"""The Python interface, and the whole of it against transformers on the embedded model."""
+"""The Python interface, and all of it against transformers on the embedded model."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from mistral_chat.chat.answer import Delta
 from mistral_chat.chat.chat import Chat
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.engine.engine import Engine, Prefill, Request
-from mistral_chat.engine.step import Chunk, Step
+from mistral_chat.engine.step import Step
 from mistral_chat.errors import (
     CheckpointError,
     ContextLengthError,
@@ -35,7 +35,7 @@ WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}},
 }
-# Written for this test. Long on purpose: a wrong rotary order still answers a short question.
+# Long on purpose: with a wrong rotary order a short question is still answered.
 PROSE = """\
 The lighthouse stood on the last rock of the bay, and for as long as anyone in the village could \
 remember, somebody of the same family had kept its lamp. In the winter the waves reached the \
@@ -254,7 +254,7 @@ def test_llm_with_ranks_fails_as_llm_alone_does(tiny_folder: Path, tmp_path: Pat
 
 
 def run_script(body: str) -> "subprocess.CompletedProcess[str]":
-    """A program with an LLM of its own, which must end by itself and leave no rank behind."""
+    """Run a program with an LLM of its own; it must end by itself and leave no rank behind."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"from mistral_chat import LLM\n{body}"],
         capture_output=True,  # returns once every process that holds the pipes has ended
@@ -278,13 +278,13 @@ def test_llm_that_is_never_closed_ends_with_its_program(tiny_folder: Path) -> No
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of a head from neighbouring pairs (0 1 2 3) to two halves (0 2 1 3)."""
+    """Reorder a head's rows from neighbouring pairs (0 1 2 3) to two halves (0 2 1 3)."""
     heads = weight.unflatten(0, (-1, head_dim))
     return torch.cat([heads[:, 0::2], heads[:, 1::2]], dim=1).flatten(0, 1)
 
 
 def peer_of(folder: Path) -> Any:
-    """The weights of a folder of ours in transformers' Mistral, in float32."""
+    """Load the weights of our folder into transformers' Mistral, in float32."""
     from transformers import MistralConfig, MistralForCausalLM
 
     params = json.loads((folder / "params.json").read_text())
@@ -333,24 +333,24 @@ def peer_of(folder: Path) -> Any:
     return model
 
 
-N_GREEDY = 48
-N_FEW = 12  # what more ranks than cores say: they take turns
-N_RANKS = (1, 2, 4)  # 4 are more than its 3 KV heads; tests/engine/test_ranks.py has 3 ranks
+N_GREEDY = 32
+N_FEW = 12
+QUESTIONS = ("What is the capital of France?", "And of Italy?")
+N_RANKS = (1, 2)  # two divide its 3 KV heads unevenly; tests/engine/test_ranks.py has 3 and 4
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a model said: greedy ids after PROSE, what it found likely first, and a chat."""
+    """A model's output: greedy ids after PROSE, its likeliest tokens, and a chat."""
 
     ids: list[int]
     logprobs: list[tuple[int, float]]  # the likeliest first tokens
     answers: list[str]
-    logits: Tensor | None  # of the first token, where one rank ran them all
+    logits: Tensor  # of the first token
 
 
 def said_by(folder: Path, n_ranks: int, prompt: list[int]) -> Said:
-    n_tokens = N_GREEDY if n_ranks <= 2 else N_FEW
-    params = SamplingParams(temperature=0, max_tokens=n_tokens, logprobs=50)
+    params = SamplingParams(temperature=0, max_tokens=N_GREEDY, logprobs=50)
     with LLM(
         folder,
         nproc_per_node=n_ranks,
@@ -359,19 +359,26 @@ def said_by(folder: Path, n_ranks: int, prompt: list[int]) -> Said:
         max_seq_len=512,
         max_batch_size=2,
     ) as llm:
-        logits = None
-        if n_ranks == 1:
-            logits = llm.engine.runner.run(Step((Chunk(0, 0, tuple(prompt)),), "last"))
+        scored: list[Tensor] = []
+        run = llm.engine.runner.run
+
+        def run_and_keep(step: Step) -> Tensor | None:
+            logits = run(step)
+            if logits is not None and not scored:
+                scored.append(logits[-1].clone())
+            return logits
+
+        llm.engine.runner.run = run_and_keep  # type: ignore[method-assign]
         (answer,) = llm.generate([prompt], params)
         chat = llm.conversation()
         answers = []
-        for question in ("What is the capital of France?", "And of Italy?"):
+        for question in QUESTIONS:
             *_, last = chat.send(question, replace(params, max_tokens=N_FEW))
             assert isinstance(last, Answer)
             answers.append(last.text)
     assert answer.logprobs is not None
     likely = [(i, logprob) for i, _, logprob in answer.logprobs[0].top]
-    return Said(list(answer.token_ids), likely, answers, logits)
+    return Said(list(answer.token_ids), likely, answers, scored[0])
 
 
 def said_by_peer(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
@@ -385,7 +392,7 @@ def said_by_peer(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
             ids.append(int(out.logits[0, -1].argmax()))
             new = torch.tensor([ids[-1:]])
             out = model(new, past_key_values=out.past_key_values, use_cache=True)
-    assert len(set(ids)) > 20  # text, and not one token again and again
+    assert len(set(ids)) > 14  # text, and not one token again and again
     return ids, first
 
 
@@ -396,12 +403,10 @@ def test_embedded_model_on_any_number_of_ranks_is_transformers(embedded_folder: 
     peer_ids, peer_logits = said_by_peer(embedded_folder, prompt)
     wanted = torch.log_softmax(peer_logits, -1)
     said = {n: said_by(embedded_folder, n, prompt) for n in N_RANKS}
-    # logits reach 30; two programs add some 600 products in 30 layers in their own order: 1e-4
-    assert said[1].logits is not None
-    assert (said[1].logits[0] - peer_logits).abs().max() < 1e-3
     for n_ranks, ours in said.items():
-        assert len(ours.ids) == (N_GREEDY if n_ranks <= 2 else N_FEW)
-        assert ours.ids == peer_ids[: len(ours.ids)], f"{n_ranks} ranks"
+        # logits reach 30; two programs add some 600 products in 30 layers in their own order: 1e-4
+        assert (ours.logits - peer_logits).abs().max() < 1e-3, f"{n_ranks} ranks"
+        assert ours.ids == peer_ids, f"{n_ranks} ranks"
         for i, logprob in ours.logprobs:
             assert logprob == pytest.approx(float(wanted[i]), abs=1e-3), f"{n_ranks} ranks"
         assert ours.answers == said[1].answers, f"{n_ranks} ranks"

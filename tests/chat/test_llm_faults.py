@@ -1,4 +1,4 @@
-"""An `LLM` of two ranks survives what programs do to it, or says why not; nothing ever hangs."""
+"""An `LLM` of two ranks survives misuse or reports it, and never hangs."""
 
 import subprocess
 import sys

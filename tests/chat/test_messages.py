@@ -1,4 +1,4 @@
-"""OpenAI's messages: one reading for Python and batch, faults that say where, prefixes."""
+"""OpenAI's messages: one parser for Python and batch, errors that name the place, prefixes."""
 
 import copy
 import json
@@ -245,7 +245,7 @@ JUNK: list[Any] = [None, 0, 1.5, True, "", "x", "\ud83d", [], [1], {}, {"type": 
 
 
 def _spots(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place of a value that something else can be put in."""
+    """Yield every place in a value where something else can be put."""
     for key in value if isinstance(value, dict) else range(len(value)):
         yield value, key
         if isinstance(value[key], (dict, list)):

@@ -1,4 +1,4 @@
-"""Rounds of calls over every template: what runs, what the model hears, and what history is left.
+"""Rounds of calls with every template: what runs, what the model is told, what is kept.
 
 The model's answers are scripted; engine, tokenizers and templates are the real ones.
 """
@@ -32,7 +32,7 @@ def say(talk: Talk, text: str) -> list[int]:
 
 
 def ask(talk: Talk, calls: Calls, before: str = "") -> list[int]:
-    """Calls as a model of this template writes them."""
+    """Write calls as a model of this template does."""
     made = talk.tokenizer
     start = made.tool_calls_id
     assert start is not None
@@ -48,13 +48,13 @@ def ask(talk: Talk, calls: Calls, before: str = "") -> list[int]:
 
 
 def garble(talk: Talk) -> list[int]:
-    """A call that cannot be read."""
+    """Write a call that cannot be parsed."""
     assert talk.tokenizer.tool_calls_id is not None
     return [talk.tokenizer.tool_calls_id, *talk.ids("nonsense {"), talk.tokenizer.eos_id]
 
 
-class Exchange:
-    """One message and all that followed."""
+class Turn:
+    """A message and everything that follows."""
 
     def __init__(
         self,
@@ -97,16 +97,16 @@ def test_arguments_of_every_json_type_make_the_round_trip(name: str, tmp_path: P
     with PythonFunctions(write(tmp_path, EVERY_TYPE), 20) as functions:
         talk = Talk(name, 20_000, tools=functions.tools)
         script = [ask(talk, [("every", ARGUMENTS)]), say(talk, "Done.")]
-        exchange = Exchange(talk, script, functions.call)
-    (result,) = exchange.results
+        turn = Turn(talk, script, functions.call)
+    (result,) = turn.results
     assert json.loads(result.text) == ARGUMENTS
-    assert exchange.answers[-1].text == "Done."
-    assert exchange.rounds.ended is None
+    assert turn.answers[-1].text == "Done."
+    assert turn.rounds.ended is None
     (message,) = [m for m in talk.chat.conversation.messages if isinstance(m, ToolMessage)]
     assert json.loads(str(message.content)) == ARGUMENTS
     told = talk.tokenizer.raw.get_special_token("[TOOL_RESULTS]")
-    assert exchange.prompts[1].count(told) == 1
-    assert "🙂" in talk.tokenizer.raw.decode(exchange.prompts[1][exchange.prompts[1].index(told) :])
+    assert turn.prompts[1].count(told) == 1
+    assert "🙂" in talk.tokenizer.raw.decode(turn.prompts[1][turn.prompts[1].index(told) :])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -119,11 +119,11 @@ def test_several_calls_in_one_answer_are_run_in_order(name: str) -> None:
         seen.append((call.name, call.arguments))
         return f"result {len(seen)}"
 
-    exchange = Exchange(talk, [ask(talk, calls), ask(talk, calls[:1]), say(talk, "Done.")], run)
+    turn = Turn(talk, [ask(talk, calls), ask(talk, calls[:1]), say(talk, "Done.")], run)
     assert seen == [*calls, calls[0]]
-    assert [r.text for r in exchange.results] == [f"result {n}" for n in (1, 2, 3, 4)]
+    assert [r.text for r in turn.results] == [f"result {n}" for n in (1, 2, 3, 4)]
     assert roles(talk) == ["user", "assistant", *["tool"] * 3, "assistant", "tool", "assistant"]
-    last = decoded(talk, exchange.prompts[-1])
+    last = decoded(talk, turn.prompts[-1])
     places = [last.index(f"result {n}") for n in (1, 2, 3, 4)]
     assert places == sorted(places)
     assert "Done." in decoded(talk, talk.next_prompt())
@@ -134,25 +134,25 @@ def test_several_calls_in_one_answer_are_run_in_order(name: str) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_raw_calls_are_told_apart_from_what_is_said(name: str) -> None:
     talk = Talk(name, tools=TOOLS)
-    exchange = Exchange(talk, [ask(talk, [("f", {})], "I will look."), say(talk, "It rains.")])
-    assert "".join(exchange.shown) == "I will look.It rains."
-    first = exchange.answers[0]
+    turn = Turn(talk, [ask(talk, [("f", {})], "I will look."), say(talk, "It rains.")])
+    assert "".join(turn.shown) == "I will look.It rains."
+    first = turn.answers[0]
     assert first.said == "I will look."
-    assert first.said + "".join(exchange.raw) == first.text
-    assert exchange.raw[0].startswith("[TOOL_CALLS]")
-    # Templates before v7 have no place for text beside calls.
-    assert ("I will look." in decoded(talk, exchange.prompts[1])) is talk.tokenizer.calls_have_text
+    assert first.said + "".join(turn.raw) == first.text
+    assert turn.raw[0].startswith("[TOOL_CALLS]")
+    # Templates before v7 allow no text beside calls.
+    assert ("I will look." in decoded(talk, turn.prompts[1])) is talk.tokenizer.calls_have_text
 
 
-# What was run is not run again: all up to the call where the template adds an id to it (v3 to v11,
-# and the model left it out), else all but the end token, which was never run.
+# What was run is not run again: everything up to the call if the template adds an id that the
+# model left out (v3 to v11), else all but the end token, which was never run.
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_results_reuse_the_cache(name: str) -> None:
     talk = Talk(name, tools=TOOLS)
-    exchange = Exchange(
+    turn = Turn(
         talk, [ask(talk, [("f", {"a": [1, 2]})]), ask(talk, [("g", {})]), say(talk, "Done.")]
     )
-    for before, after in zip(exchange.answers, exchange.answers[1:], strict=False):
+    for before, after in zip(turn.answers, turn.answers[1:], strict=False):
         held = before.usage.prompt_tokens + before.usage.completion_tokens - 1
         assert after.usage.cached_tokens >= before.usage.prompt_tokens
         if not talk.tokenizer.calls_have_ids:
@@ -174,8 +174,8 @@ def test_history_holds_the_ids_of_calls_that_the_template_would_write(name: str)
     else:
         assert made.args_id is not None
         own = [made.tool_calls_id, *talk.ids("f"), made.args_id, *talk.ids("{  }")]
-    exchange = Exchange(talk, [[*own, made.eos_id], say(talk, "Done.")])
-    first, second = exchange.prompts
+    turn = Turn(talk, [[*own, made.eos_id], say(talk, "Done.")])
+    first, second = turn.prompts
     assert second[: len(first) + len(own) + 1] == [*first, *own, made.eos_id]
     later = talk.next_prompt()
     assert any(later[n : n + len(own)] == own for n in range(len(later)))
@@ -190,26 +190,26 @@ def test_call_of_an_unknown_function_is_told_to_both(name: str) -> None:
         ran.append(call.name)
         return "ok"
 
-    exchange = Exchange(talk, [ask(talk, [("h", {}), ("f", {})]), say(talk, "Oh.")], run)
+    turn = Turn(talk, [ask(talk, [("h", {}), ("f", {})]), say(talk, "Oh.")], run)
     assert ran == ["f"]
-    assert exchange.results[0].fault == "the model called h, which is none of f, g, every"
-    assert exchange.results[0].text.startswith("error: there is no function h")
-    assert exchange.rounds.ended is None
-    assert "there is no function h" in decoded(talk, exchange.prompts[1])
+    assert turn.results[0].fault == "the model called h, which is none of f, g, every"
+    assert turn.results[0].text.startswith("error: there is no function h")
+    assert turn.rounds.ended is None
+    assert "there is no function h" in decoded(talk, turn.prompts[1])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_call_that_cannot_be_read_is_told_to_both(name: str) -> None:
     talk = Talk(name, tools=TOOLS)
     garbled = garble(talk)
-    exchange = Exchange(talk, [garbled, ask(talk, [("f", {})]), garbled, say(talk, "Sorry.")])
-    assert [r.call.name for r in exchange.results] == [UNREADABLE, "f", UNREADABLE]
-    assert exchange.results[0].fault == "the model made a call that cannot be read"
-    first, second = exchange.prompts[:2]
+    turn = Turn(talk, [garbled, ask(talk, [("f", {})]), garbled, say(talk, "Sorry.")])
+    assert [r.call.name for r in turn.results] == [UNREADABLE, "f", UNREADABLE]
+    assert turn.results[0].fault == "the model made a call that cannot be read"
+    first, second = turn.prompts[:2]
     assert second[: len(first) + len(garbled)] == [*first, *garbled]  # it sees what it wrote
     assert "could not be read" in decoded(talk, second)
-    assert exchange.answers[-1].text == "Sorry."
-    assert exchange.rounds.ended is None
+    assert turn.answers[-1].text == "Sorry."
+    assert turn.rounds.ended is None
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -222,11 +222,11 @@ def test_second_unusable_call_in_a_row_ends_the_rounds(name: str, kind: str) -> 
         "unknown": [unknown] * 2,
         "both": [unknown, garble(talk)],
     }[kind]
-    exchange = Exchange(talk, [ask(talk, [("f", {})]), *script, say(talk, "never said")])
-    assert exchange.rounds.ended == "the model made unusable calls twice in a row"
-    assert len(exchange.answers) == 3
+    turn = Turn(talk, [ask(talk, [("f", {})]), *script, say(talk, "never said")])
+    assert turn.rounds.ended == "the model made unusable calls twice in a row"
+    assert len(turn.answers) == 3
     assert not talk.chat.conversation.open_calls
-    after = Exchange(talk, [say(talk, "Here I am.")], text="And now?")
+    after = Turn(talk, [say(talk, "Here I am.")], text="And now?")
     assert after.answers[-1].text == "Here I am."
 
 
@@ -247,9 +247,9 @@ def test_call_that_no_template_could_repeat_is_unreadable(name: str, text: str) 
     talk = Talk(name, 20_000, tools=TOOLS)
     assert talk.tokenizer.tool_calls_id is not None
     own = [talk.tokenizer.tool_calls_id, *talk.ids(text), talk.tokenizer.eos_id]
-    exchange = Exchange(talk, [own, say(talk, "Sorry.")])
-    assert [result.call.name for result in exchange.results] == [UNREADABLE]
-    assert exchange.answers[-1].text == "Sorry."
+    turn = Turn(talk, [own, say(talk, "Sorry.")])
+    assert [result.call.name for result in turn.results] == [UNREADABLE]
+    assert turn.answers[-1].text == "Sorry."
     assert talk.next_prompt()
 
 
@@ -267,11 +267,11 @@ def test_calls_with_one_id_get_two(name: str) -> None:
     else:
         same = [{"name": "f", "arguments": {}, "id": "abcDEF123"}] * 2
         own = [made.tool_calls_id, *talk.ids(json.dumps(same)), made.eos_id]
-    exchange = Exchange(talk, [own, say(talk, "Done.")])
-    ids = [result.call.id for result in exchange.results]
+    turn = Turn(talk, [own, say(talk, "Done.")])
+    ids = [result.call.id for result in turn.results]
     assert ids[0] == "abcDEF123"
     assert len(set(ids)) == 2
-    assert exchange.answers[-1].text == "Done."
+    assert turn.answers[-1].text == "Done."
 
 
 @pytest.mark.parametrize("name", ["v3", "v11"])
@@ -285,15 +285,15 @@ def test_rounds_are_over_after_16(name: str) -> None:
         return "more"
 
     calls = ask(talk, [("f", {})])
-    exchange = Exchange(talk, [calls] * MAX_ROUNDS + [say(talk, "At last.")], run)
-    assert (n_ran, exchange.rounds.ended) == (MAX_ROUNDS, None)
-    assert exchange.answers[-1].text == "At last."
+    turn = Turn(talk, [calls] * MAX_ROUNDS + [say(talk, "At last.")], run)
+    assert (n_ran, turn.rounds.ended) == (MAX_ROUNDS, None)
+    assert turn.answers[-1].text == "At last."
     n_ran = 0
-    exchange = Exchange(talk, [calls] * (MAX_ROUNDS + 5), run)
+    turn = Turn(talk, [calls] * (MAX_ROUNDS + 5), run)
     assert n_ran == MAX_ROUNDS
-    assert len(exchange.answers) == MAX_ROUNDS + 1
-    assert exchange.rounds.ended == "16 rounds of calls are over; the last calls were not run"
-    after = Exchange(talk, [say(talk, "Here.")], text="And now?")
+    assert len(turn.answers) == MAX_ROUNDS + 1
+    assert turn.rounds.ended == "16 rounds of calls are over; the last calls were not run"
+    after = Turn(talk, [say(talk, "Here.")], text="And now?")
     assert after.answers[-1].text == "Here."
 
 
@@ -307,12 +307,12 @@ def test_cancelled_call_leaves_a_history_that_goes_on(name: str) -> None:
         return "ran"
 
     calls: Calls = [("f", {}), ("g", {}), ("f", {"n": 2})]
-    exchange = Exchange(talk, [ask(talk, calls), say(talk, "never said")], run)
-    assert exchange.rounds.cancelled
-    assert len(exchange.answers) == 1
+    turn = Turn(talk, [ask(talk, calls), say(talk, "never said")], run)
+    assert turn.rounds.cancelled
+    assert len(turn.answers) == 1
     stopped = "error: the person stopped this call"
-    assert [result.text for result in exchange.results] == ["ran", stopped, stopped]
-    after = Exchange(talk, [say(talk, "Fine.")], text="And now?")
+    assert [result.text for result in turn.results] == ["ran", stopped, stopped]
+    after = Turn(talk, [say(talk, "Fine.")], text="And now?")
     assert after.answers[-1].text == "Fine."
     assert roles(talk) == ["user", "assistant", *["tool"] * 3, "user", "assistant"]
     assert talk.chat.conversation.undo() == "And now?"
@@ -328,8 +328,8 @@ def test_cancelled_call_leaves_a_history_that_goes_on(name: str) -> None:
 )  # fmt: skip
 def test_any_result_goes_into_any_template(name: str, text: str) -> None:
     talk = Talk(name, 60_000, tools=TOOLS)
-    exchange = Exchange(talk, [ask(talk, [("f", {})]), say(talk, "Done.")], lambda call: text)
-    assert exchange.answers[-1].text == "Done."
+    turn = Turn(talk, [ask(talk, [("f", {})]), say(talk, "Done.")], lambda call: text)
+    assert turn.answers[-1].text == "Done."
     assert talk.next_prompt().count(talk.tokenizer.eos_id) == 2
 
 
@@ -338,9 +338,9 @@ def test_result_that_would_fill_the_context_is_cut_and_says_so(name: str) -> Non
     talk = Talk(name, 1000, tools=TOOLS)
     text = "word " * 4000
     calls: Calls = [("f", {}), ("g", {})]
-    exchange = Exchange(talk, [ask(talk, calls), say(talk, "Done.")], lambda call: text)
-    assert exchange.answers[-1].text == "Done."
-    for result in exchange.results:
+    turn = Turn(talk, [ask(talk, calls), say(talk, "Done.")], lambda call: text)
+    assert turn.answers[-1].text == "Done."
+    for result in turn.results:
         kept, _, note = result.text.partition("\n[cut: the first ")
         assert text.startswith(kept)
         assert note == f"{len(kept):,} of {len(text):,} characters]"
@@ -351,17 +351,17 @@ def test_results_that_do_not_fit_are_an_error() -> None:
     talk = Talk("v3", 230, tools=TOOLS)
     calls: Calls = [("f", {"n": n}) for n in range(3)]
     with pytest.raises(ContextLengthError):
-        Exchange(talk, [ask(talk, calls)], lambda call: "x" * 100)
+        Turn(talk, [ask(talk, calls)], lambda call: "x" * 100)
     assert talk.chat.conversation.undo() == "Hi"
-    assert Exchange(talk, [say(talk, "Fine.")]).answers[-1].text == "Fine."
+    assert Turn(talk, [say(talk, "Fine.")]).answers[-1].text == "Fine."
 
 
-def test_empty_answer_after_results_ends_the_exchange() -> None:
+def test_empty_answer_after_results_ends_the_turn() -> None:
     talk = Talk("v3", tools=TOOLS)
-    exchange = Exchange(talk, [ask(talk, [("f", {})]), say(talk, "")[-1:]])
-    assert [answer.text for answer in exchange.answers][1:] == [""]
+    turn = Turn(talk, [ask(talk, [("f", {})]), say(talk, "")[-1:]])
+    assert [answer.text for answer in turn.answers][1:] == [""]
     assert roles(talk) == ["user", "assistant", "tool"]
-    assert Exchange(talk, [say(talk, "Fine.")]).answers[-1].text == "Fine."
+    assert Turn(talk, [say(talk, "Fine.")]).answers[-1].text == "Fine."
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -408,9 +408,9 @@ def test_send_results_goes_on_after_calls(name: str) -> None:
 
 def test_template_of_one_result_takes_one_and_refuses_more() -> None:
     talk = Talk("v2", tools=TOOLS)
-    exchange = Exchange(talk, [ask(talk, [("f", {})]), say(talk, "Done.")])
-    assert exchange.answers[-1].text == "Done."
+    turn = Turn(talk, [ask(talk, [("f", {})]), say(talk, "Done.")])
+    assert turn.answers[-1].text == "Done."
     with pytest.raises(PromptError, match="v2 does not support multiple tool results"):
-        Exchange(talk, [ask(talk, [("f", {}), ("g", {})])], text="And now?")
+        Turn(talk, [ask(talk, [("f", {}), ("g", {})])], text="And now?")
     assert talk.chat.conversation.undo() == "And now?"
-    assert Exchange(talk, [say(talk, "Fine.")]).answers[-1].text == "Fine."
+    assert Turn(talk, [say(talk, "Fine.")]).answers[-1].text == "Fine."

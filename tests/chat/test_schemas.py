@@ -1,5 +1,5 @@
-"""Schemas that llguidance would take for more than they say, by kinds: each answer is valid, what
-is valid may be said, and what cannot be kept is refused by its name.
+"""Schemas that llguidance misreads, by kind: answers are valid, valid texts are allowed, and what
+is not supported is refused by name.
 """
 
 import itertools
@@ -165,7 +165,7 @@ def test_objects_that_match_patterns_of_names_may_be_said(additional: Any) -> No
 
 
 def _combinations() -> Iterable[tuple[str, dict[str, float]]]:
-    """Both bounds of every kind, a whole or broken distance apart, around every edge."""
+    """Yield both bounds of every kind, at whole and fractional distances, around every edge."""
     edges = (0, 1, -1, 0.5, -0.5, 2.25, -3.0, 10)
     for low, high, kind in itertools.product(
         ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"), ("number", "integer")

@@ -53,7 +53,7 @@ def stream(made: Tokenizer, ids: list[int], *, continues: bool = False) -> list[
 
 
 def draw_ids(made: Tokenizer, rng: random.Random, n: int, *, bytes_too: bool) -> list[int]:
-    """Ids of plain tokens, any after any, as a model may choose them."""
+    """Draw ids of plain tokens in any order, as a model may."""
     ids: list[int] = []
     while len(ids) < n:
         i = rng.randrange(made.n_words)
@@ -118,7 +118,7 @@ def test_detokenizer_gives_valid_text_as_it_was(name: str, text: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_detokenizer_waits_for_the_last_byte_of_a_character(name: str, text: str) -> None:
     made = tokenizer(name)
-    text = text.lstrip(" ")  # the next test's business
+    text = text.lstrip(" ")  # covered by the next test
     pieces = stream(made, byte_ids(made, text))
     assert "".join(pieces) == text
     for character in text:  # nothing, nothing, then the whole character
@@ -368,7 +368,7 @@ def _ranks(*ranks: Any) -> bytes:
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
-# Each of these filled the memory, hung, ended with a panic of Rust's or was taken as it is.
+# Each of these once filled the memory, hung, ended in a Rust panic or was accepted.
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -489,7 +489,7 @@ def test_encode_chat_says_what_the_template_refuses(name: str, messages: tuple[A
     assert "\n" not in str(caught.value)  # errors are one line
 
 
-# Bytes that are no UTF-8 come from a terminal so; Tekken writes U+FFFD in their place.
+# Input that is not UTF-8 arrives like this; Tekken writes U+FFFD for it.
 @pytest.mark.parametrize("name", SENTENCEPIECE)
 def test_half_of_a_surrogate_pair_is_refused(name: str) -> None:
     made = tokenizer(name)

@@ -23,7 +23,7 @@ WEATHER: dict[str, Any] = {
 
 
 def call_ids(made: Tokenizer, *parts: str) -> list[int]:
-    """Ids of marks and texts between them, and the end token."""
+    """Encode texts and marks between them, and the end token."""
     ids: list[int] = []
     for part in parts:
         if part.startswith("[") and part.endswith("]") and part.isupper():
@@ -353,7 +353,7 @@ def _damage(text: str, rng: random.Random) -> str:
 
 
 def test_damaged_calls_are_what_was_written_or_none() -> None:
-    """Never a call that has lost its arguments, and never one that nobody wrote."""
+    """A call never loses its arguments, and no call is invented."""
     rng = random.Random(15)
     n_read = 0
     for _ in range(6000):

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from mistral_chat.cli import start
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine import start_up
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.errors import TokenizerError
 from mistral_chat.model import hf
 from mistral_chat.model.folder import ModelFolder
 from tests.conftest import ROOT, TINY, Finished, Run, command_env, random_weights, write_params
+from tests.warm import Piped
 
 PROMPT = ("--prompt", "Hello", "--max_tokens", "2", "--device", "cpu")
 WEIGHTS = "consolidated.safetensors"
@@ -393,19 +394,12 @@ def test_missing_prompt_file_is_named(run: Run, tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
 def test_reader_that_closes_the_pipe_ends_all_quietly(tiny_folder: Path, n_ranks: int) -> None:
-    script = '"$0" -m mistral_chat "$@" | head -c 3; echo " ${PIPESTATUS[0]}"'
     words = [str(tiny_folder), "--prompt", "Hello", "--max_tokens", "400"]
-    done = subprocess.run(
-        ["bash", "-c", script, sys.executable, *words, "--nproc_per_node", str(n_ranks)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,  # every rank holds stderr: that this returns means that all ended
-        timeout=300,
-        env=command_env(),
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.stderr == b""
-    assert re.fullmatch(rb".{3} 0\n", done.stdout, re.DOTALL)
+    with Piped("mistral_chat", [*words, "--nproc_per_node", str(n_ranks)]) as process:
+        assert len(process.stdout.read(3)) == 3
+        process.stdout.close()
+        code, _, err = process.finish()
+    assert (code, err) == (0, b"")
 
 
 def test_bad_tools_file_is_named(run: Run, tiny_folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mistral_chat.config import SamplingParams
 from mistral_chat.engine import engine as engine_module
 from mistral_chat.engine.decoder import Choosing, Decoder, Pending
 from mistral_chat.engine.engine import MOST_AT_ONCE, Engine, Prefill, Request, Token
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.sampling import allowed_words
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import CheckpointError

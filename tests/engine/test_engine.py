@@ -11,7 +11,7 @@ import torch
 
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.engine import Engine, Prefill, Request, Token
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import CheckpointError, ContextLengthError, PromptError

@@ -17,7 +17,7 @@ import torch
 
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.engine import Engine, Prefill, Request
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.runner import Runner
 from mistral_chat.errors import CheckpointError
 from mistral_chat.generate import generate

@@ -17,7 +17,7 @@ import torch
 
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine import loading as watching
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.start_up import load_runner, reading_threads
 from mistral_chat.errors import PromptError
 from mistral_chat.model import loading

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mistral_chat.engine.node_memory import NodeMemory
+from mistral_chat.engine.ranks.node_memory import NodeMemory
 from tests.conftest import random_weights, write_params
 from tests.ranks import run_ranks
 from tests.scripts import ranks
@@ -58,7 +58,13 @@ def together(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-by_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def world_size(request: pytest.FixtureRequest) -> int:
+    """Of the module, so that all tests of one number come one after the other, in one process."""
+    number: int = request.param
+    return number
+
+
 by_way = pytest.mark.parametrize("way", WAYS)
 by_way_and_model = pytest.mark.parametrize(
     ("way", "model"),
@@ -66,14 +72,12 @@ by_way_and_model = pytest.mark.parametrize(
 )
 
 
-@by_world_size
 def test_ranks_of_one_node_share_memory(together: Any, world_size: int) -> None:
     wanted = [NodeMemory.is_supported()] * world_size
     assert [seen["node memory"]["used"] for seen in together(world_size)] == wanted
     assert [seen["gloo"]["used"] for seen in together(world_size)] == [False] * world_size
 
 
-@by_world_size
 @by_way_and_model
 def test_ranks_give_the_logits_of_one(
     alone: Seen, together: Any, world_size: int, way: str, model: str
@@ -90,7 +94,6 @@ def test_ranks_give_the_logits_of_one(
     assert wanted[0].std() > 0.5  # there is something to compare
 
 
-@by_world_size
 @by_way_and_model
 def test_ranks_give_the_greedy_tokens_of_one(
     alone: Seen, together: Any, world_size: int, way: str, model: str
@@ -101,7 +104,6 @@ def test_ranks_give_the_greedy_tokens_of_one(
     assert len({i for row in wanted["greedy"] for i in row}) > 10  # it says more than one thing
 
 
-@by_world_size
 @by_way
 def test_ranks_repeat_themselves_with_a_cache_and_with_a_seed(
     together: Any, world_size: int, way: str
@@ -112,13 +114,11 @@ def test_ranks_repeat_themselves_with_a_cache_and_with_a_seed(
     assert seen["sampled"][0] != seen["greedy"]
 
 
-@by_world_size
 @by_way
 def test_followers_see_no_logits(together: Any, world_size: int, way: str) -> None:
     assert all(seen[way]["models"] == {} for seen in together(world_size)[1:])
 
 
-@by_world_size
 @by_way
 def test_all_reduce_gives_every_rank_the_sum(together: Any, world_size: int, way: str) -> None:
     n = world_size
@@ -131,7 +131,6 @@ def test_all_reduce_gives_every_rank_the_sum(together: Any, world_size: int, way
         assert torch.equal(got["bfloat16 sum"], torch.full((3, 4), n * (n + 1) / 2).bfloat16())
 
 
-@by_world_size
 @by_way
 def test_all_reduce_of_many_numbers_is_the_same_on_all_ranks(
     together: Any, world_size: int, way: str
@@ -142,7 +141,6 @@ def test_all_reduce_of_many_numbers_is_the_same_on_all_ranks(
     torch.testing.assert_close(sums[0].double(), ranks.sum_of_big(world_size), rtol=0, atol=3e-6)
 
 
-@by_world_size
 @by_way
 def test_gather_columns_puts_uneven_parts_side_by_side_on_the_leader(
     together: Any, world_size: int, way: str
@@ -152,7 +150,6 @@ def test_gather_columns_puts_uneven_parts_side_by_side_on_the_leader(
     assert others == [None] * (world_size - 1)
 
 
-@by_world_size
 @by_way
 def test_ranks_agree_on_what_the_leader_shares_and_on_the_least(
     together: Any, world_size: int, way: str
@@ -163,7 +160,6 @@ def test_ranks_agree_on_what_the_leader_shares_and_on_the_least(
         assert seen[way]["exchange"]["together"] == "went well"
 
 
-@by_world_size
 @by_way
 @pytest.mark.parametrize("kind", ["greedy", "scored"])
 def test_generate_on_ranks_is_generate_on_one(
@@ -177,7 +173,6 @@ def test_generate_on_ranks_is_generate_on_one(
             assert row == pytest.approx(wanted, abs=WITHIN)
 
 
-@by_world_size
 @by_way
 def test_generate_samples_the_same_on_every_rank(together: Any, world_size: int, way: str) -> None:
     first, *others = (seen[way]["generate"]["sampled"] for seen in together(world_size))
@@ -185,7 +180,6 @@ def test_generate_samples_the_same_on_every_rank(together: Any, world_size: int,
     assert [len(row) for row in first[0]] == [6, 6, 6]
 
 
-@by_world_size
 def test_together_fails_on_all_ranks_and_the_first_says_why(together: Any, world_size: int) -> None:
     first = max(1, world_size - 2)
     for rank, seen in enumerate(together(world_size)):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.engine import Engine, Request, Token
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.model.args import TransformerArgs

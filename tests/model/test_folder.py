@@ -18,7 +18,7 @@ from mistral_chat import LLM
 from mistral_chat.cli import start
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine import start_up
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.errors import CheckpointError, TokenizerError
 from mistral_chat.model import checkpoint, folder, hf
 from mistral_chat.model.args import TransformerArgs

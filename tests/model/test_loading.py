@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from mistral_chat.model.operations import Alone
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
 from tests.conftest import (
-    command_env,
+    ROOT,
     folder_of,
     load_weights,
     random_weights,
@@ -39,7 +40,6 @@ from tests.model.test_checkpoint import (
     write_zeros,
 )
 from tests.scripts import load_share
-from tests.warm import warm
 
 
 @pytest.mark.parametrize("write", LAYOUTS)
@@ -285,10 +285,15 @@ def test_load_weights_closes_its_files(
 
 def load_share_apart(folder: Path, dtype: str) -> tuple[int, int]:
     """How much the peak memory of a process grew that loaded a share, and the share: bytes."""
-    words = [str(folder), dtype]
-    code, out, err = warm().run("tests.scripts.load_share", words, command_env(), b"", 300)
-    assert code == 0, err.decode()
-    grown, share = map(int, out.split())
+    done = subprocess.run(  # a fork's memory would begin with its parent's
+        [sys.executable, "-m", "tests.scripts.load_share", str(folder), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    grown, share = map(int, done.stdout.split())
     return grown, share
 
 

@@ -15,8 +15,8 @@ import torch
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.collectives import collective_of
 from mistral_chat.engine.engine import Engine, Request, Token
-from mistral_chat.engine.group import Group
-from mistral_chat.engine.launch import current_group
+from mistral_chat.engine.ranks.group import Group
+from mistral_chat.engine.ranks.launch import current_group
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.model.args import TransformerArgs

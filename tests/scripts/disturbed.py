@@ -21,7 +21,7 @@ from typing import Any
 
 from mistral_chat.cli.main import main
 from mistral_chat.engine import loading as watching
-from mistral_chat.engine.lifeline import Lifeline
+from mistral_chat.engine.ranks.lifeline import Lifeline
 from mistral_chat.model import loading
 
 DISTURBED_READ = 5

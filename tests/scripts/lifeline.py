@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 
-from mistral_chat.engine.lifeline import Lifeline
+from mistral_chat.engine.ranks.lifeline import Lifeline
 
 
 def main(role: str, *numbers: str) -> None:

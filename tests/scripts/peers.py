@@ -13,10 +13,10 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.collectives import PeerCollective
 from mistral_chat.engine.decoder import Choosing, Decoder
-from mistral_chat.engine.group import Group
-from mistral_chat.engine.launch import place
+from mistral_chat.engine.ranks.group import Group
+from mistral_chat.engine.ranks.launch import place
+from mistral_chat.engine.ranks.shared_memory import share_memory
 from mistral_chat.engine.sampling import allowed_words
-from mistral_chat.engine.shared_memory import share_memory
 from mistral_chat.engine.step import Chunk
 from mistral_chat.kernels import peer
 from mistral_chat.kernels.elementwise import Scaled

@@ -17,8 +17,8 @@ from torch import Tensor
 from mistral_chat.config import EngineConfig, SamplingParams
 from mistral_chat.engine.collectives import GroupCollective
 from mistral_chat.engine.engine import Engine, Request, Token
-from mistral_chat.engine.group import Group
-from mistral_chat.engine.launch import current_group
+from mistral_chat.engine.ranks.group import Group
+from mistral_chat.engine.ranks.launch import current_group
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.start_up import load_runner
 from mistral_chat.engine.step import Chunk, Step

@@ -1,6 +1,6 @@
-"""The lines of a batch's IN: what each asks, ours or OpenAI's, or why it cannot be answered.
+"""Parse the lines of a batch's IN, in our form or OpenAI's: questions, or errors.
 
-Reads all of them before there is a model, so imports nothing heavy. Knows nothing of OUT.
+Reads all lines before the model is loaded, so imports nothing heavy. Knows nothing of OUT.
 """
 
 import errno
@@ -29,7 +29,7 @@ _SAMPLING = flags_of(SamplingParams)
 _FIELDS = ("id", "prompt", "messages", "tools", "json_schema", "json_object", *_SAMPLING)
 _OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 _CHAT_URL, _COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
-# What OpenAI's bodies may hold and has no meaning here; and what only one value of has.
+# Fields of OpenAI's bodies that have no effect here, and fields with one supported value.
 _IGNORED = ("model", "user", "metadata", "store", "service_tier")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -52,10 +52,10 @@ class Line:
     """A line of IN.
 
     Args:
-        number: from 1.
-        id: what its output is called.
-        question: what it asks.
-        error: or why it cannot be read.
+        number: counted from 1.
+        id: the id of its record.
+        question: the question, unless there is an error.
+        error: why the line cannot be answered.
     """
 
     number: int
@@ -65,14 +65,14 @@ class Line:
 
 
 class _LineError(Exception):
-    """What is wrong with a line of IN."""
+    """A line of IN is invalid; the message says why."""
 
 
 def check_source(source: str) -> None:
-    """Refuse an IN that cannot be read, as far as can be told without reading: it may be a pipe.
+    """Refuse an IN that cannot be read, without reading it, since it may be a pipe.
 
     Raises:
-        PromptError: not there, a folder or a device, or no permission.
+        PromptError: it does not exist, is a folder or a device, or cannot be read.
     """
     if source == "-":
         if sys.stdin is None:
@@ -97,10 +97,10 @@ def _cannot_read(source: str, error: Exception) -> PromptError:
 
 
 def read_source(source: str) -> tuple[bytes, os.stat_result]:
-    """All of IN, and what kind of file it is.
+    """Read all of IN; return it with its stat.
 
     Raises:
-        PromptError: it cannot be read, or is more than memory or any machine's time is for.
+        PromptError: it cannot be read, or is too large.
     """
     try:
         if source != "-":
@@ -114,7 +114,7 @@ def read_source(source: str) -> tuple[bytes, os.stat_result]:
 
 
 def _read_all(file: BinaryIO, where: str) -> bytes:
-    data = file.read(MOST_BYTES + 1)  # what is behind a pipe may never end
+    data = file.read(MOST_BYTES + 1)  # a pipe may never end
     if len(data) > MOST_BYTES:
         raise PromptError(f"{where} has more than {MOST_BYTES >> 30} GiB: divide it")
     return data
@@ -171,12 +171,12 @@ def _read_object(text: bytes) -> dict[str, Any]:
 
 
 def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
-    """An object less its fields that are null, which clients write for those that are not set."""
+    """Drop fields that are null, which clients send for unset ones."""
     return {name: entry for name, entry in value.items() if entry is not None}
 
 
 def is_torn(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which has no UTF-8."""
+    """Return whether a text contains a lone surrogate, which UTF-8 cannot encode."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -196,7 +196,7 @@ def _read_question(
     instruct = request.instruct
     if "custom_id" in value or "body" in value:
         value, url = _read_body(value)
-        instruct = instruct and url is None  # with a url it has said which of the two it is
+        instruct = instruct and url is None  # a url already says which of the two it is
     else:
         _check_names(value, _FIELDS, "")
     prompt, messages, tools = (value.get(name) for name in ("prompt", "messages", "tools"))
@@ -236,7 +236,7 @@ def asks_json(request: AnswersRequest) -> bool:
 
 
 def _read_format(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What a line says of its answer's form, as arguments of Question."""
+    """Read a line's answer format, as arguments of Question."""
     schema, any_object = value.get("json_schema"), value.get("json_object")
     if schema is not None and not isinstance(schema, dict):
         raise _LineError(f"json_schema is {shown(schema)}: expected a schema, which is an object")
@@ -248,7 +248,7 @@ def _read_format(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_body(value: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The body of a line in OpenAI's form with our names for its fields, and its url."""
+    """Return the body of a line in OpenAI's form, with our field names, and its url."""
     _check_names(value, _OPENAI_FIELDS, " in a line with custom_id or body")
     method, url, body = (value.get(name) for name in ("method", "url", "body"))
     if method not in (None, "POST"):
@@ -271,7 +271,7 @@ def _read_body(value: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         fields["max_tokens"] = body["max_completion_tokens"]
     if "response_format" in body:
         fields |= _read_response_format(body["response_format"])
-    if isinstance(body.get("logprobs"), bool):  # of a chat: a switch, and a number beside it
+    if isinstance(body.get("logprobs"), bool):  # chat: a switch, with the number in a second field
         top = body.get("top_logprobs")
         fields["logprobs"] = (0 if top is None else top) if body["logprobs"] else None
     elif "top_logprobs" in body:
@@ -280,7 +280,7 @@ def _read_body(value: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
 
 
 def _read_response_format(found: Any) -> dict[str, Any]:
-    """OpenAI's name for json_schema and json_object; its `text` is neither, whatever flags say."""
+    """Translate OpenAI's response_format; its `text` turns JSON off, whatever the flags say."""
     kind = found.get("type") if isinstance(found, dict) else None
     if kind not in ("text", "json_object", "json_schema"):
         raise _LineError(
@@ -334,6 +334,6 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
+    """Format a value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

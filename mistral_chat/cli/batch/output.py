@@ -1,7 +1,7 @@
-"""A batch's OUT: its records, written whole and synced one by one, and what an earlier run left.
+"""A batch's OUT: records written whole and synced one by one, and those of an earlier run.
 
-It is its own journal: a run that finds it goes on with the lines that it lacks. Lines to be tried
-again are lines that it lacks: their errors are taken out first. Knows nothing of models.
+OUT is its own journal: a later run continues with the lines that it lacks. To retry lines, their
+error records are removed first. Knows nothing of models.
 """
 
 import errno
@@ -23,21 +23,21 @@ __all__ = ["Output", "check_target", "error_record"]
 
 _RECORD_START = b'{"id": '
 _ERROR_LINE = re.compile(r"line (\d+): ")
-# JSON lets them be; Python's splitlines and other readers of lines would divide a record there.
+# JSON allows these, but Python's splitlines and other readers would split a record there.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 def error_record(line: Line, error: str) -> dict[str, Any]:
-    """The record of a line that has an error, which names the line."""
+    """Make the record of a line with an error; the error names the line."""
     named = error if _ERROR_LINE.match(error) else f"line {line.number}: {error}"
     return {"id": line.id, "error": named}
 
 
 def check_target(target: str) -> None:
-    """Refuse an OUT that cannot be written, as far as its name tells; nothing is made.
+    """Refuse an OUT that cannot be written, as far as can be told without creating anything.
 
     Raises:
-        OutputError: a folder, no such folder, or no permission.
+        OutputError: a folder, a missing parent folder, or no permission.
     """
     if target == "-":
         if sys.stdout is None:
@@ -60,15 +60,15 @@ def _cannot_write(target: str, error: OSError) -> OutputError:
 
 
 class Output:
-    """OUT: open, locked and known to be this input's, or stdout.
+    """OUT: an open and locked file, or stdout.
 
     Args:
         target: its path, or `-`.
-        source: of IN, which must be another file.
+        source: stat of IN, which must be another file.
 
     Raises:
         OutputError: it cannot be written, or another run is writing it.
-        UsageError: it is IN.
+        UsageError: it is IN itself.
     """
 
     def __init__(self, target: str, source: os.stat_result) -> None:
@@ -113,50 +113,50 @@ class Output:
 
     @property
     def is_file(self) -> bool:
-        """Whether a later run can go on with it."""
+        """Whether a later run can continue it."""
         return self._is_file
 
     @property
     def _beside(self) -> Path:
-        """Where a file is made that is to take the place of this one."""
+        """Path of the temporary file that replaces this one."""
         path = Path(self._target).resolve()
         return path.with_name(f".{path.name}.retry_errors")
 
     def resume(
         self, lines: Sequence[Line], model: str, *, retry_errors: bool = False
     ) -> tuple[set[int], int]:
-        """Read what an earlier run wrote, and cut off a line that it did not finish.
+        """Read the records of an earlier run, and cut off an unfinished one.
 
         Args:
-            lines: of IN.
-            model: of this run, as its records name it; the folder may be written in another way.
-            retry_errors: take out every record that has an error, so that its line is run again.
+            lines: all lines of IN.
+            model: the model's name in records; only its last path component is compared.
+            retry_errors: whether to remove error records, so that their lines are run again.
 
         Returns:
-            the numbers of the lines that need no run, and how many of them have an error.
+            the numbers of the lines that are done, and how many of them have an error.
 
         Raises:
-            OutputError: it holds something else than answers of this model to these lines.
+            OutputError: it has other content than answers of this model to these lines.
         """
         if self._fd is None or not self._is_file:
             return set(), 0
         by_number = {line.number: line for line in lines}
         owners = {line.id: line for line in reversed(lines)}
         done: set[int] = set()
-        failed: set[int] = set()  # places of records to take out
+        failed: set[int] = set()  # positions of records to remove
         n_errors = end = 0
         torn = b""
         with Path(self._target).open("rb") as file:
             for place, text in enumerate(file, 1):
                 if not text.endswith(b"\n"):
-                    torn = text.rstrip(b"\0")  # what a power cut leaves of an append
+                    torn = text.rstrip(b"\0")  # a power cut can leave zeros at the end
                     break
                 end += len(text)
                 id_, error = self._read_record(text, place, model)
                 if retry_errors and error is not None:
-                    failed.add(place)  # whatever line of IN it was: that may have been mended
+                    failed.add(place)  # its line of IN may have been corrected since
                     continue
-                # A line whose id is another's has its error by its number.
+                # A line with the id of another line is identified by the number in its error.
                 named = _ERROR_LINE.match(error or "")
                 line = by_number.get(int(named[1])) if named else None
                 if line is None or line.id != id_:
@@ -169,7 +169,7 @@ class Output:
         if not (torn.startswith(_RECORD_START) or _RECORD_START.startswith(torn)):
             raise self._foreign(len(done) + len(failed) + 1, "it is no answer of ours")
         try:
-            self._beside.unlink(missing_ok=True)  # of a run that was killed
+            self._beside.unlink(missing_ok=True)  # left by a run that was killed
             if failed:
                 self._take_out(failed)
             elif os.fstat(self._fd).st_size > end:
@@ -180,10 +180,10 @@ class Output:
         return done, n_errors
 
     def _take_out(self, places: Collection[int]) -> None:
-        """Put a file without some lines in the place of this one, at once: a kill leaves either.
+        """Remove lines by replacing the file atomically, so that a kill leaves the old or the new.
 
         Args:
-            places: numbers of lines, from 1; one that was never finished goes, too.
+            places: numbers of lines, from 1; an unfinished line is removed, too.
 
         Raises:
             OSError: it cannot be written.
@@ -194,7 +194,7 @@ class Output:
         new = os.open(beside, flags, 0o600)
         try:
             os.fchmod(new, stat.S_IMODE(os.fstat(self._fd).st_mode))
-            lock(new)  # before it has the name by which others look for it
+            lock(new)  # before it gets the name that other runs look for
             with path.open("rb") as file, os.fdopen(os.dup(new), "wb") as kept:
                 for place, text in enumerate(file, 1):
                     if place not in places and text.endswith(b"\n"):
@@ -232,10 +232,10 @@ class Output:
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record as one line, and return when the disk has it.
+        """Append a record as one line; return once it is on disk.
 
         Raises:
-            OutputError: it cannot be written, such as to a full disk.
+            OutputError: it cannot be written, for example to a full disk.
             BrokenPipeError: the reader has gone.
         """
         text = json.dumps(record, ensure_ascii=False).translate(_LINE_ENDS) + "\n"
@@ -246,7 +246,7 @@ class Output:
             return
         left = memoryview(text.encode())
         try:
-            while left:  # one write, but where a disk fills up or a pipe takes less
+            while left:  # usually one write; less if a disk fills up or a pipe is full
                 left = left[os.write(self._fd, left) :]
             if self._is_file:
                 os.fsync(self._fd)

@@ -1,6 +1,6 @@
-"""How far a batch is: a line that stays up to date on a terminal, and one at the end elsewhere.
+"""Progress of a batch: a live line at a terminal, or else one line at the end.
 
-Knows counts and times, no lines and no models.
+Knows counts and times, but nothing of lines or models.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ LEAST_CELLS, MOST_CELLS = 8, 30
 
 
 class Progress:
-    """Counts, a line that stays up to date on a terminal, and one at the end elsewhere.
+    """Counts lines and tokens; shows a live line at a terminal, or else one at the end.
 
     Args:
-        total: lines of IN.
-        done: of them, those that an earlier run wrote.
-        n_errors: of those, the ones with an error.
-        quiet: nothing but errors.
-        can_retry: a later run can try lines again that have an error.
+        total: number of lines in IN.
+        done: how many of them an earlier run finished.
+        n_errors: how many of those have an error.
+        quiet: whether to print only errors.
+        can_retry: whether a later run can retry lines with errors.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Progress:
         self._shown_at = 0.0
 
     def begin(self) -> None:
-        """The model is loaded."""
+        """Start the clock, as the model is loaded."""
         self._started = time.monotonic()
 
     def add_token(self) -> None:
-        """A token was chosen."""
+        """Count a token."""
         self._n_tokens += 1
         self._show()
 
     def count(self, *, answered: bool = True, failed: bool = False) -> None:
-        """A line was written: the model has answered it, or it has an error, or both."""
+        """Count a written line: one that the model answered, one with an error, or both."""
         self._done += 1
         self._n_errors += failed
         self._n_answered += answered
@@ -78,7 +78,7 @@ class Progress:
         self._is_drawn = True
 
     def _fitted(self, text: str) -> str:
-        """The line as wide as the terminal has room for, a bar at its end: one that wraps stays."""
+        """Fit the line to the terminal's width, with a bar if there is room; it must not wrap."""
         try:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
         except (OSError, ValueError):
@@ -90,12 +90,12 @@ class Progress:
         return f"{text} {'━' * n_full}{'─' * (n_cells - n_full)}"
 
     def _draw(self, text: str) -> None:
-        # Past Python's buffer, whose lock a signal's handler may find taken.
+        # Bypass Python's buffer: a signal handler may find its lock taken.
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), text.encode())
 
     def clear(self) -> None:
-        """Take the line off the terminal, and give back the cursor that the loading bar hides."""
+        """Erase the line, and show the cursor, which the loading bar hides."""
         if self._live and self._started is None:
             self._draw("\x1b[?25h")
         if self._is_drawn:
@@ -103,7 +103,7 @@ class Progress:
             self._draw("\r\x1b[K")
 
     def interrupted(self) -> None:
-        """Say how far it came; safe in a signal's handler."""
+        """Print how many lines are written; can be called in a signal handler."""
         self.clear()
         if not self._quiet and sys.stderr is not None:
             self._draw(
@@ -111,7 +111,7 @@ class Progress:
             )
 
     def finish(self) -> int:
-        """Say what came of it; the code to end with."""
+        """Print the outcome; return the exit code."""
         from mistral_chat.cli.console import render
 
         self.clear()

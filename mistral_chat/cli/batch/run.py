@@ -22,13 +22,13 @@ from mistral_chat.cli.offered import Offered, read_offered
 from mistral_chat.cli.pipes import keep_pipe
 from mistral_chat.cli.requests import BatchRequest
 from mistral_chat.cli.suggestions import require_model
-from mistral_chat.engine.launch import launched_rank
+from mistral_chat.engine.ranks.launch import launched_rank
 from mistral_chat.errors import OtherRankFailedError, PromptError, UsageError
 
 if TYPE_CHECKING:
     from mistral_chat.chat.answer import Answer
     from mistral_chat.engine.engine import Engine
-    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.ranks.group import Group
     from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["run"]
@@ -68,7 +68,7 @@ def _follow(request: BatchRequest) -> int:
     """Any rank but 0: hear whether there is anything to do, then serve."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and without a word
-    from mistral_chat.engine.launch import current_group
+    from mistral_chat.engine.ranks.launch import current_group
 
     group = current_group()
     n_slots = group.share(None)
@@ -131,7 +131,7 @@ def _answer(
     from mistral_chat.chat.answer import Answer
     from mistral_chat.chat.batch import answer_many
     from mistral_chat.engine.engine import Engine
-    from mistral_chat.engine.launch import current_group, visible_gpus
+    from mistral_chat.engine.ranks.launch import current_group, visible_gpus
 
     group = current_group()
     start.end_with(group, progress.clear)

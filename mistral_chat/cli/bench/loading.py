@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from mistral_chat.config import EngineConfig
 from mistral_chat.engine.collectives import collective_of
-from mistral_chat.engine.group import Group, Place
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.start_up import choose_device, choose_dtype, default_dtype, reading_threads
 from mistral_chat.errors import UsageError
 from mistral_chat.model.checkpoint import Headers

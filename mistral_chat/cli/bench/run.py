@@ -17,7 +17,7 @@ from mistral_chat.cli import start
 from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.requests import BenchRequest
 from mistral_chat.cli.suggestions import require_model
-from mistral_chat.engine.launch import launched_rank
+from mistral_chat.engine.ranks.launch import launched_rank
 from mistral_chat.errors import PromptError, UsageError
 from mistral_chat.files import read_json
 
@@ -72,8 +72,8 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
 
     from mistral_chat.cli.bench import measure
     from mistral_chat.cli.bench import phases as bench_phases
-    from mistral_chat.engine.group import Group, Place
-    from mistral_chat.engine.launch import current_group
+    from mistral_chat.engine.ranks.group import Group, Place
+    from mistral_chat.engine.ranks.launch import current_group
     from mistral_chat.engine.start_up import choose_device, load_runner
 
     torch_imported = time.monotonic()

@@ -1,4 +1,4 @@
-"""What must outlive a power cut: names in folders, which a file's own fsync does not keep."""
+"""Make names in folders survive a power cut; a file's own fsync does not cover them."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ __all__ = ["make_folder", "sync_folder"]
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know which files a folder holds.
+    """Sync a folder, so that the names of its files are on disk.
 
     Raises:
-        OSError: the folder cannot be opened or written through.
+        OSError: the folder cannot be opened or synced.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -20,10 +20,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that nobody else may look into, and those above it that are not there.
+    """Create a folder that only its owner can read, and missing parents, and sync their names.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

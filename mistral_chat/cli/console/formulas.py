@@ -1,6 +1,7 @@
-"""Markdown in which formulas stay as they were written: rules for the parser.
+"""Parser rules that keep formulas in Markdown as they were written.
 
-No backslash is lost, and between the marks of LaTeX nothing is Markdown. Knows nothing of windows.
+Keeps every backslash, and takes nothing between LaTeX delimiters for Markdown. Knows nothing of
+windows.
 """
 
 import re
@@ -11,12 +12,12 @@ from markdown_it.rules_inline import StateInline
 
 __all__ = ["FORMULA", "keep_formulas"]
 
-FORMULA = "formula"  # the type of a block
-LONGEST = 4000  # characters of a formula in a line of text
+FORMULA = "formula"  # token type of a block
+LONGEST = 4000  # characters of an inline formula
 _CLOSING = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
 _OPENING = re.compile(r"\\\(|\\\[|\$\$(?!\$)|\\begin\{[A-Za-z]+\*?\}")
-# One dollar is more often money. Its formula has blanks inside of both marks or of none, and no
-# letter or digit around them: "$5 and $10" is none, nor is "$5-$10" or "5$ (10$)".
+# A single dollar is usually money. As a delimiter both signs have a space inside or neither has,
+# and no letter or digit outside: "$5 and $10" is no formula, nor is "$5-$10" or "5$ (10$)".
 _IN_DOLLARS = re.compile(
     rf"(?<!\w)\$(?:(?![\s$])|(?=(?P<apart>[ ])))(?:\\[^`]|[^\\$`]){{1,{LONGEST}}}?"
     rf"(?(apart)(?<= )|(?<!\s))\$(?![\w$])"
@@ -25,7 +26,7 @@ _PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
 def keep_formulas(parser: MarkdownIt) -> MarkdownIt:
-    """Give a parser these rules."""
+    """Add these rules to a parser."""
     parser.inline.ruler.at("escape", _keep_backslash)
     parser.inline.ruler.before("escape", FORMULA, _keep_formula)
     interrupted = ["paragraph", "reference", "blockquote", "list"]
@@ -38,7 +39,7 @@ def _closing(opening: str) -> str:
 
 
 def _keep_backslash(state: StateInline, silent: bool) -> bool:
-    """A backslash before a sign: both are shown, and the sign marks nothing."""
+    """Keep a backslash before punctuation and show both; the punctuation marks nothing."""
     pair = state.src[state.pos : min(state.pos + 2, state.posMax)]
     if pair[0] != "\\" or pair[1:] not in _PUNCTUATION:
         return False
@@ -47,7 +48,7 @@ def _keep_backslash(state: StateInline, silent: bool) -> bool:
 
 
 def _keep_formula(state: StateInline, silent: bool) -> bool:
-    """A formula in a line of text; one that holds a code span is none."""
+    """Keep an inline formula, unless it contains a code span."""
     begin = state.pos
     if state.src[begin] not in "\\$":
         return False
@@ -72,9 +73,9 @@ def _take(state: StateInline, end: int, silent: bool) -> None:
 
 
 def _keep_formula_block(state: StateBlock, begin: int, end: int, silent: bool) -> bool:
-    """Lines from one that opens a formula to the one that closes it, or to a blank one.
+    """Keep the lines from an opening delimiter to the closing one, or to a blank line.
 
-    What belongs to it shows line by line, so that a text which still grows gives the same.
+    Every line is shown on its own, so that a text that is still growing gives the same result.
     """
     if state.is_code_block(begin):
         return False
@@ -85,7 +86,7 @@ def _keep_formula_block(state: StateBlock, begin: int, end: int, silent: bool) -
         return False
     closing = _closing(found[0])
     if state.src.find(closing, found.end(), state.eMarks[begin]) >= 0:
-        return False  # text with a formula at its beginning
+        return False  # text that begins with a formula
     if silent:
         return True
     line = begin + 1

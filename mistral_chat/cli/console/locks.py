@@ -1,4 +1,4 @@
-"""One process at a time at a file: chats, outputs of batches and downloads are locked alike."""
+"""Locks on files, so that one process at a time uses a chat, a batch's output or a download."""
 
 import fcntl
 
@@ -8,11 +8,11 @@ __all__ = ["lock"]
 def lock(handle: int) -> bool:
     """Lock an open file until it is closed.
 
-    Some file systems of clusters know no locks, and files must be written there, too: on them
-    every process gets it.
+    Some cluster file systems do not support locks, but files must be written there as well; on
+    these every process gets the lock.
 
     Returns:
-        False where another process has it.
+        False if another process has the lock.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Markdown as lines of styled text for a window of some width.
+"""Render Markdown as lines of styled text for a window of a given width.
 
-Each block, and each item of a list, is rendered from its own source alone, so that a text which
-arrives piece by piece gives the lines of the whole. Knows nothing of streams, cursors or windows.
+Renders each block and list item from its own source alone, so that text that arrives in pieces
+gives the same lines as the whole. Knows nothing of streams, cursors or windows.
 """
 
 import io
@@ -29,8 +29,8 @@ from mistral_chat.cli.console.formulas import FORMULA, keep_formulas
 
 __all__ = ["START", "Seam", "code_blocks", "code_rows", "finished", "render", "to_ansi"]
 
-# Only weight, slant and the terminal's own 16 colours, and of these the ones that people can read
-# on a light window and on a dark one: no yellow, no blue, nothing bright, no background.
+# Use only weight, slant and those of the terminal's 16 colours that are readable on both light and
+# dark backgrounds: no yellow, no blue, nothing bright, no background colour.
 DIM = Style(dim=True)
 BOLD = Style(bold=True)
 INLINE_CODE = Style(color="magenta")
@@ -62,31 +62,31 @@ JUSTIFY: dict[str, JustifyMethod] = {
 }
 LISTS = ("bullet_list", "ordered_list")
 BULLET, BAR = " • ", "│ "
-NARROWEST = 8  # below that, lines are cut rather than wrapped ever narrower
+NARROWEST = 8  # narrower windows clip lines instead of wrapping them
 TAB = 4
-DEEPEST = 20  # spans in each other; a model that repeats itself opens hundreds
+DEEPEST = 20  # nested spans; a model that repeats itself opens hundreds
 
-# No HTML: a tag that a model writes is text to be seen. No link definitions: they may stand after
-# their use, and a line that was printed cannot change any more.
+# HTML is off: show tags that a model writes as text. Link definitions are off: they may come after
+# their use, when the line is already printed.
 _PARSER = keep_formulas(
     MarkdownIt("commonmark", {"html": False})
     .enable(["table", "strikethrough"])
     .disable(["reference"])
 )
-# Stands for a bar behind a backslash while a table is divided at the others: the parser would take
-# the backslash away. A character that has no meaning, so nobody writes it.
+# Stands for an escaped bar while a table is split at the other bars, as the parser would drop the
+# backslash. A character without meaning, so it does not occur in text.
 _KEPT_BAR = "\U0010fffd"
 _CONSOLE = Console(file=io.StringIO(), width=80, color_system=None, legacy_windows=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seam:
-    """How a source goes on where what stood before it has been printed.
+    """How a source continues after the part that is already printed.
 
     Args:
-        separate: a blank line comes first.
-        number: that the first item of the ordered list has which the source begins in.
-        code_lines: lines of the code which the source begins with that are printed already.
+        separate: whether a blank line comes first.
+        number: number of the first item, if the source begins inside an ordered list.
+        code_lines: lines already printed of the code block that the source begins with.
     """
 
     separate: bool = False
@@ -98,12 +98,12 @@ START = Seam()
 
 
 def render(source: str, width: int, seam: Seam = START) -> list[Text]:
-    """The lines of a source, none wider than the window.
+    """Render a source as lines, none wider than the window.
 
     Args:
         source: Markdown.
         width: columns of the window.
-        seam: how it goes on after what stood before.
+        seam: how the source continues after the printed part.
     """
     page = _Page(source)
     lines = []
@@ -116,15 +116,15 @@ def render(source: str, width: int, seam: Seam = START) -> list[Text]:
 
 
 def finished(source: str, seam: Seam) -> tuple[int, Seam]:
-    """How much of a source can no longer change, whatever comes after it.
+    """Find how much of a source can no longer change, whatever follows.
 
     Args:
-        source: whole lines; a line that is still growing may yet become something else.
-        seam: how it goes on after what stood before.
+        source: whole lines only, as a line that is still growing may become something else.
+        seam: how the source continues after the printed part.
 
     Returns:
-        the number of its lines that are finished (all blocks and items but the last one), and the
-        seam before the others.
+        the number of finished lines (all blocks and items but the last), and the seam before the
+        remaining lines.
     """
     page = _Page(source)
     if not page.blocks:
@@ -142,18 +142,18 @@ def finished(source: str, seam: Seam) -> tuple[int, Seam]:
 
 
 def code_rows(source: str, width: int, seam: Seam) -> list[list[Text]]:
-    """The rows of each line of code that is whole and not printed yet.
+    """Return the rows of each complete line of code that is not printed yet.
 
     Args:
-        source: begins with a fence that may still be open; otherwise there are none.
+        source: begins with a fence, which may still be open; anything else gives no rows.
         width: columns of the window.
-        seam: how it goes on after what stood before.
+        seam: how the source continues after the printed part.
     """
     page = _Page(source)
     if len(page.blocks) != 1 or page.blocks[0].type != "fence":
         return []
     node = page.blocks[0]
-    n_whole = source.count("\n") - _first_line(node) - 1  # the fence itself is a line
+    n_whole = source.count("\n") - _first_line(node) - 1  # the fence counts as a line
     rows = list(_code(node, width))
     lines = [[_cut(row, width) for row in line] for line in rows[:n_whole]]
     if seam.code_lines == 0 and lines:
@@ -162,13 +162,13 @@ def code_rows(source: str, width: int, seam: Seam) -> list[list[Text]]:
 
 
 def code_blocks(source: str) -> list[str]:
-    """The code of each block of code, as it stands in a source."""
+    """Return the text of each code block in a source."""
     tokens = _PARSER.parse(source)
     return [t.content.removesuffix("\n") for t in tokens if t.type in ("fence", "code_block")]
 
 
 def to_ansi(line: Text) -> str:
-    """A line as a terminal takes it."""
+    """Format a line with escape sequences for a terminal."""
     return "".join(
         segment.style.render(segment.text, color_system=ColorSystem.STANDARD)
         if segment.style
@@ -178,7 +178,7 @@ def to_ansi(line: Text) -> str:
 
 
 class _Page:
-    """A source, parsed.
+    """A parsed source.
 
     Args:
         source: Markdown.
@@ -193,12 +193,12 @@ class _Page:
         self.blocks: Sequence[SyntaxTreeNode] = SyntaxTreeNode(tokens).children
 
     def blank_before(self, node: SyntaxTreeNode) -> bool:
-        """Whether the source has a blank line before a block; quotes have their marks in it."""
+        """Return whether a blank line, or one with only quote marks, precedes a block."""
         start = _first_line(node)
         return start > 0 and not self._lines[start - 1].strip(" \t>")
 
     def block(self, node: SyntaxTreeNode, width: int, seam: Seam = START) -> list[Text]:
-        """The lines of one block."""
+        """Render one block as lines."""
         match node.type:
             case "heading":
                 style = HEADINGS.get(node.tag, LOW_HEADING)
@@ -222,7 +222,7 @@ class _Page:
                 return _wrap(_inline(node.children), width)
 
     def _inside(self, node: SyntaxTreeNode, width: int) -> list[Text]:
-        """The blocks of an item or a quote, set apart as their author did."""
+        """Render the blocks in an item or a quote, with blank lines where the source has them."""
         lines: list[Text] = []
         for n, child in enumerate(node.children):
             if n and self.blank_before(child):
@@ -234,7 +234,7 @@ class _Page:
         lines = []
         number = _first_number(node, seam)
         for n, item in enumerate(node.children):
-            # Each number is as wide as itself: how far a list will go is not known yet.
+            # Do not align numbers: while the list grows, the width of its last number is unknown.
             mark = BULLET if node.type == "bullet_list" else f"{number + n:>2}. "
             if n and self.blank_before(item):
                 lines.append(Text())
@@ -245,11 +245,11 @@ class _Page:
 
 
 def _shallow(spans: list[Token] | None) -> list[Token] | None:
-    """Spans without those in too many others: blocks have a limit in the parser, spans none."""
+    """Remove spans that are nested too deeply; the parser only limits blocks."""
     if spans is None:
         return None
     for span in spans:
-        span.children = _shallow(span.children)  # of an image's text
+        span.children = _shallow(span.children)  # the text of an image
     return [span for span in spans if not span.nesting or span.level < DEEPEST]
 
 
@@ -261,7 +261,7 @@ def _put_back_bars(token: Token) -> None:
 
 
 def _first_line(node: SyntaxTreeNode) -> int:
-    assert node.map is not None  # every block has one
+    assert node.map is not None  # the parser sets it for every block
     return node.map[0]
 
 
@@ -270,7 +270,7 @@ def _first_number(node: SyntaxTreeNode, seam: Seam) -> int:
 
 
 def _inline(nodes: Iterable[SyntaxTreeNode], style: Style | None = None) -> Text:
-    """Text with its spans; line ends are kept, for who writes a poem means them."""
+    """Build text from spans; keep line breaks, for example those of a poem."""
     text = Text(tab_size=TAB)
     for node in nodes:
         _append_inline(text, node, style or Style.null())
@@ -295,7 +295,7 @@ def _append_inline(text: Text, node: SyntaxTreeNode, style: Style) -> None:
 
 
 def _append_link(text: Text, inner: Text, url: str, style: Style) -> None:
-    """A link with its address, which terminals make clickable."""
+    """Append a link with its address, which terminals make clickable."""
     text.append_text(inner)
     if inner.plain not in (url, url.removeprefix("mailto:")):
         text.append(f" ({url})" if inner.plain else url, style + DIM)
@@ -340,19 +340,19 @@ def _language(node: SyntaxTreeNode) -> str:
 
 
 def _code(node: SyntaxTreeNode, width: int) -> Iterator[list[Text]]:
-    """The rows of each line of code, broken where the window ends: its blanks are its own."""
+    """Yield the rows of each line of code, broken at the window's edge to keep its spaces."""
     for line in _highlight(node.content, _language(node)):
         yield _broken(line, width)
 
 
 def _verbatim(content: str, width: int) -> Iterator[list[Text]]:
-    """The rows of each line of a text that is left as it is."""
+    """Yield the rows of each line of text that is shown as it is."""
     for line in content.expandtabs(TAB).split("\n"):
         yield _broken(Text(line), width)
 
 
 def _broken(line: Text, width: int) -> list[Text]:
-    """A line in rows that fill the window."""
+    """Split a line into rows that fill the window."""
     pieces = chop_cells(line.plain, width) if line.cell_len > width else []
     ends, at = [], 0
     for piece in pieces[:-1]:
@@ -361,7 +361,7 @@ def _broken(line: Text, width: int) -> list[Text]:
     return list(line.divide(ends)) if ends else [line.copy()]
 
 
-@lru_cache(maxsize=4)  # of code that has not grown since it was last drawn
+@lru_cache(maxsize=4)  # reused for code that has not changed since the last drawing
 def _highlight(code: str, language: str) -> tuple[Text, ...]:
     code = code.expandtabs(TAB)
     if not code:
@@ -378,9 +378,9 @@ def _highlight(code: str, language: str) -> tuple[Text, ...]:
 
 @lru_cache(maxsize=16)
 def _lexer(language: str) -> Lexer | None:
-    """What colours a language; none where it is not known, and code stays as it is."""
+    """Return the lexer of a language; None if unknown, and then code is not coloured."""
     try:
-        # Lines must stay one to one, so that a line's place is the same in source and rows.
+        # Keep the number of lines, so that a line's index is the same in source and rows.
         return get_lexer_by_name(language, stripnl=False, ensurenl=True)
     except ClassNotFound:
         return None

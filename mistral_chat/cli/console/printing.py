@@ -1,7 +1,7 @@
-"""The one way to the person's streams: answers to stdout, everything else to stderr.
+"""The only way to write to the user's streams: answers to stdout, everything else to stderr.
 
-A terminal gets text without what it would obey, and notes that break between words; pipes get text
-as it is. Knows nothing of answers. Imports nothing heavy.
+Removes control characters at a terminal, and wraps notes between words there; pipes get text
+unchanged. Knows nothing of answers. Imports nothing heavy.
 """
 
 import contextlib
@@ -29,48 +29,48 @@ __all__ = [
 ]
 
 FALLBACK_COLUMNS = 80
-# Each character stands for itself alone, so a sequence that comes in pieces is cleaned, too.
+# Map single characters, so that a sequence that arrives in pieces is removed as well.
 _OBEYED: dict[int, str | None] = {
-    **{code: chr(0x2400 + code) for code in range(0x20)},  # a letter that shows which it was
+    **{code: chr(0x2400 + code) for code in range(0x20)},  # the character's Unicode control picture
     0x7F: "\u2421",
-    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),  # C1: what ESC and a letter do, in one
+    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),  # C1: short forms of ESC sequences
     **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd"),  # turn direction
-    **dict.fromkeys([0x061C, 0x200E, 0x200F, 0xFEFF]),  # hints on direction, seen by nobody
+    **dict.fromkeys([0x061C, 0x200E, 0x200F, 0xFEFF]),  # invisible hints on text direction
     **dict.fromkeys([0x2028, 0x2029], "\n"),
     ord("\t"): "\t",
     ord("\n"): "\n",
     ord("\r"): None,
 }
-# What our own drawing ends with: it moves no cursor to another line.
+# Escape sequences at the end of our own drawing; they do not move the cursor to another line.
 _SEQUENCES = re.compile(r"(?:\x1b\[[0-?]*[ -/]*[@-~])+$")
 
 
 def clean(text: str) -> str:
-    """A text as it is, but for what a terminal would obey; line ends and tabs stay.
+    """Replace control characters in a text; keep newlines and tabs.
 
-    Pieces of a text give the pieces of the whole.
+    Cleaning a text in pieces gives the same as cleaning the whole.
     """
     return text.translate(_OBEYED)
 
 
 class _Cursor:
-    """Whether the terminal's cursor stands behind something that was said."""
+    """Whether the terminal's cursor is at the end of a line of text."""
 
     is_behind_text = False
 
 
 def say(text: str) -> None:
-    """Write a piece of the answer to stdout, now.
+    """Write a piece of the answer to stdout and flush it.
 
     Raises:
         BrokenPipeError: the reader has gone.
-        OutputError: it cannot be written, such as to a full disk.
+        OutputError: it cannot be written, for example to a full disk.
     """
     _write_out(clean(text) if is_terminal(sys.stdout) else text)
 
 
 def draw(text: str) -> None:
-    """Write text with sequences of our own to stdout's terminal; what it quotes is clean already.
+    """Write text with escape sequences of our own to stdout; its quoted parts must be clean.
 
     Raises:
         BrokenPipeError: the reader has gone.
@@ -86,7 +86,7 @@ def _write_out(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # The interpreter flushes what is left at its end, and would complain a second time.
+        # Otherwise the interpreter would flush the rest at exit and report the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(
             f"stdout cannot be written ({error.strerror}): make room, or send it elsewhere"
@@ -96,12 +96,12 @@ def _write_out(text: str) -> None:
 
 
 def note(text: str, *, dim: bool = False, whole: bool = False) -> None:
-    """Write a line to stderr; a stderr that is closed or full stops nothing.
+    """Write a line to stderr; ignore a stderr that is closed or full.
 
     Args:
-        text: of one line or several; a terminal gets it clean, and broken between words.
-        dim: less bright than others where the terminal can.
-        whole: to be copied, so no line end comes into it.
+        text: one or several lines; a terminal gets it clean and wrapped between words.
+        dim: whether to dim it, if the terminal can.
+        whole: whether to leave it unwrapped, because it will be copied.
     """
     if sys.stderr is None:
         return
@@ -119,19 +119,19 @@ def note(text: str, *, dim: bool = False, whole: bool = False) -> None:
 
 
 def tell_terminal(sequence: str) -> None:
-    """Have stderr's terminal do something, such as fill its clipboard; nothing where it is none."""
+    """Send an escape sequence to stderr's terminal, for example to fill its clipboard."""
     if is_terminal(sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             print(sequence, end="", file=sys.stderr, flush=True)
 
 
 def error(message: object) -> None:
-    """The one line that says what went wrong."""
+    """Print the one line that says what went wrong."""
     note(f"mistral-chat: error: {one_line(message)}")
 
 
 def columns_of(stream: IO[Any] | None) -> int:
-    """Columns of a stream's terminal."""
+    """Return the width of a stream's terminal in columns."""
     if stream is None:
         return FALLBACK_COLUMNS
     try:
@@ -141,12 +141,12 @@ def columns_of(stream: IO[Any] | None) -> int:
 
 
 def wrap(text: str, columns: int, indent: int | None = None) -> Iterator[str]:
-    """The lines of a text, broken between words; one that is wider than the window stays whole.
+    """Wrap a text between words; a word wider than the window stays whole.
 
     Args:
-        text: of one line or several.
-        columns: of the window.
-        indent: blanks before what goes on; None are those that the line begins with.
+        text: one or several lines.
+        columns: width of the window.
+        indent: spaces before continuation lines; None repeats the line's own indentation.
     """
     for line in text.split("\n"):
         if width_of(line) <= columns:
@@ -155,7 +155,7 @@ def wrap(text: str, columns: int, indent: int | None = None) -> Iterator[str]:
         words = line.lstrip(" ").split(" ")
         n_blanks = len(line) - len(line.lstrip(" "))
         row = _begun(words[0], n_blanks, columns)
-        for word in words[1:]:  # two blanks in a row have an empty word between them
+        for word in words[1:]:  # two spaces in a row give an empty word
             if row.strip() and width_of(row) + 1 + width_of(word) > columns:
                 yield row.rstrip()
                 row = _begun(word, n_blanks if indent is None else indent, columns)
@@ -165,12 +165,12 @@ def wrap(text: str, columns: int, indent: int | None = None) -> Iterator[str]:
 
 
 def _begun(word: str, n_blanks: int, columns: int) -> str:
-    """A row with its first word, and as many blanks before it as leave room for that."""
+    """Begin a row with its first word, indented as far as the word fits."""
     return " " * max(0, min(n_blanks, columns - width_of(word))) + word
 
 
 def width_of(text: str) -> int:
-    """Columns that a text takes."""
+    """Return how many columns a text takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -183,10 +183,10 @@ _drawn: list[Callable[[], None]] = []
 
 @contextlib.contextmanager
 def drawn(take_down: Callable[[], None]) -> Iterator[None]:
-    """While something stands at the bottom of the window that last words must not mix with.
+    """Register something drawn at the bottom of the window, to be removed before last words.
 
     Args:
-        take_down: leaves the cursor at the start of a line of its own; any thread may call it.
+        take_down: moves the cursor to the start of an empty line; any thread may call it.
     """
     _drawn.append(take_down)
     try:
@@ -196,7 +196,7 @@ def drawn(take_down: Callable[[], None]) -> Iterator[None]:
 
 
 def take_down_drawn() -> None:
-    """Make the window ready for last words: this process is about to end."""
+    """Remove what is drawn at the bottom, as this process is about to end."""
     for take_down in reversed(_drawn[:]):
-        with contextlib.suppress(Exception):  # whatever fails here, the words must come
+        with contextlib.suppress(Exception):  # the last words must be printed whatever fails here
             take_down()

@@ -1,6 +1,6 @@
-"""What a bar of bytes shows, for loading and for downloading.
+"""A progress bar in bytes, for loading and for downloading.
 
-Knows rich; imports it when asked.
+Uses rich, which is imported only when needed.
 """
 
 import sys
@@ -18,7 +18,7 @@ __all__ = ["byte_bar", "byte_columns"]
 
 
 def byte_columns(title: str) -> tuple["ProgressColumn", ...]:
-    """Title, bar, bytes, bytes a second and time left."""
+    """Return the columns title, bar, bytes, bytes per second and time left."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -38,12 +38,12 @@ def byte_columns(title: str) -> tuple["ProgressColumn", ...]:
 
 @contextmanager
 def byte_bar(title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that is told of further bytes; nothing where that is no terminal.
+    """Show a bar on stderr and yield a function that advances it; no bar without a terminal.
 
     Args:
-        title: what is done.
-        total: bytes.
-        done: of them, those that are there already.
+        title: text before the bar.
+        total: bytes in total.
+        done: bytes that are already there.
     """
     if not is_fancy(sys.stderr):
         yield lambda n: None

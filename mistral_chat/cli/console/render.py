@@ -1,4 +1,4 @@
-"""What the command prints of answers and of loading; `printing` writes it.
+"""Format answers and loading for the terminal; `printing` writes the text.
 
 Knows formats; knows nothing of where answers come from.
 """
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def notice_of(answer: Answer, params: SamplingParams, max_seq_len: int) -> str | None:
-    """What a person should know of how an answer ended; None for a plain end."""
+    """Return what a person should know about how an answer ended; None for a normal end."""
     if answer.finish_reason == "length":
         used = answer.usage.prompt_tokens + answer.usage.completion_tokens
         if used >= max_seq_len:
@@ -52,7 +52,7 @@ def notice_of(answer: Answer, params: SamplingParams, max_seq_len: int) -> str |
 
 
 def stats_line(answer: Answer, max_seq_len: int, load_s: float, path: str) -> str:
-    """Figures of one answer, and by what path its steps ran."""
+    """Format the figures of one answer, with the path that its steps took."""
     usage = answer.usage
     parts = [f"{usage.completion_tokens} tokens"]
     if answer.decode_tokens_per_s is not None:
@@ -67,7 +67,7 @@ def stats_line(answer: Answer, max_seq_len: int, load_s: float, path: str) -> st
 
 
 def start_line(runner: Runner, load_s: float) -> str:
-    """How long the start took, and what of it."""
+    """Format how long the start took, by phase."""
     start_up = runner.start_up
     assert start_up is not None
     before = load_s - start_up.load_s - runner.group.meet_s
@@ -88,7 +88,7 @@ def start_line(runner: Runner, load_s: float) -> str:
 
 
 def answer_json(answer: Answer, *, model: str, world_size: int, load_s: float) -> str:
-    """The object of `--json`, on one line."""
+    """Format the object of `--json` on one line."""
     value: dict[str, Any] = {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
@@ -128,7 +128,7 @@ def _rounded(value: float | None) -> float | None:
 
 @contextmanager
 def _cursor_shown(console: "Console") -> Iterator[None]:
-    """Show the cursor afterwards: Ctrl-C may come when it is hidden and the bar not yet begun."""
+    """Always show the cursor at the end: Ctrl-C may come when only the cursor is hidden."""
     try:
         yield
     finally:
@@ -137,9 +137,9 @@ def _cursor_shown(console: "Console") -> Iterator[None]:
 
 @contextmanager
 def loading_bar(*, quiet: bool) -> Iterator[OnLoading]:
-    """A line for each node on stderr, in bytes and GB/s, while weights load; ranks that stall.
+    """Show a line per node on stderr while weights load, and report ranks that stall.
 
-    No bars where stderr is no terminal, nothing at all where it is to be quiet.
+    Without a terminal there are no bars; in quiet mode there is nothing at all.
     """
     if quiet:
         yield lambda loading: None

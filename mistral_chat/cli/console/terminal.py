@@ -1,8 +1,8 @@
-"""The terminal while an answer streams: Ctrl-C read as a byte, and everything put back at the end.
+"""The terminal during an answer: read Ctrl-C as a byte, and restore everything at the end.
 
-Under torchrun a worker cannot take SIGINT: it goes to the launcher, which ends all ranks. So the
-terminal is told not to make a signal of Ctrl-C, and its byte is looked for between two pieces of
-text. Knows nothing of prompts or answers.
+Under torchrun a worker cannot use SIGINT: the launcher receives it and ends all ranks. So the
+terminal must not turn Ctrl-C into a signal, and its byte is polled for between pieces of text.
+Knows nothing of prompts or answers.
 """
 
 import codecs
@@ -30,7 +30,7 @@ CHANGED = termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN
 
 
 def is_terminal(stream: IO[Any] | None) -> bool:
-    """Whether a stream is open and a terminal."""
+    """Return whether a stream is open and a terminal."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # closed
@@ -38,23 +38,23 @@ def is_terminal(stream: IO[Any] | None) -> bool:
 
 
 def is_fancy(stream: IO[Any] | None) -> bool:
-    """Whether colour, progress and the like may go to a stream."""
+    """Return whether a stream may show colour, progress bars and the like."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     return is_terminal(stream) and not plain
 
 
 def in_foreground() -> bool:
-    """Whether this process may change its terminal; one in a session of its own always may."""
+    """Return whether this process may change its terminal, as one in its own session always may."""
     try:
         return sys.stdin is None or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except (OSError, ValueError):  # not our controlling terminal: a worker of torchrun's
+    except (OSError, ValueError):  # not our controlling terminal, as in torchrun's workers
         return True
 
 
 def suspend() -> None:
-    """What Ctrl-Z does: stop this process group, all ranks of our launcher with it.
+    """Do what Ctrl-Z does: stop this process group, with all ranks of our launcher.
 
-    Nothing happens where no shell could continue it, as under torchrun.
+    Do nothing if no shell could continue it, as under torchrun.
     """
     terminal = QuietTerminal.in_use
     if terminal is None or not _has_a_shell():
@@ -74,8 +74,8 @@ def suspend() -> None:
 
 
 def _has_a_shell() -> bool:
-    """Whether the process group's parent is a shell that could continue it: of the same session."""
-    import psutil  # takes time, and few press this key
+    """Return whether the process group's parent is a shell in the same session."""
+    import psutil  # slow to import, and rarely needed
 
     try:
         parent = psutil.Process(os.getpgrp()).ppid()
@@ -85,17 +85,17 @@ def _has_a_shell() -> bool:
 
 
 class QuietTerminal:
-    """Stdin's terminal without signals, echo or lines, from entering to leaving.
+    """Switch off signals, echo and line mode of stdin's terminal within a `with` block.
 
-    prompt_toolkit changes the terminal for its prompt and puts back what it found, so this holds
-    for a whole chat, prompts included, and no moment is left in which Ctrl-C is a signal.
+    prompt_toolkit restores the state that it found, so one block covers a whole chat, prompts
+    included, and Ctrl-C is never a signal in between.
 
     Args:
-        signals: leave Ctrl-C a signal until `hold_signals`, such as while a model loads.
+        signals: whether Ctrl-C stays a signal until `hold_signals`, such as while a model loads.
     """
 
     in_use: ClassVar["QuietTerminal | None"] = None
-    n_suspended: ClassVar[int] = 0  # how often a shell had the terminal in between
+    n_suspended: ClassVar[int] = 0  # how often a shell took over the terminal
 
     def __init__(self, *, signals: bool = False) -> None:
         self._signals = signals
@@ -121,24 +121,24 @@ class QuietTerminal:
         self.restore()
 
     def hold_signals(self) -> None:
-        """Have Ctrl-C be a byte from now on."""
+        """From now on receive Ctrl-C as a byte."""
         self._signals = False
         quiet = termios.tcgetattr(self._fd)
         quiet[3] &= ~termios.ISIG
         termios.tcsetattr(self._fd, termios.TCSADRAIN, quiet)
 
     def restore(self) -> None:
-        """Put the terminal back as it was; safe to call from any thread, and twice."""
+        """Restore the terminal; can be called from any thread, and twice."""
         QuietTerminal.in_use = None
         before, self._before = self._before, None
         if before is not None:
             termios.tcsetattr(self._fd, termios.TCSANOW, before)
 
     def poll(self) -> tuple[bool, str]:
-        """What was typed since the last call, without waiting; Ctrl-Z is done here.
+        """Return what was typed since the last call, without waiting; handle Ctrl-Z.
 
         Returns:
-            whether Ctrl-C was among it, and all the rest, keys such as arrows included.
+            whether Ctrl-C was typed, and all other input, including keys such as arrows.
         """
         data = b""
         while select.select([self._fd], [], [], 0)[0]:

@@ -1,6 +1,6 @@
-"""Texts that a person hands over in files or on stdin, as parts of a prompt.
+"""Read texts from files or stdin, as parts of a prompt.
 
-Imports nothing heavy. Knows nothing of how parts are put together.
+Imports nothing heavy. Knows nothing of how parts are joined.
 """
 
 from pathlib import Path
@@ -12,19 +12,19 @@ __all__ = ["read_text_file", "text_of"]
 
 
 def read_text_file(path: Path) -> str:
-    """A file's text, or a pipe's, without the line end at its end.
+    """Read a file or pipe as text, without its last newline.
 
     Raises:
-        PromptError: it cannot be read, is no UTF-8, or longer than any context.
+        PromptError: it cannot be read, is not UTF-8, or is longer than any context.
     """
     return _without_line_end(read_text(path, PromptError, pipes=True))
 
 
 def text_of(data: bytes, where: str) -> str:
-    """The text of bytes that were read already, without the line end at its end.
+    """Decode bytes as text, without the last newline.
 
     Raises:
-        PromptError: no UTF-8; `where` is named.
+        PromptError: not UTF-8; `where` is named.
     """
     return _without_line_end(decode_text(data, where, PromptError))
 

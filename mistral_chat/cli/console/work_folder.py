@@ -1,6 +1,6 @@
-"""A folder to make something in, of which nothing stays; a killed process's is taken away later.
+"""Temporary folders; those of killed processes are removed later.
 
-Knows nothing of what is made.
+Knows nothing of what is made in them.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ __all__ = ["remove_left_behind", "work_folder"]
 
 @contextlib.contextmanager
 def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """An empty folder that this process holds a lock on; gone afterwards.
+    """Create an empty folder, locked by this process, and remove it at the end.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     with contextlib.ExitStack() as held:
         with _alone_in(parent):
@@ -35,7 +35,7 @@ def work_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def remove_left_behind(parent: Path, prefix: str) -> None:
-    """Take away the folders of processes that were killed: nobody holds a lock on them."""
+    """Remove the folders of killed processes, which nobody holds a lock on."""
     if not any(parent.glob(f"{prefix}*")):
         return
     with contextlib.suppress(OSError), _alone_in(parent):
@@ -47,7 +47,7 @@ def remove_left_behind(parent: Path, prefix: str) -> None:
 
 @contextlib.contextmanager
 def _alone_in(parent: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block, so that no folder is there unlocked."""
+    """Lock the parent, so that no other process sees a folder that is not locked yet."""
     with _opened(parent) as handle:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -55,7 +55,7 @@ def _alone_in(parent: Path) -> Iterator[None]:
 
 
 def _locks_hold(work: Path) -> bool:
-    """Whether this file system knows locks: nobody gets a folder that this process has locked."""
+    """Return whether locks work here: one on this folder, which we hold, must be refused."""
     with _opened(work) as handle:
         return not lock(handle)
 

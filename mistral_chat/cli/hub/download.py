@@ -1,7 +1,7 @@
-"""`mistral-chat download`: one weight layout of a Hugging Face repository, and where it then lies.
+"""`mistral-chat download`: fetch one weight layout of a Hugging Face repository.
 
-`fetch` brings the big files, huggingface_hub the rest. A run only looks for what is there already
-(`repository`): nothing but this command touches the network.
+`fetch` downloads the big files, huggingface_hub the others. Only this command uses the network; a
+run only looks up what is already there (`repository`).
 """
 
 import logging
@@ -18,7 +18,7 @@ from mistral_chat.cli.hub.errors import WaitNotes, explain
 from mistral_chat.cli.hub.fetch import Fetch, File
 from mistral_chat.cli.repository import choose_files
 from mistral_chat.cli.requests import DownloadRequest
-from mistral_chat.engine.launch import launched_rank
+from mistral_chat.engine.ranks.launch import launched_rank
 from mistral_chat.errors import DownloadError, MistralChatError, named, shown
 
 __all__ = ["run"]
@@ -34,7 +34,7 @@ def run(request: DownloadRequest) -> int:
     try:
         print(_download(request), flush=True)
     except KeyboardInterrupt:
-        # Threads that wait for the network would be waited for.
+        # A normal exit would wait for threads that wait for the network.
         os._exit(INTERRUPTED)
     return 0
 
@@ -44,10 +44,10 @@ def _note(line: str) -> None:
 
 
 def _listed(file: Any) -> File:
-    """A file of the hub's listing; its digest becomes the name of a file on this disk.
+    """Check an entry of the hub's listing, as its digest becomes a file name on this disk.
 
     Raises:
-        DownloadError: a digest or a size that is none.
+        DownloadError: an invalid digest or size.
     """
     sha256 = file.lfs.sha256 if file.lfs else None
     size = file.size or 0
@@ -71,7 +71,7 @@ def _download(request: DownloadRequest) -> Path:
     http_log.propagate = False
     http_log.addHandler(WaitNotes(_note))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # HF_HUB_DISABLE_PROGRESS_BARS=0 is an answer too
+        warnings.simplefilter("ignore")  # it warns if HF_HUB_DISABLE_PROGRESS_BARS=0 is set
         disable_progress_bars()
     about_us: dict[str, Any] = {"library_name": "mistral-chat", "library_version": __version__}
     try:
@@ -84,7 +84,7 @@ def _download(request: DownloadRequest) -> Path:
         except DownloadError as error:
             raise DownloadError(f"{request.repo}: {error}") from None
         files = [known[name] for name in names]
-        # It names a folder of the cache.
+        # The commit becomes the name of a folder in the cache.
         commit = str(info.sha)
         if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
             raise DownloadError(f"{request.repo}: the hub names the commit {shown(commit)}: {_ODD}")

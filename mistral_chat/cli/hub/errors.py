@@ -1,6 +1,6 @@
-"""What a failed or waiting download means and what to do, in one line.
+"""Explain a failed or waiting download, and what to do about it, in one line.
 
-Knows huggingface_hub's errors and those beneath it; fetches nothing.
+Knows the errors of huggingface_hub and of the libraries below it; fetches nothing.
 """
 
 import errno
@@ -12,17 +12,17 @@ from typing import Any
 
 __all__ = ["WaitNotes", "explain"]
 
-# huggingface_hub's HTTP library changed with its releases; its errors are known by their module.
+# Releases of huggingface_hub use different HTTP libraries, so match errors by module name.
 _HTTP_LIBRARIES = ("httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3")
 
 
 def explain(error: BaseException, repo: str, revision: str | None) -> str | None:
-    """What went wrong and what to do; None for what nobody expected.
+    """Explain an error and say what to do; None for an unexpected one.
 
     Args:
-        error: as raised.
+        error: the error raised.
         repo: owner/name.
-        revision: that was asked for.
+        revision: the requested revision.
     """
     from huggingface_hub import constants, errors, get_token
 
@@ -76,7 +76,7 @@ def explain(error: BaseException, repo: str, revision: str | None) -> str | None
 
 
 def _seconds_to_wait(response: Any) -> int | None:
-    """What a refusal for too many requests says: the hub's own header, or HTTP's."""
+    """Read the seconds to wait from a 429 response: the hub's own header, or HTTP's."""
     headers = getattr(response, "headers", {})
     match = re.search(r";\s*r=0\s*;\s*t=(\d+)", headers.get("ratelimit", ""))
     match = match or re.fullmatch(r"(\d+)", headers.get("retry-after", "").strip())
@@ -84,10 +84,10 @@ def _seconds_to_wait(response: Any) -> int | None:
 
 
 class WaitNotes(logging.Handler):
-    """Says that huggingface_hub waits, which it does for minutes and tells its log alone.
+    """Reports when huggingface_hub waits, which it does for minutes and only logs.
 
     Args:
-        note: is given the line.
+        note: called with the line to print.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -96,7 +96,7 @@ class WaitNotes(logging.Handler):
         self._until = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line of its log; many files wait for one limit, which is said once."""
+        """Handle a log record; many files wait for the same limit, which is reported once."""
         match = re.match(r"Rate limited\. Waiting (\d+)", record.getMessage())
         if match is None or time.monotonic() < self._until:
             return

@@ -1,7 +1,7 @@
-"""The big files of a download: by ranges, several at once, each going on where it was.
+"""Download big files by ranges, several at once, each continuing where it stopped.
 
-Each comes into a partial file that an interrupted download leaves behind, and is held against its
-SHA-256. Knows nothing of layouts.
+Writes each to a partial file, which survives an interruption, and checks its SHA-256. Knows
+nothing of layouts.
 """
 
 import errno
@@ -24,20 +24,20 @@ from mistral_chat.errors import DownloadError
 
 __all__ = ["Fetch", "File"]
 
-AT_ONCE = 8  # one connection of the hub's gives a part of a fast line only
-# The hub serves larger files by its own protocol alone; huggingface_hub speaks it.
+AT_ONCE = 8  # one connection to the hub uses only part of a fast line
+# The hub serves larger files only by its own protocol; huggingface_hub implements it.
 MOST_BY_RANGES_BYTES = 50_000_000_000
 
 OnBytes = Callable[[int], None]
 
 
 class _StoppedError(Exception):
-    """Another file failed, or the person gave up."""
+    """Another file failed, or the user interrupted."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the repository; only those in the hub's large-file storage have a digest."""
+    """A file of the repository; only files in the hub's large-file storage have a digest."""
 
     name: str
     size: int
@@ -45,19 +45,19 @@ class File:
 
 
 class Fetch:
-    """The big files of a download, several at a time, each going on where it was.
+    """The big files of a download, several at once, each continuing where it stopped.
 
-    A finished file lies where huggingface_hub looks before it fetches anything itself: in its
-    cache as `blobs/SHA256`, in a folder under its own name.
+    Finished files are put where huggingface_hub looks before it fetches anything: in its cache as
+    `blobs/SHA256`, in a folder under their own names.
 
     Args:
         repo: owner/name.
-        commit: of the files.
-        files: of the download; small ones only count for the room that is needed.
-        folder: where they go; None is huggingface_hub's cache.
+        commit: the files' commit.
+        files: all files of the download; small ones only count for disk space.
+        folder: destination; None is huggingface_hub's cache.
 
     Raises:
-        DownloadError: by `run`; the disk has no room, or a file did not arrive as it should.
+        DownloadError: raised by `run`: the disk is full, or a file arrived damaged.
     """
 
     def __init__(self, repo: str, commit: str, files: Sequence[File], folder: Path | None) -> None:
@@ -71,7 +71,7 @@ class Fetch:
         self._stopped = threading.Event()
 
     def run(self) -> None:
-        """Fetch them all, or raise what the first failed with."""
+        """Fetch all files, or raise the first failure."""
         done = sum(self._partial_bytes(file) for file in self._big)
         self._check_room(self._needed - done)
         if not self._big:
@@ -103,7 +103,7 @@ class Fetch:
         return min(partial.stat().st_size, file.size) if partial.exists() else 0
 
     def _is_there(self, file: File) -> bool:
-        """Whether huggingface_hub will find a big file where it looks; it checks it itself."""
+        """Return whether huggingface_hub will find this big file; it checks the file itself."""
         return file.sha256 is not None and self._place(file).exists()
 
     def _check_room(self, needed: int) -> None:
@@ -127,7 +127,7 @@ class Fetch:
         if self._stopped.is_set():
             raise _StoppedError
         with _Partial(partial, on_bytes, self._stopped) as out:
-            if place.exists():  # another download was first
+            if place.exists():  # another download finished it first
                 partial.unlink(missing_ok=True)
                 return
             if out.tell() > file.size:
@@ -153,10 +153,10 @@ class Fetch:
 
 
 class _Partial(io.FileIO):
-    """The part of a file that is there, its digest, and a place to write on.
+    """A partial file with its running digest, open for appending.
 
     Raises:
-        DownloadError: another process writes it, or it is a link to elsewhere.
+        DownloadError: another process is writing it, or it is a symbolic link.
     """
 
     def __init__(self, path: Path, on_bytes: OnBytes, stopped: threading.Event) -> None:
@@ -166,7 +166,7 @@ class _Partial(io.FileIO):
             if error.errno != errno.ELOOP:
                 raise
             raise DownloadError(f"{path} is a link, which no download made: remove it") from error
-        if not lock(self.fileno()):  # without locks the digest tells what two writers made of it
+        if not lock(self.fileno()):  # without lock support, the digest detects two writers
             self.close()
             raise DownloadError(
                 f"{path}: another download is writing it: wait until that has ended"
@@ -176,7 +176,7 @@ class _Partial(io.FileIO):
         self._digest()
 
     def _digest(self) -> None:
-        """Read what is there; leaves the position at its end."""
+        """Hash the existing bytes; leave the position at the end."""
         self.sha256 = hashlib.sha256()
         left = os.fstat(self.fileno()).st_size
         self.seek(0)
@@ -185,7 +185,7 @@ class _Partial(io.FileIO):
             left -= len(part)
 
     def write(self, data: Any) -> int:
-        """Write all of it."""
+        """Write all of the data."""
         if self._stopped.is_set():
             raise _StoppedError
         view = memoryview(data)
@@ -196,7 +196,7 @@ class _Partial(io.FileIO):
         return len(data)
 
     def truncate(self, size: int | None = None) -> int:
-        """As a file's; a server that knows no ranges has the file begin anew."""
+        """Truncate the file; happens if a server ignores ranges and sends it from the start."""
         before = os.fstat(self.fileno()).st_size
         size = super().truncate(size)
         self._on_bytes(size - before)

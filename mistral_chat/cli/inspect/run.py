@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli.requests import InspectRequest
 from mistral_chat.cli.suggestions import require_model
-from mistral_chat.engine.launch import launched_rank
+from mistral_chat.engine.ranks.launch import launched_rank
 from mistral_chat.errors import NotEnoughMemoryError
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""An answer on its way to stdout: as raw text, or at a terminal as Markdown.
+"""Print an answer to stdout as it arrives: as raw text or, at a terminal, as Markdown.
 
-What can no longer change is printed once and scrolls away like any output. Only the block that
-still grows is drawn again in place, cut to the window. Knows nothing of where text comes from.
+What can no longer change is printed once and scrolls away like any output. Only the block that is
+still growing is redrawn in place, clipped to the window. Knows nothing of where text comes from.
 """
 
 import os
@@ -22,76 +22,76 @@ from mistral_chat.cli.console.terminal import is_fancy
 
 __all__ = ["AnswerView", "MarkdownView", "RawView", "make_view"]
 
-REFRESH_S = 0.05  # a person sees no difference to faster
-SHARE = 0.1  # of the time, at most, goes into drawing: a long block is drawn less often
-RESTING_S = 0.2  # a window that is being dragged is left alone for this long
+REFRESH_S = 0.05  # people do not notice faster updates
+SHARE = 0.1  # largest share of the time spent drawing; long blocks are redrawn less often
+RESTING_S = 0.2  # wait this long after the last resize, since the window may still be dragged
 NO_WRAP, WRAP = "\x1b[?7l", "\x1b[?7h"
 ERASE_LINE, ERASE_BELOW, HOME = "\x1b[K", "\x1b[J", "\x1b[H"
 
 
 class _Row(NamedTuple):
-    """A line on the screen: as written, and its columns."""
+    """A line on the screen: its text with escape sequences, and its width in columns."""
 
     ansi: str
     width: int
 
 
 class AnswerView(Protocol):
-    """Where an answer's text goes."""
+    """Shows the text of an answer."""
 
     def add(self, text: str) -> None:
         """Take the next piece of the answer."""
 
     def draw_anew(self) -> None:
-        """What was drawn is not where it was: a shell has written below it."""
+        """Redraw below what a shell has written in the meantime."""
 
     def finish(self) -> None:
-        """Show all of it, ended or interrupted, and leave the cursor at the start of a line."""
+        """Show the whole answer, complete or not, and put the cursor at the start of a line."""
 
     def show_below(self, lines: Sequence[str]) -> None:
-        """Have lines stand below the answer while it grows, where there is a way."""
+        """Show lines below the answer while it grows, if the view supports it."""
 
 
 class RawView:
-    """Text as it comes, and one line end; nothing can stand below."""
+    """Write text as it arrives, then one newline; shows nothing below the answer."""
 
     def add(self, text: str) -> None:
         """Write the next piece."""
         render.say(text)
 
     def draw_anew(self) -> None:
-        """Nothing: what was written stays."""
+        """Do nothing, as written text stays."""
 
     def finish(self) -> None:
         """End the line."""
         render.say("\n")
 
     def show_below(self, lines: Sequence[str]) -> None:
-        """Nothing: what was written cannot be drawn over."""
+        """Do nothing, as written text cannot be drawn over."""
 
 
 def make_view(*, plain: bool) -> AnswerView:
-    """A view of one answer on stdout; Markdown only at a terminal that takes colours."""
+    """Return a view of one answer on stdout; Markdown only at a terminal that supports it."""
     if plain or not is_fancy(sys.stdout):
         return RawView()
     return MarkdownView(render.draw, window_size)
 
 
 def window_size() -> tuple[int, int]:
-    """Columns and rows of stdout's terminal."""
+    """Return the columns and rows of stdout's terminal."""
     columns, rows = os.get_terminal_size(sys.stdout.fileno())
-    return columns or 80, rows or 24  # a terminal that was never told its size says 0
+    return columns or 80, rows or 24  # a terminal that does not know its size reports 0
 
 
 class MarkdownView:
     """One answer drawn as Markdown.
 
     Args:
-        write: puts text on the terminal, at once.
-        size: gives the window's columns and rows.
-        refresh_s: least seconds between two drawings.
-        share: of the time that drawing may take.
-        resting_s: seconds that a new size must have lasted to be drawn for.
+        write: writes to the terminal without buffering.
+        size: returns the window's columns and rows.
+        refresh_s: minimum seconds between two drawings.
+        share: largest share of the time spent drawing.
+        resting_s: seconds that a new window size must stay unchanged before drawing for it.
     """
 
     def __init__(
@@ -108,20 +108,20 @@ class MarkdownView:
         self._refresh_s, self._share, self._resting_s = refresh_s, share, resting_s
         self._size = self._seen_size = size()
         self._seen_at = self._due = 0.0
-        self._done: list[str] = []  # sources that are printed for good
-        self._source = ""  # what may still change
+        self._done: list[str] = []  # source text of blocks that are printed for good
+        self._source = ""  # source text that may still change
         self._seam: Seam = START
-        self._n_checked = 0  # characters of it whose blocks have been looked for
+        self._n_checked = 0  # characters of it already searched for finished blocks
         self._below: tuple[str, ...] = ()
-        self._drawn: list[_Row] = []  # lines on the screen that may be drawn again
+        self._drawn: list[_Row] = []  # lines on the screen that may be redrawn
 
     def add(self, text: str) -> None:
-        """Take the next piece of the answer; draw, unless that was just done."""
+        """Take the next piece of the answer; draw it unless the last drawing was just now."""
         self._source += clean(text)
         self._draw_when_due()
 
     def show_below(self, lines: Sequence[str]) -> None:
-        """Have lines stand below the answer, each cut to the window; none are gone at once."""
+        """Show lines below the answer, clipped to the window; no lines removes them at once."""
         if tuple(lines) != self._below:
             self._below = tuple(lines)
             if lines:
@@ -138,17 +138,17 @@ class MarkdownView:
         self._due = started + max(self._refresh_s, took_s / self._share)
 
     def draw_anew(self) -> None:
-        """Draw what may still change below what a shell has written."""
+        """Redraw what may still change below what a shell has written."""
         self._drawn, self._due = [], 0.0
 
     def finish(self) -> None:
-        """Show all of it, ended or interrupted, and leave the cursor at the start of a line."""
+        """Show the whole answer, complete or not, and put the cursor at the start of a line."""
         self._draw(final=True)
         if not self._done and not self._source:
             self._write("\n")
 
     def _has_rested(self, now: float) -> bool:
-        """Whether the window has the size it had at the last drawing, or a new one for a while."""
+        """Return whether the window's size is that of the last drawing, or new and settled."""
         size = self._get_size()
         if size != self._seen_size:
             self._seen_size, self._seen_at = size, now
@@ -176,7 +176,7 @@ class MarkdownView:
             self._write(out)
 
     def _settle(self, columns: int) -> list[Text]:
-        """The lines of what is finished now; the rest stays in the source."""
+        """Move finished blocks from the source to `_done`, and return their lines."""
         end = self._source.rfind("\n") + 1
         if end <= self._n_checked:
             return []
@@ -193,22 +193,23 @@ class MarkdownView:
         return lines
 
     def _paint(self, printed: list[Text], live: list[Text], columns: int) -> str:
-        """From what is drawn now to lines that stay and lines that may change."""
+        """Return the output that turns what is drawn into final lines and lines that may change."""
         lines = [_Row(to_ansi(line), line.cell_len) for line in printed + live]
         drawn, self._drawn = self._drawn, lines[len(printed) :]
         if not printed and lines == drawn:
             return ""
         pairs = zip(drawn, lines, strict=False)
         n_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        # The cursor stands behind the last line that is drawn; that line is drawn again.
+        # The cursor is at the end of the last line drawn, so that line is always redrawn.
         n_same = max(min(n_same, len(drawn) - 1, len(lines) - 1), 0)
         n_up = max(len(drawn) - 1 - n_same, 0)
         out = ["\r", f"\x1b[{n_up}A" if n_up else ""]
         for n, line in enumerate(lines[n_same:], n_same):
-            # Where terminal and tables disagree on a width, a line that may be drawn again must
-            # not take two rows, and one that stays must not lose its end.
+            # The terminal and our width tables may disagree: a line that is redrawn must not take
+            # two rows, and a final one must not lose its end.
             out.append(NO_WRAP if n >= len(printed) else WRAP)
-            # Right of a full line is nothing to erase, and some terminals erase its last letter.
+            # After a full line there is nothing to erase, and some terminals erase its last
+            # letter.
             out += [line.ansi, ERASE_LINE if line.width < columns else ""]
             if n < len(lines) - 1 or not live:
                 out.append("\r\n")
@@ -219,11 +220,11 @@ class MarkdownView:
         return "".join([*out, WRAP])
 
     def _adapt(self, size: tuple[int, int]) -> str:
-        """Make ready for a window of another size.
+        """Prepare for a window of another size.
 
-        Where a line that may be drawn again no longer fits, terminals differ (some wrap it anew,
-        some cut it), and where it now stands cannot be known. Then all that is seen scrolls away,
-        and the end of the answer is drawn on a clean screen.
+        If a line that may be redrawn no longer fits, its place is unknown: some terminals rewrap
+        it, some clip it. Then scroll everything away and draw the end of the answer on an empty
+        screen.
         """
         self._size = size
         columns, rows = size

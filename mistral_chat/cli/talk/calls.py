@@ -1,6 +1,6 @@
-"""Calls of functions and the person: what is shown of them, whether they may run, what they gave.
+"""Show the model's function calls to the user, ask whether they may run, show the results.
 
-One desk serves a chat at a terminal and a single prompt. Knows nothing of rounds or answers.
+Used by a chat at a terminal and by a single prompt. Knows nothing of rounds or answers.
 """
 
 from collections.abc import Callable
@@ -18,18 +18,18 @@ REFUSED = "error: the person refused this call"
 
 
 def print_line(line: str) -> None:
-    """Show a line that a person's function printed."""
+    """Show a line that the user's function printed."""
     render.note(f"  | {line}")
 
 
 class CallDesk:
-    """Where calls are shown, asked about and run.
+    """Shows calls, asks about them and runs them.
 
     Args:
-        functions: of a Python file; None has the person say what a call gives.
-        yes: run without asking.
-        quiet: show no calls that are not asked about.
-        is_cancelled: whether Ctrl-C was pressed since it was last asked.
+        functions: functions of a Python file; None asks the user for the result of each call.
+        yes: run calls without asking.
+        quiet: hide calls that need no question.
+        is_cancelled: returns whether Ctrl-C was pressed since it was last called.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class CallDesk:
         self._question: Question | None = None
 
     def run(self, call: ToolCall) -> str:
-        """Show a call, ask about it, run it.
+        """Show a call, ask about it if needed, and run it.
 
         Raises:
             CallsCancelledError: Ctrl-C or Ctrl-D at a question, or Ctrl-C during the call.
@@ -65,7 +65,7 @@ class CallDesk:
         return self._functions.call(call, self._is_cancelled)
 
     def show(self, result: CallResult) -> None:
-        """Show what came of a call."""
+        """Show the result of a call."""
         if result.fault is not None:
             if not self._quiet:
                 render.note(f"calls {shorten(call_line(result.call), 200)}")

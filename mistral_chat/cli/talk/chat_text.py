@@ -1,6 +1,6 @@
-"""A chat's messages as text for people: a line each, a file, the clipboard.
+"""A chat's messages as text for people: on one line, in a file, on the clipboard.
 
-Knows nothing of terminals but the sequence that fills a clipboard.
+Knows nothing of terminals except the escape sequence that sets the clipboard.
 """
 
 import base64
@@ -23,7 +23,7 @@ from mistral_chat.errors import OutputError
 __all__ = [
     "call_line",
     "clipboard_sequence",
-    "last_exchange",
+    "last_turn",
     "shorten",
     "two_columns",
     "visible",
@@ -32,18 +32,18 @@ __all__ = [
 
 
 def shorten(text: str, width: int = 70) -> str:
-    """A text on one line, cut where it is long, and nothing in it that a terminal would obey."""
+    """Put text on one line, shortened, without control characters."""
     line = clean(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def two_columns(rows: Mapping[str, str], columns: int, least: int) -> str:
-    """Names and their meanings, broken between words; one below the other in a narrow window.
+    """Format names and meanings with word wrap; below each other in a narrow window.
 
     Args:
-        rows: meaning by name.
-        columns: of the window.
-        least: columns that two columns take.
+        rows: name -> meaning.
+        columns: width of the window.
+        least: the fewest columns in which both fit side by side.
     """
     width = max(map(len, rows))
     lines: list[str] = []
@@ -56,7 +56,7 @@ def two_columns(rows: Mapping[str, str], columns: int, least: int) -> str:
 
 
 def call_line(call: ToolCall) -> str:
-    """A call on one line, such as `weather(city="Paris")`, and nothing in it that hides."""
+    """Format a call on one line, such as `weather(city="Paris")`, with invisible text escaped."""
     if call.name == UNREADABLE:
         return f"(unreadable) {visible(str(call.arguments.get('text', '')))}"
     arguments = ", ".join(
@@ -66,12 +66,12 @@ def call_line(call: ToolCall) -> str:
 
 
 def visible(text: str) -> str:
-    """Text of a model's without what a terminal obeys, or what would turn its direction."""
+    """Escape control characters and other invisible ones, such as those that reverse text."""
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
-def last_exchange(conversation: Conversation) -> Iterator[str]:
-    """The last message of each side, to remind of."""
+def last_turn(conversation: Conversation) -> Iterator[str]:
+    """Yield the last turn as short lines, to remind the user of it."""
     said = [i for i, m in enumerate(conversation.messages) if isinstance(m, UserMessage)]
     for message in conversation.messages[said[-1] if said else 0 :]:
         if isinstance(message, UserMessage):
@@ -84,12 +84,12 @@ def last_exchange(conversation: Conversation) -> Iterator[str]:
 
 
 def clipboard_sequence(text: str) -> str:
-    """What tells a terminal to take a text on its clipboard (OSC 52), also over ssh."""
+    """Return the sequence that sets the terminal's clipboard (OSC 52), which works over ssh."""
     return f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
 
 
 def _markdown_of(message: Message) -> str:
-    """One message under a heading; what functions gave is fenced, since it is no Markdown."""
+    """Format a message under a heading; results are fenced, since they are not Markdown."""
     titles = {"system": "System", "user": "You", "assistant": "Model"}
     if isinstance(message, ToolMessage):
         text = str(message.content)
@@ -102,10 +102,10 @@ def _markdown_of(message: Message) -> str:
 
 
 def write_markdown(path: Path, conversation: Conversation) -> None:
-    """Write a chat for people to read; an existing file is not overwritten.
+    """Write a chat as Markdown; never overwrite a file.
 
     Raises:
-        OutputError: there is such a file, or it cannot be written.
+        OutputError: the file exists already, or cannot be written.
     """
     parts = [_markdown_of(message) for message in conversation.messages]
     try:

@@ -1,4 +1,4 @@
-"""What the chat's commands do: the words that begin with a slash.
+"""The slash commands of a chat.
 
 Knows nothing of the prompt's keys or of how answers are printed.
 """
@@ -40,14 +40,14 @@ LEAST_COLUMNS = 60  # for two columns of help
 
 
 class LeaveError(Exception):
-    """The person has left."""
+    """The user wants to leave."""
 
 
 class Commands:
-    """The commands of a chat.
+    """The slash commands of a chat.
 
     Args:
-        talk: what they change.
+        talk: the chat that they change.
     """
 
     def __init__(self, talk: TerminalChat) -> None:
@@ -77,11 +77,11 @@ class Commands:
 
     @property
     def meanings(self) -> dict[str, str]:
-        """What each is for."""
+        """Each command's meaning, by name."""
         return {name: meaning for name, (meaning, _) in self._table.items()}
 
     def words_after(self, name: str) -> Iterable[tuple[str, str]]:
-        """Words that a command takes, with what each means, to complete."""
+        """Return completions for a command's argument, each with its meaning."""
         if name == "/set":
             return ((setting, str(getattr(self._talk.sampling, setting))) for setting in SETTABLE)
         if name == "/load":
@@ -89,11 +89,11 @@ class Commands:
         return ()
 
     def run(self, line: str) -> None:
-        """Run what a line says; what is wrong with it is said, and nothing is changed.
+        """Run a command line; report errors in it and then change nothing.
 
         Raises:
-            LeaveError: it says to leave.
-            RankLostError: nothing can be run any more.
+            LeaveError: the user wants to leave.
+            RankLostError: a rank has failed, so nothing can run any more.
         """
         name = line.split(maxsplit=1)[0]
         rest = line.strip().removeprefix(name).strip()
@@ -114,13 +114,13 @@ class Commands:
         close = difflib.get_close_matches(name.lower(), [*self._table, *ALIASES], n=1)
         hint = f"did you mean {close[0]}?" if close else "/help lists commands"
         said = f"unknown command {chat_text.shorten(name)}: {hint}"
-        if "\n" in line.strip():  # a message, such as a path and what stands below it
+        if "\n" in line.strip():  # a message, such as a path with text below it
             why = f"{said} Enter sends this as a message, Ctrl-C drops it"
             self._talk.draft = Draft.of(line, why=why)
         else:
             render.note(f"{said} (a message may begin with a space and then /)")
 
-    # Each takes what stands after its name.
+    # Each takes the text after its name.
 
     def _help(self, _: str) -> None:
         named = {
@@ -176,8 +176,8 @@ class Commands:
         if n < 1:
             found = chat_text.shorten(rest)
             raise UsageError(f"/drop takes how many of the oldest exchanges to drop; found {found}")
-        if n > conversation.n_exchanges:
-            render.note(f"there are {conversation.n_exchanges} exchanges; nothing was dropped")
+        if n > conversation.n_turns:
+            render.note(f"there are {conversation.n_turns} exchanges; nothing was dropped")
             return
         conversation.drop(n)
         self._talk.write(lambda session: session.drop(n))
@@ -237,7 +237,7 @@ class Commands:
 
     def _save(self, rest: str) -> None:
         path = _one_path("/save", rest)
-        if not self._talk.chat.conversation.n_exchanges:
+        if not self._talk.chat.conversation.n_turns:
             render.note("there is nothing to save: nothing was said yet")
             return
         chat_text.write_markdown(path, self._talk.chat.conversation)
@@ -294,20 +294,20 @@ class Commands:
 def _one_path(name: str, rest: str) -> Path:
     try:
         words = shlex.split(rest)
-    except ValueError:  # an open quotation mark
+    except ValueError:  # an unclosed quotation mark
         words = []
     if len(words) != 1 or "\0" in rest:
         raise UsageError(f"{name} takes one path")
     try:
         return Path(words[0]).expanduser()
-    except RuntimeError as error:  # ~NAME, and nobody has that name
+    except RuntimeError as error:  # ~NAME of an unknown user
         raise UsageError(f"{name} {words[0]}: no such home directory") from error
 
 
 def _is_endless(path: Path) -> bool:
-    """Whether reading a file may never end, and hear no Ctrl-C."""
+    """Return whether reading a file may never end and could not be interrupted by Ctrl-C."""
     try:
         mode = path.stat().st_mode
-    except OSError:  # reading it says more
+    except OSError:  # reading the file reports the error
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

@@ -1,4 +1,4 @@
-"""The command that goes on with a kept chat: the words that started this one, and `--resume ID`."""
+"""The command that resumes a kept chat: the words that started this one, and `--resume ID`."""
 
 import os
 import re
@@ -12,16 +12,16 @@ from mistral_chat.cli.requests import LATEST_SESSION, SESSION_ID
 
 __all__ = ["command_to_go_on", "typed_command"]
 
-# What began the chat is in it already; a system prompt may have been changed since.
+# The chat already contains these; its system prompt may have changed since.
 _BEGINNING = ("file", "system", "system_file")
-_SWITCHES = re.compile(r"-[bBdEiIOPqsSuv]+")  # of Python's, which take no value
+_SWITCHES = re.compile(r"-[bBdEiIOPqsSuv]+")  # Python's switches that take no value
 
 
 def typed_command(*, launched: bool) -> list[str]:
-    """The command that started this process, or the launcher that did.
+    """Return the command that started this process, or the launcher that did.
 
     Args:
-        launched: a launcher started this process.
+        launched: whether a launcher started this process.
     """
     if launched:
         import psutil
@@ -30,14 +30,14 @@ def typed_command(*, launched: bool) -> list[str]:
             words = psutil.Process(os.getppid()).cmdline()
         except psutil.Error:
             words = []
-        # Some other launcher's daemon is no command that a person could type again.
+        # Another launcher's daemon is not a command that a person could type again.
         if words and Path(words[0]).name.startswith("python"):
             return _as_typed(words)
     return _as_typed(sys.orig_argv)
 
 
 def _as_typed(words: Sequence[str]) -> list[str]:
-    """A Python process's words; where a script can be run by itself, without the interpreter."""
+    """Drop the interpreter from a Python process's words if the script is executable."""
     at = 1
     while at < len(words) and _SWITCHES.fullmatch(words[at]):
         at += 1
@@ -47,18 +47,18 @@ def _as_typed(words: Sequence[str]) -> list[str]:
 
 
 def _short(program: str) -> str:
-    """A program by its name, where the shell finds it by that."""
+    """Return a program's bare name if the shell finds the program by it."""
     found = shutil.which(Path(program).name)
     is_same = found is not None and Path(found).absolute() == Path(program).absolute()
     return Path(program).name if is_same else program
 
 
 def command_to_go_on(typed: Sequence[str], session: str) -> str:
-    """The command as a shell takes it.
+    """Return the command to resume a chat, quoted for a shell.
 
     Args:
-        typed: words that started the chat.
-        session: what `--resume` takes.
+        typed: the words that started the chat.
+        session: the value of `--resume`.
     """
     kept: list[str] = []
     words = list(typed)

@@ -1,6 +1,6 @@
-"""What the main job is given to read: a prompt from flags, files and stdin, a chat to go on with.
+"""The main job's input: a prompt from flags, files and stdin, or a chat to resume.
 
-Read before a process is started, as `offered` is; rank 0 reads it again.
+Read before any process is started, like `offered`; rank 0 reads it again.
 """
 
 import sys
@@ -19,12 +19,12 @@ __all__ = ["Inputs", "read_inputs"]
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """All of it, for the main job.
+    """Everything that the main job reads.
 
     Args:
         offered: system prompt, tools and schema.
-        prompt: to answer; None is a chat at a terminal.
-        files: texts that such a chat begins with.
+        prompt: the prompt to answer; None is a chat at a terminal.
+        files: texts put before the first message of such a chat.
     """
 
     offered: Offered
@@ -35,17 +35,17 @@ class Inputs:
 def read_inputs(options: ChatRequest, *, for_ranks: bool = False) -> Inputs:
     """Read everything that the main job's flags name, and stdin.
 
-    The prompt is files, then stdin unless it is a terminal, then the text that is asked. Each part
-    loses one line end at its end; parts are joined by a blank line.
+    The prompt is the files, then stdin unless it is a terminal, then `--prompt`. One trailing
+    newline of each part is dropped, and a blank line joins the parts.
 
     Args:
-        options: of the command line.
-        for_ranks: this process may start ranks: leave stdin to them as it was.
+        options: options of the command line.
+        for_ranks: whether this process may start ranks, which then need stdin unread.
 
     Raises:
-        PromptError: nothing to answer, or something that cannot be read as what it is to be.
-        SessionError: the chat to go on with is not there, or open elsewhere.
-        UsageError: flags that need another stdin.
+        PromptError: nothing to answer, or an input that cannot be read.
+        SessionError: the chat to resume does not exist, or is open elsewhere.
+        UsageError: the flags need another kind of stdin.
     """
     at_terminal = is_terminal(sys.stdin)
     is_chat = at_terminal and options.prompt is None
@@ -88,7 +88,7 @@ def _read_stdin(options: ChatRequest, *, for_ranks: bool) -> str:
 
 
 def _check_session(name: str, *, hold: bool) -> None:
-    """Refuse a chat that is not there or, where it is to be added to, is open elsewhere."""
+    """Refuse a chat that does not exist or, if it is to be written, is open elsewhere."""
     from mistral_chat.cli.talk import session_files
 
     session_files.find(name)

@@ -1,4 +1,4 @@
-"""One prompt, one answer: to stdout, as text or as JSON."""
+"""Answer one prompt and print the answer to stdout, as text or as JSON."""
 
 import signal
 import sys
@@ -26,19 +26,19 @@ def answer_once(
     load_s: float,
     functions: PythonFunctions | None = None,
 ) -> int:
-    """Answer and print; the code to end with.
+    """Answer a prompt and print the answer; return the exit code.
 
     Args:
-        chat: to ask.
-        options: of the command line.
-        prompt: what to ask.
+        chat: the chat to ask.
+        options: options of the command line.
+        prompt: the text to answer.
         load_s: seconds that loading took.
-        functions: to run as the model calls them; what it calls is answered for it without asking.
+        functions: run without asking when the model calls them; None only prints the calls.
 
     Raises:
-        ContextLengthError: the prompt, or what functions gave, does not fit.
-        OutputError: an answer that was to be JSON was cut; what was written stays.
-        ToolError: calls, and no answer.
+        ContextLengthError: the prompt, or the results of functions, do not fit.
+        OutputError: an answer that had to be JSON was cut short; it was printed nonetheless.
+        ToolError: calls, but no answer.
         BrokenPipeError: the reader of stdout has gone.
     """
     stream = chat.send(prompt, options.sampling)
@@ -73,7 +73,7 @@ def answer_once(
 
 
 def report(answer: Answer, chat: Chat, options: ChatRequest, load_s: float) -> None:
-    """What stderr says after an answer."""
+    """Print to stderr why an answer ended, if that needs saying, and its figures."""
     if options.quiet:
         return
     max_seq_len = chat.engine.max_seq_len
@@ -84,7 +84,7 @@ def report(answer: Answer, chat: Chat, options: ChatRequest, load_s: float) -> N
 
 
 def report_figures(answer: Answer, chat: Chat, options: ChatRequest, load_s: float) -> None:
-    """Figures of one answer, where they were asked for."""
+    """Print the figures of an answer, if requested."""
     if options.stats:
         path = chat.engine.runner.path
         line = render.stats_line(answer, chat.engine.max_seq_len, load_s, path)
@@ -93,19 +93,19 @@ def report_figures(answer: Answer, chat: Chat, options: ChatRequest, load_s: flo
 
 @contextmanager
 def interruptible(cancel: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Have Ctrl-C, as a signal or as a key, end what runs; gives what looks for the key.
+    """Let Ctrl-C, as a signal or as a key, cancel what runs; yield a function that reads the key.
 
     Args:
-        cancel: ends it, and keeps what was said.
+        cancel: stops the answer and keeps its text so far.
     """
 
     def on_signal(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
         cancel()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
     before = signal.signal(signal.SIGINT, on_signal)
     try:
-        # A background job may not touch its terminal, and has no Ctrl-C to read.
+        # A background job must not touch its terminal, and gets no Ctrl-C from it.
         if is_terminal(sys.stdin) and in_foreground():
             with QuietTerminal() as terminal:
 

@@ -1,6 +1,7 @@
-"""One prompt whose answer may need functions: rounds until there is an answer, then that alone.
+"""Answer one prompt with functions: rounds of calls until there is an answer.
 
-Text before a call is no answer, and which it was is known only at its end, so nothing streams.
+Text before a call is not the answer. Whether a call follows is known only at the end, so nothing
+is streamed.
 """
 
 from collections.abc import Callable
@@ -30,18 +31,18 @@ def answer_with_functions(
     """Run what the model calls until it answers.
 
     Args:
-        chat: asked already.
-        options: of the command line.
-        stream: of the first answer.
-        functions: to run.
-        interruptible: has Ctrl-C call something while its context lasts.
+        chat: the chat that was asked.
+        options: options of the command line.
+        stream: the first answer.
+        functions: the functions to run.
+        interruptible: a context manager in which Ctrl-C calls the given function.
 
     Returns:
-        the last answer without any call's text, with the seed of the first and the tokens of all;
-        and why the model was not asked again, where it has not answered.
+        the last answer, without the text of calls, with the first one's seed and the token counts
+        of all; and why the model was not asked again, if it has not answered.
 
     Raises:
-        ContextLengthError: what functions gave does not fit.
+        ContextLengthError: the results of functions do not fit.
     """
     stopped = False
 
@@ -62,7 +63,7 @@ def answer_with_functions(
         following: ChatStream | None = stream
         while following is not None:
             stream = following
-            if stopped:  # since the one before had ended
+            if stopped:  # Ctrl-C was pressed after the previous answer ended
                 stream.cancel()
             for _ in stream:
                 poll()

@@ -1,4 +1,4 @@
-"""The loop of a chat at a terminal: ask for a line, run it as a command or say it."""
+"""The loop of a chat at a terminal: read a line, then run it as a command or send it."""
 
 from dataclasses import replace
 
@@ -10,19 +10,19 @@ from mistral_chat.cli.talk.typing.prompt import Prompt, unwrap_block
 
 __all__ = ["chat_at_terminal"]
 
-LEAVING = ("exit", "quit")  # as a whole message
+LEAVING = ("exit", "quit")  # if they are the whole message
 NOT_SENT = "this message was not sent yet: Enter sends it, Ctrl-C drops it"
 
 
 def chat_at_terminal(talk: TerminalChat, *, quiet: bool) -> None:
-    """Ask and answer until the person leaves.
+    """Read and answer messages until the user leaves.
 
     Args:
-        talk: not begun yet.
-        quiet: no greeting.
+        talk: a chat that has not begun.
+        quiet: whether to omit the greeting.
 
     Raises:
-        SessionError: the chat to go on with is not there.
+        SessionError: the chat to resume does not exist.
     """
     commands = Commands(talk)
     if not quiet:

@@ -1,6 +1,6 @@
-"""The main job: one answer or a chat, from a command line that has been read.
+"""The main job: one answer or a chat, from a parsed command line.
 
-What can be known without torch is judged first; then ranks are started, or this process is one.
+Checks whatever needs no torch first; then starts ranks, or acts as one.
 """
 
 import atexit
@@ -15,7 +15,7 @@ from mistral_chat.cli.codes import FAILED
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.interrupts import require_no_interrupt
 from mistral_chat.cli.requests import ChatRequest
-from mistral_chat.engine.launch import launched_rank
+from mistral_chat.engine.ranks.launch import launched_rank
 from mistral_chat.errors import OtherRankFailedError, OutputError
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def run(options: ChatRequest, words: list[str], begun: Begun) -> int:
     """Answer one prompt or chat, whichever flags and stdin ask for; the code to end with.
 
     Args:
-        options: of the command line.
-        words: the command line itself, for ranks that are started.
-        begun: when it was.
+        options: options of the command line.
+        words: the command line itself, for the ranks to be started.
+        begun: when the command began.
     """
     if rank := launched_rank():
         start.launch(options, words)
@@ -57,14 +57,14 @@ def run(options: ChatRequest, words: list[str], begun: Begun) -> int:
 def _lead(
     options: ChatRequest, folder: "ModelFolder", inputs: "Inputs", begun: Begun, held: ExitStack
 ) -> int:
-    """Rank 0: load, then answer or chat; what is held is let go afterwards."""
+    """Load and then answer or chat, on rank 0; register in `held` what to clean up."""
     from mistral_chat.cli.console.terminal import QuietTerminal
     from mistral_chat.cli.console.terminal_state import TerminalState
     from mistral_chat.cli.talk.going_on import typed_command
 
     typed = typed_command(launched=launched_rank() is not None)
     before = TerminalState()
-    # What is typed from now on waits for the prompt, unseen.
+    # From now on typed text is kept for the prompt, without echo.
     is_chat = inputs.prompt is None
     if is_chat:
         start.put_back_at_end(before)
@@ -77,7 +77,7 @@ def _lead(
     from mistral_chat.cli.talk.repl import chat_at_terminal
     from mistral_chat.cli.talk.terminal_chat import TerminalChat
     from mistral_chat.engine.engine import Engine
-    from mistral_chat.engine.launch import current_group
+    from mistral_chat.engine.ranks.launch import current_group
 
     functions: PythonFunctions | None = None
     tools = inputs.offered.tools
@@ -86,7 +86,7 @@ def _lead(
         functions = PythonFunctions(
             options.tools, options.tool_timeout or TIMEOUT_S, on_printed, options.tools_env
         )
-        atexit.register(functions.close)  # should this process be killed, it ends them, too
+        atexit.register(functions.close)  # ends the functions' process if a signal ends this one
         tools = functions.tools
     group = current_group()
     talk: TerminalChat | None = None

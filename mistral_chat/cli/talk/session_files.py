@@ -1,6 +1,6 @@
-"""Files of kept chats, read: where they are, which there are, and what their lines add up to.
+"""Read kept chats: where they are, which exist, and the state that a file's lines add up to.
 
-`sessions.py` adds to them. Knows nothing of conversations.
+`sessions.py` writes them. Knows nothing of conversations.
 """
 
 import json
@@ -33,20 +33,20 @@ VERSION = 1
 
 
 def sessions_folder() -> Path:
-    """Where sessions are kept: in the data directory of the XDG standard, on Linux."""
+    """Return the folder of sessions; on Linux in the XDG data directory."""
     return Path(platformdirs.user_data_path("mistral-chat")) / "sessions"
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One session of a list.
+    """A session in a list.
 
     Args:
         id: its name.
-        model: whom it was held with, last.
+        model: name of the model last used.
         begins: the first message, on one line.
-        n_messages: of both sides.
-        changed: when something was last said.
+        n_messages: messages of both sides.
+        changed: when a message was last added.
     """
 
     id: str
@@ -58,14 +58,14 @@ class Summary:
 
 @dataclass
 class State:
-    """What a file's lines add up to.
+    """The state that a file's lines add up to.
 
     Args:
-        model: of now.
-        system: prompt.
-        messages: as they stand in the file.
-        replaced: what the last exchange stands in place of.
-        n_lines: read so far.
+        model: name of the current model.
+        system: system prompt.
+        messages: as stored in the file.
+        replaced: the messages that the last turn replaces.
+        n_lines: lines read so far.
     """
 
     model: str = ""
@@ -75,7 +75,7 @@ class State:
     n_lines: int = 0
 
     def take_back(self) -> list[dict[str, Any]]:
-        """Remove the last exchange, and give it."""
+        """Remove the last turn and return it."""
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         begin = said[-1] if said else 0
         gone = self.messages[begin:]
@@ -83,19 +83,19 @@ class State:
         return gone
 
     def unsay(self) -> None:
-        """Remove the last exchange, which came to nothing; what it was to replace comes back."""
+        """Remove the last turn, which got no answer; restore the turn that it replaced."""
         self.take_back()
         self.messages += self.replaced
         self.replaced = []
 
     def drop(self, n: int) -> None:
-        """Remove the oldest exchanges."""
+        """Remove the oldest turns."""
         said = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         del self.messages[: [*said, len(self.messages)][min(n, len(said))]]
 
 
 def summaries() -> list[Summary]:
-    """All sessions, the latest first. Files that are none are left out."""
+    """Return all sessions, newest first; skip files that are not sessions."""
     found = []
     for path in sessions_folder().glob("*.jsonl"):
         try:
@@ -110,13 +110,13 @@ def summaries() -> list[Summary]:
 
 
 def find(name: str) -> Path:
-    """The file of a chat.
+    """Return the file of a chat.
 
     Args:
-        name: its id, the beginning of one, a file, or `latest`.
+        name: its id, the start of an id, a file, or `latest`.
 
     Raises:
-        SessionError: there is none, or more than one.
+        SessionError: no such chat, or more than one.
     """
     folder = sessions_folder()
     if name == LATEST_SESSION:
@@ -129,7 +129,7 @@ def find(name: str) -> Path:
             path = Path(name).expanduser()
             if path.is_file():
                 return path
-        except (OSError, RuntimeError) as error:  # no permission; ~NAME, and nobody has that name
+        except (OSError, RuntimeError) as error:  # no permission; ~NAME of an unknown user
             raise SessionError(f"{name}: cannot be read ({error})") from error
         raise SessionError(f"{name}: no such file")
     matches = sorted(folder.glob(f"{name}*.jsonl")) if name.replace("-", "").isalnum() else []
@@ -142,7 +142,7 @@ def find(name: str) -> Path:
 
 
 def obstacle_to_writing(path: Path) -> str | None:
-    """Why a file cannot be added to; None where it can."""
+    """Return why a file cannot be appended to; None if it can."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
     except OSError as error:
@@ -151,15 +151,15 @@ def obstacle_to_writing(path: Path) -> str | None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Take away the end of a line that was never finished, so that the next one stands alone.
+    """Remove an unfinished last line, so that the next line starts on its own.
 
-    A file that cannot be written, such as on a read-only disk, is left: nothing will follow.
+    A file that cannot be written, for example on a read-only disk, is left as it is.
     """
     if obstacle_to_writing(path) is not None:
         return
     try:
         with path.open("rb+") as file:
-            # Where another process holds the file, such a line is on its way.
+            # If another process has locked the file, it is still writing that line.
             if lock(file.fileno()) and not (data := file.read()).endswith(b"\n"):
                 file.truncate(data.rfind(b"\n") + 1)
                 os.fsync(file.fileno())
@@ -168,7 +168,7 @@ def cut_torn_line(path: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; a last line that was never finished is left out."""
+    """Yield the objects of a file, without an unfinished last line."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -176,7 +176,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             entry = json.loads(line)
-            json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(entry, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
         except (ValueError, RecursionError) as error:
             raise SessionError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(entry, dict):
@@ -215,10 +215,10 @@ def _checked_system(value: Any, path: Path) -> str | None:
 
 
 def read(path: Path) -> State:
-    """What the lines of a session's file add up to.
+    """Read a session's file and return the state that its lines add up to.
 
     Raises:
-        SessionError: the file cannot be read or is no session.
+        SessionError: the file cannot be read or is not a session.
     """
     state = State()
     for entry in _lines(path):
@@ -241,7 +241,7 @@ def read(path: Path) -> State:
             state.unsay()
         elif kind == "drop" and isinstance(entry.get("exchanges"), int):
             state.drop(max(0, entry["exchanges"]))
-        elif kind == "clear":  # written until /clear began a new chat
+        elif kind == "clear":  # written by versions whose /clear did not begin a new chat
             state.messages.clear()
         elif kind == "system":
             state.system = _checked_system(entry.get("content"), path)

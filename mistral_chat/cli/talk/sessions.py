@@ -1,8 +1,8 @@
-"""Chats kept on disk as they go: one JSON object a line, written through before anything follows.
+"""Keep chats on disk: one JSON object per line, synced before the chat goes on.
 
-A session is a file that is only ever added to: its first line says what it is, then come messages,
-and what was undone. `kill -9` loses at most the answer being written. Read by people, too; private
-to their owner. Knows nothing of terminals or models.
+A session file is only appended to: its first line identifies it, then come messages and marks of
+what was undone. `kill -9` loses at most the answer being written. People can read the file, but
+only its owner. Knows nothing of terminals or models.
 """
 
 import errno
@@ -29,13 +29,13 @@ INTERRUPTED = "error: the chat ended before there was a result"
 
 
 class Session:
-    """A chat's file, added to as the chat goes.
+    """The file of a chat, appended to as the chat goes on.
 
     Args:
-        path: of a file that `create` or `open` has looked at.
-        model: the name of the model of now.
-        tokenizer: fingerprint of its tokenizer: ids of answers that another one wrote are of no
-            use to it. None, and files of before there were any, go by the model's name.
+        path: a file that `create` or `open` has checked.
+        model: name of the current model.
+        tokenizer: fingerprint of its tokenizer; it cannot use the ids of answers that another one
+            wrote. Without it, and in older files, the model's name decides.
     """
 
     def __init__(self, path: Path, model: str, tokenizer: str | None = None) -> None:
@@ -45,20 +45,20 @@ class Session:
 
     @property
     def id(self) -> str:
-        """What `--resume` and `/load` take."""
+        """The value of `--resume` and `/load`."""
         return self.path.stem
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is a file: something was said."""
+        """Whether the file exists; it is created with the first message."""
         return self._begin is None
 
     @classmethod
     def create(cls, model: str, system: str | None, tokenizer: str | None = None) -> "Session":
-        """Begin a new one; its file comes with the first message.
+        """Begin a new session; its file is created with the first message.
 
         Raises:
-            SessionError: the folder cannot be made.
+            SessionError: the folder cannot be created.
         """
         folder = session_files.sessions_folder()
         try:
@@ -79,19 +79,19 @@ class Session:
         return session
 
     _begin: dict[str, Any] | None = None
-    _held: int | None = None  # the locked file
+    _held: int | None = None  # file descriptor that holds the lock
 
     @classmethod
     def open(cls, name: str, model: str, tokenizer: str | None = None) -> "Session":
-        """An earlier one.
+        """Open an existing session.
 
         Args:
-            name: its id, the beginning of one, a file, or `latest`.
-            model: of now.
-            tokenizer: of now.
+            name: its id, the start of an id, a file, or `latest`.
+            model: name of the current model.
+            tokenizer: fingerprint of the current tokenizer.
 
         Raises:
-            SessionError: there is none, more than one, or the file is no session.
+            SessionError: no such session, more than one, or not a session file.
         """
         path = session_files.find(name)
         session_files.read(path)
@@ -100,18 +100,18 @@ class Session:
 
     @property
     def obstacle(self) -> str | None:
-        """Why the chat cannot be kept, such as a disk that is read-only; None where it can."""
+        """Why the chat cannot be kept, such as a read-only disk; None if it can."""
         if self._begin is not None:
             return None
         return session_files.obstacle_to_writing(self.path)
 
     def hold(self) -> None:
-        """Keep other processes from going on with it, until `release`; does nothing without a file.
+        """Lock the session until `release`; do nothing if it has no file yet.
 
-        Two that add to one file, each after its own history, would make a chat of neither.
+        Two processes appending to one file would mix their histories.
 
         Raises:
-            SessionError: another one goes on with it.
+            SessionError: another process has the chat open.
         """
         if self._held is not None or self._begin is not None:
             return
@@ -128,23 +128,23 @@ class Session:
         self._held = handle
 
     def release(self) -> None:
-        """Let others go on with it."""
+        """Let other processes open it."""
         if self._held is not None:
             os.close(self._held)
             self._held = None
 
     def add_user(self, text: str, *, replaces: bool = False) -> None:
-        """Keep what the person said, before it is answered.
+        """Save a user message, before it is answered.
 
         Args:
             text: the message.
-            replaces: it stands in place of the last exchange, once it is answered.
+            replaces: whether it replaces the last turn, once it is answered.
         """
         mark = {"replaces": True} if replaces else {}
         self._write({"role": "user", "content": text} | mark)
 
     def add_answer(self, text: str, ids: tuple[int, ...] | None, finish_reason: str) -> None:
-        """Keep what the model said."""
+        """Save an answer."""
         self._write(
             {
                 "role": "assistant",
@@ -155,7 +155,7 @@ class Session:
         )
 
     def add_calls(self, text: str, calls: Sequence[ToolCall], ids: tuple[int, ...] | None) -> None:
-        """Keep that the model asks for calls, before any is run."""
+        """Save the calls that the model asks for, before any is run."""
         listed = [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in calls]
         self._write(
             {"role": "assistant", "content": text, "tool_calls": listed,
@@ -163,12 +163,12 @@ class Session:
         )  # fmt: skip
 
     def _made(self, ids: tuple[int, ...] | None) -> dict[str, Any]:
-        """Who made an answer, and as which tokens."""
+        """Return the model, tokenizer and ids of an answer."""
         made: dict[str, Any] = {"model": self.model, "ids": ids}
         return made if self.tokenizer is None else {"tokenizer": self.tokenizer, **made}
 
     def _ids_of(self, answer: dict[str, Any]) -> Sequence[int] | None:
-        """The tokens of an answer, where they are the same to the model of now."""
+        """Return an answer's ids if they mean the same to the current model."""
         known = "tokenizer" in answer and self.tokenizer is not None
         own = (
             (answer["tokenizer"] == self.tokenizer) if known else answer.get("model") == self.model
@@ -177,35 +177,35 @@ class Session:
         return ids
 
     def add_result(self, call: ToolCall, text: str) -> None:
-        """Keep what came of a call."""
+        """Save the result of a call."""
         self._write({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": text})
 
     def drop_last(self) -> None:
-        """The last exchange came to no answer and is not part of the chat."""
+        """Save that the last turn got no answer and is not part of the chat."""
         self._write({"type": "unsaid"})
 
     def undo(self) -> None:
-        """Keep that the last exchange was taken back."""
+        """Save that the last turn was taken back."""
         self._write({"type": "undo"})
 
     def drop(self, n: int) -> None:
-        """Keep that the oldest exchanges were taken out."""
+        """Save that the oldest turns were dropped."""
         self._write({"type": "drop", "exchanges": n})
 
     def set_system(self, system: str | None) -> None:
-        """Keep another system prompt."""
+        """Save another system prompt."""
         self._write({"type": "system", "content": system})
 
     def replay(self, conversation: "Conversation", *, save: bool = True) -> str | None:
-        """Bring a conversation to where the session is.
+        """Restore a conversation from the session.
 
         Args:
-            conversation: is overwritten, its tools stay.
-            save: keep what becomes of messages and calls that were never answered.
+            conversation: overwritten, except for its tools.
+            save: whether to save what is done about unanswered messages and calls.
 
         Returns:
-            a message that never got its answer, to be asked again; it is not in the conversation.
-            Calls that never got their result get one that says so.
+            a message that was never answered, to be asked again; the conversation does not contain
+            it. Calls without a result get one that says so.
         """
         state = session_files.read(self.path)
         unanswered = None
@@ -234,10 +234,10 @@ class Session:
         return unanswered
 
     def branch(self) -> "Session":
-        """A copy that goes on by itself; this one stays as it is.
+        """Return an independent copy; this session stays unchanged.
 
         Raises:
-            SessionError: it cannot be written.
+            SessionError: the copy cannot be written.
         """
         begin = self._begin
         state = (
@@ -251,25 +251,25 @@ class Session:
         return other
 
     def _write(self, entry: dict[str, Any]) -> None:
-        """Add a line and have it on the disk.
+        """Append a line and sync it to disk.
 
         Raises:
-            SessionError: it cannot be written.
+            SessionError: the line cannot be written.
         """
         entries = [entry] if self._begin is None else [self._begin, entry]
         lines = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
         try:
-            # A file that somebody has taken away must not come back without its first line.
+            # A file deleted by someone must not be created again without its first line.
             flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_EXCL if self._begin else 0)
             handle = os.open(self.path, flags, 0o600)
             try:
                 data = lines.encode("utf-8", "replace")
-                if os.write(handle, data) != len(data):  # `open` cuts off what there is of it
+                if os.write(handle, data) != len(data):  # `open` cuts off the incomplete line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(handle)
             finally:
                 os.close(handle)
-            if self._begin is not None:  # a name that is new must outlive a power cut, too
+            if self._begin is not None:  # a new file's name must survive a power cut, too
                 sync_folder(self.path.parent)
         except OSError as error:
             raise SessionError(
@@ -279,5 +279,5 @@ class Session:
 
 
 def _call_of(result: dict[str, Any]) -> ToolCall:
-    """The call that a result belongs to; its arguments stand with the call itself."""
+    """Return a call with the id and name of a result; its arguments are not needed."""
     return ToolCall(result["tool_call_id"], result["name"], {})

@@ -1,4 +1,4 @@
-"""Sampling as the chat's `/set` changes it and `/show` shows it."""
+"""Sampling settings as the chat's `/set` changes and `/show` prints them."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,14 +16,14 @@ UNSET = ("none", "default", "-")
 
 
 def set_sampling(params: SamplingParams, words: str) -> SamplingParams:
-    """The settings with one changed.
+    """Return the settings with one changed.
 
     Args:
-        params: as they are.
-        words: a name and a value; `default` takes back what was set. `stop` adds a text.
+        params: the current settings.
+        words: a name and a value; `default` resets the setting, `stop` adds a text.
 
     Raises:
-        UsageError: an unknown name, or a value out of its range.
+        UsageError: an unknown name, or a value out of range.
     """
     name, _, value = words.replace("=", " ", 1).partition(" ")
     name, value = name.removeprefix("--").replace("-", "_"), value.strip()
@@ -41,7 +41,7 @@ def set_sampling(params: SamplingParams, words: str) -> SamplingParams:
 
 
 def sampling_line(params: SamplingParams) -> str:
-    """All settings on a line."""
+    """Return all settings on one line."""
     values = {name: getattr(params, name) for name in SETTABLE}
     values["stop"] = list(params.stop) or None
     return ", ".join(f"{name} {'-' if v is None else v}" for name, v in values.items())

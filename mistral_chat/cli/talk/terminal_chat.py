@@ -1,6 +1,6 @@
-"""One chat at a terminal: messages, streamed answers, calls, and the session that keeps them.
+"""A chat at a terminal: messages, streamed answers, calls, and the session that keeps them.
 
-Ctrl-C stops what runs and nothing else. Knows nothing of the prompt's keys or of commands.
+Ctrl-C only stops what is running. Knows nothing of the prompt's keys or of commands.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from mistral_chat.cli.console.terminal import QuietTerminal
 from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.talk.answer_view import make_view
 from mistral_chat.cli.talk.calls import CallDesk
-from mistral_chat.cli.talk.chat_text import last_exchange, shorten
+from mistral_chat.cli.talk.chat_text import last_turn, shorten
 from mistral_chat.cli.talk.going_on import command_to_go_on
 from mistral_chat.cli.talk.one_shot import report, report_figures
 from mistral_chat.cli.talk.session_files import sessions_folder
@@ -32,22 +32,22 @@ __all__ = ["TerminalChat"]
 
 UNANSWERED = "this message had no answer yet: Enter asks again, Ctrl-C drops it"
 NEARLY_FULL = 0.9
-LEAST_ANSWER = 256  # tokens that an answer should have room for, or an eighth of the context
+LEAST_ANSWER = 256  # tokens to reserve for an answer, or an eighth of the context if that is less
 
 
 class TerminalChat:
-    """What is said, answered and kept.
+    """The state of a chat at a terminal.
 
     Args:
-        chat: to talk to.
-        options: of the command line.
+        chat: the chat to talk to.
+        options: options of the command line.
         load_s: seconds that loading took.
-        terminal: quiet already.
-        functions: that the model may have called; None has the person say what calls give.
+        terminal: already in quiet mode.
+        functions: functions that the model may call; None asks the user for results.
 
-    `sampling` is for answers to come, `files` holds texts that the next message begins with,
-    `answer` is the last one, `draft` stands at the next prompt, and `typed` is what was typed
-    while there was none.
+    `sampling` applies to later answers, `files` are texts put before the next message, `answer` is
+    the last answer, `draft` is shown at the next prompt, and `typed` holds what was typed while
+    there was no prompt.
     """
 
     def __init__(
@@ -68,21 +68,21 @@ class TerminalChat:
         self.session: Session | None = None
         self._options = options
         self._terminal = terminal
-        self._used = 0  # tokens of context, of late
+        self._used = 0  # context tokens when last counted
         self._warned_full = False
         self._desk = CallDesk(
             functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
         )
-        self._pressed = False  # Ctrl-C, since the last answer began
+        self._pressed = False  # whether Ctrl-C was pressed since the last answer began
         self._model = name_of(options.engine.model)
 
     # The session.
 
     def open_session(self) -> None:
-        """Go on with the chat that the command line names, or begin one that is kept.
+        """Resume the chat that the command line names, or begin a new one.
 
         Raises:
-            SessionError: the chat to go on with is not there.
+            SessionError: the chat to resume does not exist.
         """
         options = self._options
         if options.resume is not None:
@@ -95,7 +95,7 @@ class TerminalChat:
             self._begin_session()
 
     def begin_anew(self) -> None:
-        """Begin another chat with this one's system prompt; this one stays as it is kept."""
+        """Begin a new chat with the same system prompt; the current one stays on disk."""
         self.chat.clear()
         self.files = []
         self.answer = None
@@ -114,14 +114,13 @@ class TerminalChat:
         self.move_to(session)
 
     def resume(self, name: str) -> None:
-        """Go on with a kept chat.
+        """Resume a kept chat.
 
         Args:
-            name: as `Session.open` takes it.
+            name: a name for `Session.open`.
 
         Raises:
-            SessionError: there is no such chat, it cannot be read, or another process goes on
-                with it.
+            SessionError: no such chat, it cannot be read, or another process has it open.
         """
         session = Session.open(name, self._model, self.chat.tokenizer.fingerprint)
         save = not self._options.no_save
@@ -146,14 +145,14 @@ class TerminalChat:
         render.note(f"chat {session.id}, {n} messages" + (
             "; its last message had no answer and stands at the prompt" if unanswered else ""
         ))  # fmt: skip
-        for line in last_exchange(self.chat.conversation):
+        for line in last_turn(self.chat.conversation):
             render.note(line)
 
     def say_how_to_go_on(self, typed: Sequence[str]) -> None:
-        """The command that goes on with this chat, once, where it is kept.
+        """Print the command that resumes this chat, once, if the chat is kept.
 
         Args:
-            typed: the command that began it.
+            typed: the words that started the chat.
         """
         session, self.session = self.session, None
         if session is not None and session.is_begun and not self._options.quiet:
@@ -169,12 +168,12 @@ class TerminalChat:
         self.session = session
 
     def write(self, write: Callable[[Session], None]) -> None:
-        """Write to the session; where that fails, say so once and go on without."""
+        """Write to the session; if that fails, report it once and go on without a session."""
         if self.session is None:
             return
         try:
             write(self.session)
-            self.session.hold()  # its file comes with the first line
+            self.session.hold()  # the first line creates the file
         except SessionError as error:
             self.move_to(None)
             render.error(error)
@@ -182,22 +181,22 @@ class TerminalChat:
     # Messages.
 
     def say(self, text: str, *, replace_last: bool = False) -> None:
-        """Send one message and print its answer.
+        """Send a message and print its answer.
 
-        A message that cannot be sent stands at the prompt again, with the reason. What Enter
-        ended during the answer is sent next; where Ctrl-C stopped the answer it stands at the
-        prompt instead.
+        A message that cannot be sent returns to the prompt with the reason. Messages typed during
+        the answer are sent next, unless Ctrl-C stopped the answer; then they are put at the
+        prompt.
 
         Args:
-            text: the message; files come before it unless it stands in place of the last.
-            replace_last: the last exchange goes once this one is answered.
+            text: the message; `files` are put before it unless it replaces the last message.
+            replace_last: whether the answered message replaces the last turn.
         """
         chat, options = self.chat, self._options
         message = text if replace_last else "\n\n".join([*self.files, text])
         before = chat.conversation.copy()
         try:
             stream = chat.send(message, self.sampling, replace_last=replace_last)
-        except (PromptError, UsageError) as error:  # such as /set stop beside a schema
+        except (PromptError, UsageError) as error:  # such as /set stop with a schema
             why = f"mistral-chat: {error}; the message was not sent{self._room(message, error)}"
             self.draft = Draft.of(text, replace_last=replace_last, why=why)
             return
@@ -235,14 +234,14 @@ class TerminalChat:
             self.draft = Draft(self.typed.take_back())
 
     def _print_answer(self, stream: ChatStream, message: str | None) -> Answer:
-        """Print an answer as it comes, and keep it.
+        """Print an answer as it arrives, and save it.
 
         Args:
-            stream: of the answer.
-            message: that it answers; None are results of calls.
+            stream: the answer.
+            message: the message that it answers; None for results of calls.
         """
         chat = self.chat
-        # What a schema or a plain completion gives is no Markdown.
+        # Answers to a schema and plain completions are not Markdown.
         plain = self._options.plain or not chat.instruct or chat.grammar is not None
         view = make_view(plain=plain)
         self._pressed = False
@@ -273,38 +272,38 @@ class TerminalChat:
         return answer
 
     def _run_calls(self, rounds: Rounds, answer: Answer) -> ChatStream | None:
-        """Run the calls of an answer, keep their results, and have the model go on."""
+        """Run the calls of an answer, save their results, and let the model continue."""
         for result in rounds.results(answer):
             self.write(partial(Session.add_result, call=result.call, text=result.text))
             self._desk.show(result)
         return rounds.go_on()
 
     def _poll(self) -> bool:
-        """Whether Ctrl-C was pressed; what else was typed waits."""
+        """Return whether Ctrl-C was pressed; keep other typed text for later."""
         pressed, typed = self._terminal.poll()
         self.typed.take(typed)
         self._pressed |= pressed
         return pressed
 
     def take_typed_while_loading(self) -> None:
-        """Have what was typed before there was a chat stand at the prompt: it is not sent."""
+        """Put what was typed while loading at the prompt instead of sending it."""
         self._poll()
         self.typed.rest = self.typed.take_back()
 
     def _typed_lines(self) -> list[str]:
-        """What a person sees of it."""
+        """Return the lines that show the user what was typed."""
         waiting = [f"queued: {shorten(message)}" for message in self.typed.messages]
         if len(waiting) > 2:
             waiting = [f"queued: {len(waiting)} messages"]
         return [*waiting, f"> {shorten(self.typed.rest[-50:])}"] if self.typed.rest else waiting
 
     def _is_interrupted(self) -> bool:
-        """Whether calls must not run: Ctrl-C counts, too, when the answer had just ended."""
+        """Return whether to stop calls; includes a Ctrl-C pressed just as the answer ended."""
         return self._poll() or self._pressed
 
     @property
     def answers(self) -> list[str]:
-        """What the model has said, as it stands in the chat; of plain completion the last text."""
+        """The model's texts in this chat; in plain completion only the last one."""
         if not self.chat.instruct:
             return [self.answer.said] if self.answer is not None and self.answer.said else []
         said = self.chat.conversation.messages
@@ -313,22 +312,22 @@ class TerminalChat:
     # The context.
 
     def count_tokens(self) -> int:
-        """Tokens of the conversation in the template; 0 where nothing was said."""
+        """Count the tokens of the conversation in the template; 0 if nothing was said."""
         chat = self.chat
-        if not chat.instruct or not chat.conversation.n_exchanges:
+        if not chat.instruct or not chat.conversation.n_turns:
             self._used = 0
         else:
-            # The template has no end without a next message; the least of them is one token.
+            # The template cannot end without a next message; the shortest is one token.
             ids = chat.conversation.encode(chat.tokenizer, [UserMessage(content=".")])
             self._used = len(ids) - 1
         return self._used
 
     def _room(self, message: str, error: PromptError | UsageError) -> str:
-        """Which command makes room for a message that did not fit; nothing where none does."""
+        """Return a hint that names the command to make room for a message; empty if none does."""
         if not isinstance(error, ContextLengthError) or not self.chat.instruct:
             return ""
         n_answer = min(LEAST_ANSWER, self.chat.engine.max_seq_len // 8)
-        n = self.chat.exchanges_to_drop(message, n_answer)
+        n = self.chat.turns_to_drop(message, n_answer)
         return f". /drop {n} takes out what was said first and makes room" if n else ""
 
     def _warn_when_nearly_full(self, answer: Answer) -> None:
@@ -344,11 +343,11 @@ class TerminalChat:
                 f"/clear all"
             )
 
-    # What it is like, in a line.
+    # The chat's state, in one line.
 
     @property
     def greeting(self) -> str:
-        """Model, ranks and context, before the first prompt."""
+        """Model, ranks and context, shown before the first prompt."""
         chat, runner = self.chat, self.chat.engine.runner
         kind = "chat" if chat.instruct else "plain completion: each line is a prompt of its own"
         return (
@@ -360,7 +359,7 @@ class TerminalChat:
 
     @property
     def bottom_line(self) -> str:
-        """What stands under the prompt."""
+        """The line under the prompt."""
         most = self.chat.engine.max_seq_len
         parts = [self._model, self._ranks]
         if self._used:

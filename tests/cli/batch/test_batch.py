@@ -1,4 +1,4 @@
-"""A file of prompts to a file of answers: equal to one by one, whatever stops it on the way."""
+"""A file of prompts to a file of answers: equal to answering one by one, however often killed."""
 
 import fcntl
 import json
@@ -31,7 +31,7 @@ ASKED = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """What a run in this process does with signals ends with it."""
+    """Restore this process's signal handlers after a run."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -39,7 +39,7 @@ def _signals() -> Iterator[None]:
 
 
 def _write(path: Path, *values: Any) -> Path:
-    """A file of JSON lines; a text or bytes are a line as they are."""
+    """Write a file of JSON lines; texts and bytes are written as they are."""
     lines = [v if isinstance(v, (str, bytes)) else json.dumps(v) for v in values]
     path.write_bytes(b"".join(x if isinstance(x, bytes) else x.encode() + b"\n" for x in lines))
     return path
@@ -331,7 +331,7 @@ def test_ids_are_line_numbers_where_there_are_none() -> None:
 
 
 def _schema(n: int) -> dict[str, Any]:
-    """A schema whose every text is short, so that answers end by themselves."""
+    """A schema with only short texts, so that answers end by themselves."""
     leaves: list[dict[str, Any]] = [
         {"enum": ["red", "grün", 'a"b', 3, None]},
         {"type": "integer", "minimum": -n, "maximum": n},
@@ -563,7 +563,7 @@ def test_errors_are_tried_again_when_asked_for(
     target = tmp_path / "out"
     kept = [r for r in records if "error" not in r]
     assert sorted(str(r["id"]) for r in kept) == ["6", "x"]
-    # IN is mended, its ids as well: what the errors called themselves is in it no more.
+    # IN and its ids are corrected, so the ids in the errors are no longer in it.
     mended = [good | {"id": "one"}, good | {"id": "x"}, good | {"id": "y"}, good | {"id": 4},
               cut | {"json_schema": {"const": 7}, "json_object": None}, good]  # fmt: skip
     source = _write(tmp_path / "in", *mended)
@@ -600,7 +600,7 @@ def test_errors_that_stay_are_written_anew_once(tiny_folder: Path, tmp_path: Pat
 
 
 def test_kill_while_errors_are_taken_out_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
-    """The steps that the disk sees, one by one: at each the name holds one whole file."""
+    """Record each step that reaches the disk; after each of them OUT must be one whole file."""
     source = _write(tmp_path / "in", "{", "{", "{")
     lines = batch_lines.read_lines(source.read_bytes(), request_of(["MODEL"]), None)
     kept = {"id": 2, "text": "kept"}
@@ -633,7 +633,7 @@ def test_kill_while_errors_are_taken_out_leaves_the_old_or_the_new_file(tmp_path
 def test_record_is_on_the_disk_before_it_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That OUT's own bytes are synced, all of them, and the name of a new OUT."""
+    """Check that all of OUT's bytes are synced, and its name if it is new."""
     disk = Disk(monkeypatch)
     source, target = _write(tmp_path / "in", "{"), tmp_path / "out"
     with batch_output.Output(str(target), source.stat()) as output:

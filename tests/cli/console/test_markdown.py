@@ -66,7 +66,7 @@ PIECES = ["- a", "* b", "1. c", "2) d", "10. e", "  - n", "    deep", "```", "``
 
 
 class Window:
-    """A terminal that a view writes to."""
+    """A terminal for a view to write to."""
 
     def __init__(self, columns: int, rows: int) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=100_000)
@@ -106,7 +106,7 @@ def pieces(text: str, rng: random.Random) -> Iterator[str]:
         at += n
 
 
-# Whatever comes in whatever pieces, each line stands once on the screen or above it.
+# Whatever the pieces, each line is once on the screen or above it.
 @pytest.mark.parametrize("size", [(80, 24), (200, 50), (40, 10), (80, 4)])
 @pytest.mark.parametrize("seed", range(3))
 def test_sample_streamed_is_the_rendering_of_the_whole(size: tuple[int, int], seed: int) -> None:
@@ -130,7 +130,7 @@ def test_any_text_streamed_is_the_rendering_of_the_whole(seed: int) -> None:
     assert window.rows == rendered(text, columns), text
 
 
-# What stands below an answer while it grows, such as what is typed meanwhile, leaves no trace.
+# Lines below a growing answer, such as text typed meanwhile, leave no trace.
 @pytest.mark.parametrize("seed", range(30))
 def test_lines_below_an_answer_go_with_its_end(seed: int) -> None:
     rng = random.Random(seed)
@@ -327,7 +327,7 @@ def test_block_longer_than_the_window_stands_once(make: Callable[[], str]) -> No
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that moves when told to."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -358,7 +358,7 @@ def test_drawing_takes_its_share_of_the_time(
     took = clock.now - 100
     assert spent <= (SHARE + 0.02) * took + draw_s
     assert spent / draw_s <= took / answer_view.REFRESH_S + 1
-    # And drawn it is, as often as that allows.
+    # It is redrawn as often as that allows.
     assert spent / draw_s >= 0.5 * min(took / answer_view.REFRESH_S, took * SHARE / draw_s)
 
 

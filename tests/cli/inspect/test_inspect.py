@@ -18,8 +18,8 @@ from mistral_chat.cli.inspect import run as inspect
 from mistral_chat.cli.inspect import text as inspect_text
 from mistral_chat.cli.main import request_of
 from mistral_chat.config import EngineConfig
-from mistral_chat.engine.group import Group, Place
 from mistral_chat.engine.memory import plan_memory
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.start_up import load_runner
 from mistral_chat.errors import NotEnoughMemoryError, TokenizerError
 from mistral_chat.model.args import TransformerArgs

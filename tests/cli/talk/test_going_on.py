@@ -1,4 +1,4 @@
-"""The command that goes on with a chat: run as it stands, it is the one that was typed."""
+"""The command that resumes a chat is the one that was typed, and runs as printed."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""What is read for a prompt: files, then stdin, then the text that is asked; how stdin is read."""
+"""What is read for a prompt: files, then stdin, then `--prompt`; and how stdin is read."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def end_it(handle: int) -> None:
 
 @contextmanager
 def _stdin(monkeypatch: pytest.MonkeyPatch, data: bytes, *, closes: bool = True) -> Iterator[int]:
-    """A pipe that holds something, or goes on after it, in the place of stdin; its other end."""
+    """Replace stdin by a pipe with some content; return its other end."""
     read, write = os.pipe()
     writer = threading.Thread(target=_write, args=(write, data, closes), daemon=True)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(fileno=lambda: read, isatty=lambda: False))
@@ -138,7 +138,7 @@ def test_closed_stdin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_silent_stdin_is_waited_for_and_said(
     monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    """Said once, and only where there is a prompt that could be answered without it."""
+    """The note is printed once, and only if there is a prompt that needs no stdin."""
     said = io.StringIO()
     monkeypatch.setattr("sys.stderr", said)
     monkeypatch.setattr(pipes, "PATIENCE_S", 0.01)
@@ -166,7 +166,7 @@ LONG = bytes(range(1, 128)) * 8257  # more than a pipe holds
 
 @pytest.mark.parametrize("data", [b"", b"piped\n", BOM + "é\r\n".encode(), LONG])
 def test_stdin_is_left_for_ranks_as_it_was(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    """Read in this process, and whole once more by a process that it starts."""
+    """Read here, then completely once more by a process that this one starts."""
     with _stdin(monkeypatch, data):
         first = read_inputs(_options("x"), for_ranks=True)
         copied = subprocess.run(["cat"], stdin=sys.stdin, capture_output=True, check=True)
@@ -191,7 +191,7 @@ def test_pipe_in_the_place_of_a_file_is_read_once_for_all(flag: str, equals: boo
 
 @contextmanager
 def _pipe(data: bytes) -> Iterator[str]:
-    """What a shell's `<(command)` gives."""
+    """Make what a shell's `<(command)` gives."""
     read, write = os.pipe()
     os.write(write, data)
     os.close(write)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -18,7 +16,7 @@ from mistral_chat.cli.main import request_of
 from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.config import SamplingParams
 from tests.conftest import ROOT, Run, command_env
-from tests.warm import Piped
+from tests.warm import Piped, warm
 
 KEYS = {"text", "finish_reason", "tool_calls", "seed", "usage", "timings", "model", "world_size"}
 
@@ -183,18 +181,11 @@ def test_embedded_model_completes_a_pipe(run: Run, embedded_folder: Path, n_rank
 
 
 def test_embedded_model_answers_under_torchrun_from_a_checkout(embedded_folder: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    words = [str(embedded_folder), "--instruct", "--prompt", "What is the capital of France?"]
-    done = subprocess.run(
-        [*launcher, "mistral-chat", *words, "--temperature", "0", "--json"],
-        capture_output=True,
-        timeout=120,
-        env=command_env(),
-        cwd=ROOT,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    value = json.loads(done.stdout)
+    launcher = ["--nproc-per-node", "2", "mistral-chat", str(embedded_folder)]
+    words = ["--instruct", "--prompt", "What is the capital of France?", "--temperature", "0"]
+    typed = [*launcher, *words, "--json"]
+    _, out, _ = warm().run("torch.distributed.run", typed, command_env(), b"", 300)
+    value = json.loads(out)
     assert value["text"] == "The capital of France is Paris."
     assert (value["finish_reason"], value["world_size"]) == ("stop", 2)
 

@@ -1,4 +1,4 @@
-"""The chat at a terminal, typed at through a pseudo-terminal."""
+"""The chat at a pseudo-terminal."""
 
 import sys
 from contextlib import AbstractContextManager
@@ -16,17 +16,17 @@ INTERRUPTED = "mistral-chat: interrupted"
 def _terminal(
     data_home: Path, *words: str | Path, torchrun: int = 0
 ) -> AbstractContextManager["pexpect.spawn[str]"]:
-    """The command under a terminal of 100 columns; it must have been left by the end."""
+    """Run the command at a terminal of 100 columns; it must have ended at the end."""
     return typed_at(data_home, "mistral_chat", *words, torchrun=torchrun)
 
 
 def _await_prompt(child: "pexpect.spawn[str]") -> None:
-    """Until the prompt can be typed at: it asks the terminal to mark pastes right before."""
+    """Wait until the prompt accepts input: right before, it asks the terminal to mark pastes."""
     child.expect("\x1b\\[\\?2004h")
 
 
 def _await_answer(child: "pexpect.spawn[str]") -> None:
-    """Until the prompt has let go of the terminal and some of the answer is there."""
+    """Wait until the prompt has released the terminal and part of the answer is shown."""
     child.expect("\x1b\\[\\?2004l")
     child.expect(r"\w{3}")
 

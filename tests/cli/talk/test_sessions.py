@@ -1,4 +1,4 @@
-"""Chats are kept as they go, read back as they were, and lost by nothing."""
+"""Chats are kept as they go, restored unchanged, and never lost."""
 
 import json
 import os
@@ -35,9 +35,9 @@ def replayed(name: str, model: str = "m") -> tuple[Conversation, str | None]:
     return conversation, Session.open(name, model).replay(conversation)
 
 
-def make_session(n_exchanges: int = 2, system: str | None = None) -> Session:
+def make_session(n_turns: int = 2, system: str | None = None) -> Session:
     session = Session.create("m", system)
-    for n in range(n_exchanges):
+    for n in range(n_turns):
         session.add_user(f"question {n}")
         session.add_answer(f"answer {n}", (n, n + 1), "stop")
     return session
@@ -111,7 +111,7 @@ def test_session_without_a_message_leaves_no_file() -> None:
     assert list(sessions_folder().iterdir()) == []
 
 
-# What a kill at any byte leaves: every whole line counts, the torn one is as if never written.
+# After a kill at any byte every whole line counts, and the torn one is ignored.
 def test_session_cut_at_any_byte_loses_at_most_its_last_line() -> None:
     session = make_session(2, system="s")
     data = session.path.read_bytes()
@@ -343,7 +343,7 @@ def test_session_gives_back_calls_and_results() -> None:
     assert said(conversation) == [("user", "question 0"), ("assistant", "answer 0")]
 
 
-# Wherever a kill falls: what the file holds is a history that every template takes.
+# After a kill at any point the file's history is one that every template takes.
 def test_session_of_calls_cut_at_any_line_goes_on() -> None:
     session = make_session_of_calls()
     lines = session.path.read_bytes().splitlines(keepends=True)
@@ -405,7 +405,7 @@ def test_write_markdown_shows_calls_and_results(tmp_path: Path) -> None:
     assert "calls `g()`" in text
     assert "## Result of f\n\n````\n# no heading\n```\nfenced\n```\n````\n" in text
     assert text.index("## Result of g") < text.index("answer")
-    lines = list(chat_text.last_exchange(conversation))
+    lines = list(chat_text.last_turn(conversation))
     assert lines[0] == "> question"
     assert lines[-1] == "answer"
 
@@ -424,7 +424,7 @@ def test_call_line_hides_nothing(arguments: dict[str, object], shown: str) -> No
     assert chat_text.call_line(ToolCall("aaaaaaaaa", "f", arguments)) == shown
 
 
-def test_session_drops_the_oldest_exchanges() -> None:
+def test_session_drops_the_oldest_turns() -> None:
     session = make_session(4, "Be brief.")
     session.drop(1)
     session.drop(2)
@@ -441,7 +441,7 @@ def test_session_drops_the_oldest_exchanges() -> None:
     assert said(replayed(session.id)[0]) == [("system", "Be brief.")]
 
 
-def test_session_replaces_the_last_exchange_once_there_is_an_answer() -> None:
+def test_session_replaces_the_last_turn_once_there_is_an_answer() -> None:
     session = make_session(2)
     session.add_user("another", replaces=True)
     session.add_answer("better", (8,), "stop")
@@ -458,7 +458,7 @@ def test_session_replaces_the_last_exchange_once_there_is_an_answer() -> None:
 
 
 @pytest.mark.parametrize("ends", ["killed", "nothing was said"])
-def test_session_keeps_the_last_exchange_where_nothing_took_its_place(ends: str) -> None:
+def test_session_keeps_the_last_turn_where_nothing_took_its_place(ends: str) -> None:
     session = make_session_of_calls()
     before = replayed(session.id)[0].messages
     session.add_user("another", replaces=True)

@@ -1,4 +1,4 @@
-"""Ctrl-Z: a shell has its terminal back, and `fg` goes on; where no shell is, nothing happens."""
+"""Ctrl-Z returns to the shell, and `fg` resumes; without a shell nothing happens."""
 
 import sys
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_ranks_are_suspended_at_the_prompt_and_in_an_answer(
     child.expect("[a-z]{3}")
     child.send("\x1a")
     child.expect("Stopped")
-    child.expect("shell> ")  # what is typed before would be gone with its Ctrl-C
+    child.expect("shell> ")  # earlier input would be lost with its Ctrl-C
     child.sendline("fg")
     child.expect(r"nproc_per_node 2\r\n")
     child.expect("[a-z]{3}")

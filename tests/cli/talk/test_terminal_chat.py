@@ -1,4 +1,4 @@
-"""The chat without its terminal: whatever is typed, the file says what the model is told.
+"""The chat without a terminal: after any input, the file holds what the model is given.
 
 The model's answers are scripted; engine, templates, commands and files are the real ones.
 """
@@ -45,7 +45,7 @@ def _data_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Keys:
-    """A terminal at which Ctrl-C may be pressed."""
+    """A terminal where Ctrl-C can be pressed."""
 
     def __init__(self) -> None:
         self.pressed = False
@@ -58,7 +58,7 @@ class Keys:
 
 
 class Desk:
-    """A chat, its commands, and what a person does with them."""
+    """A chat, its commands, and a user's actions."""
 
     def __init__(
         self, name: str = "v3", *, resume: str | None = None, save: bool = True, **options: Any
@@ -79,7 +79,7 @@ class Desk:
         self.commands = Commands(self.talk)
 
     def answer(self, *parts: Sequence[int]) -> None:
-        """What the model says next."""
+        """Set the model's next answer."""
         self.model.runner.script = deque(id_ for part in parts for id_ in part)
 
     @property
@@ -89,7 +89,7 @@ class Desk:
 
     @property
     def kept(self) -> tuple[list[Any], dict[int, tuple[int, ...]]]:
-        """The history that the file gives back."""
+        """Return the history that the file gives back."""
         session = self.talk.session
         assert session is not None
         conversation = Conversation()
@@ -98,7 +98,7 @@ class Desk:
 
 
 def act(desk: Desk, rng: random.Random) -> str:
-    """Do something at random; what it was."""
+    """Do something at random, and return its description."""
     model, talk = desk.model, desk.talk
     answers = [say(model, rng.choice(WORDS)) for _ in range(3)]
     if model.chat.conversation.tools and rng.random() < 0.4:
@@ -117,15 +117,14 @@ def act(desk: Desk, rng: random.Random) -> str:
     if what == "say":
         talk.say(message)
     elif what == "in place":
-        if model.chat.conversation.n_exchanges:
+        if model.chat.conversation.n_turns:
             talk.say(message, replace_last=True)
     else:
         desk.commands.run(what)
     return what
 
 
-# The promise that no chat is lost: after everything that can be done, one that is killed goes on
-# with the same history, token for token.
+# No chat is lost: whatever was done, a killed chat resumes with the same history, token for token.
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize(("name", "tools"), [("v3", False), ("v3", True), ("v7", True)])
 def test_file_gives_back_the_history_after_every_command(name: str, tools: bool, seed: int) -> None:
@@ -147,7 +146,7 @@ def test_file_gives_back_the_history_after_every_command(name: str, tools: bool,
             assert len(desk.history[0]) == (desk.model.chat.conversation.system is not None), done
 
 
-# Wherever a kill falls in an answer: all before it is kept, and the message is asked again.
+# After a kill during an answer everything before is kept, and the message is asked again.
 @pytest.mark.parametrize("replace_last", [False, True])
 def test_file_has_all_but_the_answer_while_it_is_said(replace_last: bool) -> None:
     desk = Desk()
@@ -388,7 +387,7 @@ def test_message_whose_results_fill_the_context_stands_at_the_prompt_again(
     assert (desk.talk.draft.text, desk.talk.files) == ("Is it so?", ["from the file"])
 
 
-def test_exchange_comes_back_where_results_fill_the_context_of_the_one_in_its_place() -> None:
+def test_turn_comes_back_where_results_fill_the_context_of_the_one_in_its_place() -> None:
     desk = Desk(max_seq_len=110, tools=[TOOL])
     desk.answer(say(desk.model, "one"))
     desk.talk.say("first")
@@ -408,7 +407,7 @@ OSC52 = re.compile("\x1b]52;c;([^\x07]*)\x07")
 
 
 def copied(desk: Desk, command: str, capsys: pytest.CaptureFixture[str]) -> str | None:
-    """What a command puts on the clipboard of a terminal."""
+    """Return what a command puts on the terminal's clipboard."""
     sent: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(printing, "tell_terminal", sent.append)
@@ -587,7 +586,7 @@ def test_file_that_no_context_holds_is_refused(
 
 @pytest.fixture
 def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes the data directory one of a disk that takes nothing, from then on."""
+    """Make the data directory's disk refuse all writes from now on."""
     opened, opened_file, mkdir = os.open, io.open, os.mkdir
 
     def check(path: Any) -> None:

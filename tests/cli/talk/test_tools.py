@@ -1,6 +1,6 @@
-"""`--tools` on the real command: exact streams and codes of one prompt, and a chat at a terminal.
+"""`--tools` with the real command: exact streams and codes of a prompt, and of a chat.
 
-The model is a real one whose tokens are chosen beforehand (tests/scripts/scripted.py).
+The model is a real one whose tokens are chosen in advance (tests/scripts/scripted.py).
 """
 
 import json
@@ -51,7 +51,7 @@ DONE = ["It rains."]
 
 
 def calls(*listed: dict[str, Any]) -> list[str]:
-    """An answer of the v3 template that calls."""
+    """Write a v3 answer with calls."""
     return ["[TOOL_CALLS]", json.dumps(listed)]
 
 
@@ -63,14 +63,14 @@ def functions(tmp_path: Path) -> Path:
 
 
 class Script:
-    """Runs the command with answers written beforehand."""
+    """Run the command with scripted answers."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         self._model = model
         self._folder = folder
 
     def words(self, answers: list[list[str]], *words: str | Path) -> list[str]:
-        """What `python -m` is given."""
+        """Return the words after `python -m`."""
         path = self._folder / "answers.json"
         path.write_text(json.dumps(answers))
         script = ["tests.scripts.scripted", str(path), "0", str(self._model), "--instruct"]
@@ -234,7 +234,7 @@ def test_call_that_was_interrupted_before_it_ran_never_runs(functions: Path, yes
 
 
 def type_line(child: Any, line: str, *expected: str) -> None:
-    """Type at a prompt or a question, and look for what is to come of it."""
+    """Type at a prompt or a question, and wait for the expected text."""
     child.expect("\x1b\\[\\?2004h")
     child.send(line)
     for pattern in expected:
@@ -326,7 +326,7 @@ def test_always_is_for_one_function_and_every_other_is_asked_about(
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_interrupt_during_a_call_ends_the_exchange_and_nothing_else(
+def test_interrupt_during_a_call_ends_the_turn_and_nothing_else(
     script: Script, functions: Path, tmp_path: Path, n_ranks: int
 ) -> None:
     marker = tmp_path / "marker"
@@ -352,7 +352,7 @@ def test_interrupt_during_a_call_ends_the_exchange_and_nothing_else(
     assert roles[:6] == ["user", "assistant", "tool", "tool", "user", "assistant"]
 
 
-def test_end_of_input_at_the_question_ends_the_exchange_alone(
+def test_end_of_input_at_the_question_ends_the_turn_alone(
     script: Script, functions: Path, tmp_path: Path
 ) -> None:
     words = script.words([calls(PARIS), DONE], "--tools", functions)

@@ -1,4 +1,4 @@
-"""What is typed during an answer: keys in any pieces make the same messages."""
+"""Input typed during an answer: keys in any pieces give the same messages."""
 
 import random
 

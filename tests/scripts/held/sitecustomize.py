@@ -72,7 +72,7 @@ def call(terminal_chat: Any) -> None:  # noqa: ARG001
 
 
 AFTER: dict[str, tuple[str, Callable[[Any], None]]] = {
-    "rendezvous": ("mistral_chat.engine.group", meet_late),
+    "rendezvous": ("mistral_chat.engine.ranks.group", meet_late),
     "loading": ("mistral_chat.model.loading", finish_late),
     "prefill": ("mistral_chat.model.transformer", step_late),
     "decode": ("mistral_chat.model.transformer", step_late),

@@ -1,1 +1,1 @@
-"""What a person types: the prompt, its drafts, and what comes before it is there."""
+"""What the user types: the prompt, its drafts, and input typed before there is a prompt."""

@@ -1,4 +1,4 @@
-"""What stands at the next prompt of a chat.
+"""The text to show at the next prompt of a chat.
 
 Knows nothing of prompts.
 """
@@ -12,13 +12,13 @@ __all__ = ["Draft"]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What stands at the next prompt.
+    """A text to show at the next prompt.
 
     Args:
-        text: as it is to be typed.
-        replace_last: it is to stand in place of the last exchange.
-        in_editor: it is to be opened in the editor.
-        why: it stands there, for the person; such a draft waits while a command is run.
+        text: the text to edit.
+        replace_last: whether it will replace the last turn.
+        in_editor: whether to open it in the editor.
+        why: why it is shown, for the user; a draft with a reason waits while a command runs.
     """
 
     text: str = ""
@@ -30,6 +30,6 @@ class Draft:
     def of(
         cls, message: str, *, replace_last: bool = False, in_editor: bool = False, why: str = ""
     ) -> "Draft":
-        """A message that was not sent yet, typed so that it is not taken for a command."""
+        """Make a draft of an unsent message, escaped so that it is not read as a command."""
         text = f"{BLOCK}{message}{BLOCK}" if message.startswith("/") else message
         return cls(text, replace_last, in_editor, why)

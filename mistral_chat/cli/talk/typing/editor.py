@@ -1,6 +1,6 @@
-"""A text in the person's editor, and back at the prompt.
+"""Edit a text in the user's editor, then return it to the prompt.
 
-Knows nothing of what becomes of it.
+Knows nothing of what the text is used for.
 """
 
 import os
@@ -26,7 +26,7 @@ EDITORS = ("editor", "nano", "vi", "emacs")
 
 
 def open_editor(folds: Folds) -> None:
-    """Open the text of the prompt that is there in $EDITOR; also as the prompt begins."""
+    """Open the prompt's text in $EDITOR; works also while the prompt starts."""
     buffer = get_app().current_buffer
 
     async def edit() -> None:
@@ -38,7 +38,7 @@ def open_editor(folds: Folds) -> None:
 
 
 def _edited(text: str) -> str:
-    """What a person makes of a text in their editor; the text itself where that fails."""
+    """Let the user edit a text in their editor; return it unchanged if that fails."""
     given = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     editor = given or next(filter(shutil.which, EDITORS), None)
     if editor is None:
@@ -51,10 +51,10 @@ def _edited(text: str) -> str:
             with _without_signals():
                 code = subprocess.call([*shlex.split(editor), str(path)])
             if code == 0:
-                # What is no UTF-8 is seen at the prompt, and the rest is not lost.
+                # Show bytes that are not UTF-8 at the prompt instead of losing the rest.
                 return path.read_bytes().decode("utf-8", "replace").removesuffix("\n")
         fault = f"ended with code {code}"
-    except (OSError, ValueError) as error:  # not there; an open quotation mark; a full disk
+    except (OSError, ValueError) as error:  # no such program; an unclosed quote; a full disk
         fault = f"cannot be run ({error})"
     printing.error(
         f"the editor {editor!r} {fault}: the text stays as it was; $EDITOR names another"
@@ -64,7 +64,7 @@ def _edited(text: str) -> str:
 
 @contextmanager
 def _without_signals() -> Iterator[None]:
-    """Ctrl-C is a key of the editor's: as a signal it would end a launcher, and with it all."""
+    """Make Ctrl-C a key for the editor: as a signal it would end the launcher and all ranks."""
     before = termios.tcgetattr(sys.stdin)
     quiet = [*before]
     quiet[3] &= ~termios.ISIG

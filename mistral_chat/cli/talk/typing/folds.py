@@ -1,6 +1,6 @@
-"""Long pieces of a message that is typed, each shown as a mark such as `[300 lines]`.
+"""Fold long pieces of a typed message into marks such as `[300 lines]`.
 
-In the prompt's text a piece is one character: the cursor steps over it, one key takes it away.
+In the prompt's text a piece is one character: the cursor steps over it, and one key deletes it.
 """
 
 from prompt_toolkit.formatted_text import StyleAndTextTuples
@@ -15,19 +15,19 @@ from prompt_toolkit.layout.utils import explode_text_fragments
 __all__ = ["Folds"]
 
 MOST_LINES, MOST_CHARACTERS = 10, 2000  # of a piece that is shown as it is
-FIRST, LAST = 0x10F000, 0x10FFF0  # characters without a meaning
+FIRST, LAST = 0x10F000, 0x10FFF0  # private-use characters
 
 
 class Folds:
-    """The long pieces of what is typed in a chat; each stays known until the chat's end."""
+    """The long pieces typed in a chat, kept until the chat ends."""
 
     def __init__(self) -> None:
         self._pieces: dict[str, str] = {}
 
     def fold(self, text: str) -> str:
-        """A text with its long piece as a mark; a short text as it is.
+        """Replace a long text by a mark; return a short one unchanged.
 
-        A text whose pieces were pasted earlier has the same marks again.
+        Pieces that were pasted before get the same marks again.
         """
         for mark, piece in self._pieces.items():
             text = text.replace(piece, mark)
@@ -42,11 +42,11 @@ class Folds:
         return text
 
     def unfold(self, text: str) -> str:
-        """The whole text."""
+        """Replace the marks in a text by their pieces."""
         return "".join(self._pieces.get(character, character) for character in text)
 
     def shown(self, text: str) -> str:
-        """A text as it is shown."""
+        """Return a text as the user sees it."""
         return "".join(map(self._shown, text))
 
     def _shown(self, character: str) -> str:
@@ -58,7 +58,7 @@ class Folds:
 
     @property
     def processor(self) -> Processor:
-        """What shows them at a prompt."""
+        """A processor that draws the marks at a prompt."""
         return _Marks(self)
 
 
@@ -74,7 +74,7 @@ class _Marks(Processor):
         if self._folds.shown(text) == text:
             return Transformation(fragments)
         drawn: StyleAndTextTuples = []
-        starts = []  # of each character, in what is drawn
+        starts = []  # display position of each character
         column = 0
         for style, character, *_ in explode_text_fragments(fragments):
             shown = self._folds.shown(character)

@@ -1,6 +1,6 @@
-"""The line that a person types at: several lines, history over sessions, completion.
+"""The input line of a chat: several lines, history across sessions, completion.
 
-prompt_toolkit does the work; this says which keys and what stands at the bottom.
+prompt_toolkit does the work; this defines the keys and the bottom line.
 """
 
 import os
@@ -36,7 +36,7 @@ from mistral_chat.cli.talk.typing.typed_ahead import BLOCK, in_block
 __all__ = ["SEPARATOR", "Line", "Prompt", "Question", "ask_for_paste", "unwrap_block"]
 
 WITH_PATHS = ("/file", "/save", "/load")
-SEPARATOR = " · "  # of the bottom line's parts
+SEPARATOR = " · "  # between parts of the bottom line
 TAKEN_DOWN_WITHIN_S = 1.0
 
 
@@ -44,7 +44,7 @@ WordsAfter = Callable[[str], Iterable[tuple[str, str]]]
 
 
 class _HistoryFile(FileHistory):
-    """Earlier messages in a file; where it takes no more, they are kept until the end alone."""
+    """Earlier messages in a file, or only in memory if it cannot be written."""
 
     _is_kept = True
 
@@ -59,7 +59,7 @@ class _HistoryFile(FileHistory):
 
 
 class _WholeHistory(History):
-    """Earlier messages with their long pieces in full."""
+    """Earlier messages, with folded pieces in full."""
 
     def __init__(self, folds: Folds) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _WholeHistory(History):
 
 
 class _Completer(Completer):
-    """Commands, then words or paths where a command takes one."""
+    """Completes commands, then words or paths if a command takes them."""
 
     def __init__(self, commands: Mapping[str, str], words_after: WordsAfter) -> None:
         self._commands = commands
@@ -109,9 +109,10 @@ class Line:
     """What was typed at the prompt.
 
     Args:
-        text: all of it.
-        is_command: a slash was typed or pasted first, and no long piece.
-        is_draft_aside: the draft that stood there gave way to a command.
+        text: the whole text.
+        is_command: whether it starts with a slash that was typed or pasted, not with a folded
+            piece.
+        is_draft_aside: whether a command took the place of the draft that was shown.
     """
 
     text: str = ""
@@ -123,9 +124,9 @@ class Prompt:
     """The prompt of a chat.
 
     Args:
-        commands: their names and meanings, to complete.
-        words_after: gives what a command takes, by its name, to complete.
-        bottom: gives the line at the bottom of the window; parts that do not fit are left out.
+        commands: name -> meaning, for completion.
+        words_after: returns completions of a command's argument, by the command's name.
+        bottom: returns the line at the bottom of the window; parts that do not fit are left out.
     """
 
     def __init__(
@@ -148,22 +149,22 @@ class Prompt:
             bottom_toolbar=(lambda: _fitted(bottom())) if is_fancy(sys.stderr) else None,
             prompt_continuation="  ",
             input=_keyboard(),
-            output=create_output(stdout=sys.stderr),  # stdout carries answers alone
+            output=create_output(stdout=sys.stderr),  # stdout is only for answers
         )
         below = Window(FormattedTextControl(self._below), dont_extend_height=True)
         shown = ConditionalContainer(below, Condition(lambda: bool(self._why)) & ~is_done)
         cast(HSplit, self._session.layout.container).children.insert(1, shown)
 
     def ask(self, draft: str = "", *, why: str = "", in_editor: bool = False) -> Line:
-        """Have a line typed; Ctrl-C gives an empty one.
+        """Let the user type a line; Ctrl-C gives an empty one.
 
         Args:
-            draft: stands there already.
-            why: it does, to be read below it. Such a draft gives way to a command.
-            in_editor: open it in the editor at once.
+            draft: text to start with.
+            why: the reason for the draft, shown below it; such a draft gives way to a command.
+            in_editor: whether to open the draft in the editor at once.
 
         Raises:
-            EOFError: the person leaves, or the terminal has gone.
+            EOFError: the user leaves, or the terminal has gone.
         """
         self._draft, self._why, self._is_aside = self._folds.fold(draft), why, False
         pre_run = (lambda: open_editor(self._folds)) if in_editor else None
@@ -174,7 +175,7 @@ class Prompt:
         return Line(self._folds.unfold(text), text.startswith("/"), self._is_aside)
 
     def show(self, message: str) -> Line:
-        """A message that was typed before there was a prompt, as if it were typed at it now."""
+        """Show a message typed before there was a prompt as if it had been typed there."""
         shown = self._folds.shown(self._folds.fold(message))
         printing.note("> " + shown.replace("\n", "\n  "))
         self._session.history.append_string(message)
@@ -194,11 +195,11 @@ class Prompt:
 
 
 class Question:
-    """A line to answer a question of the program's on; several lines as in a message."""
+    """An input line for the program's own questions; accepts several lines, like a message."""
 
     def __init__(self) -> None:
         self._session: PromptSession[str] = PromptSession(
-            history=InMemoryHistory(),  # a "y" is no message to come back to
+            history=InMemoryHistory(),  # a "y" is not worth keeping in the history
             key_bindings=_keys(Folds()),
             multiline=True,
             prompt_continuation="  ",
@@ -207,7 +208,7 @@ class Question:
         )
 
     def ask(self, text: str) -> str:
-        """What is typed.
+        """Ask and return the answer.
 
         Raises:
             KeyboardInterrupt: Ctrl-C.
@@ -217,7 +218,7 @@ class Question:
 
 
 class _EndedError(Exception):
-    """The process ends while a prompt stands there."""
+    """The process ends while a prompt is shown."""
 
 
 def _ask(
@@ -231,12 +232,12 @@ def _ask(
         try:
             return session.prompt(text, default=default, pre_run=pre_run)
         except _EndedError:
-            threading.Event().wait()  # the thread that ends the process is about to
+            threading.Event().wait()  # another thread is about to end the process
             raise
 
 
 def _take_down() -> None:
-    """Leave the prompt that stands there: what was typed stays to be read, the bar goes."""
+    """End the prompt that is shown: keep the typed text on the screen, remove the bar."""
     app = get_app_or_none()
     if app is None or not app.is_running or app.loop is None:
         return
@@ -245,7 +246,7 @@ def _take_down() -> None:
         if app.future is not None and not app.future.done():
             app.exit(exception=_EndedError())
 
-    if threading.current_thread() is threading.main_thread():  # in a signal's handler
+    if threading.current_thread() is threading.main_thread():  # in a signal handler
         leave()
         app.renderer.render(app, app.layout, is_done=True)
         return
@@ -260,21 +261,21 @@ def _columns() -> int:
 
 
 def _fitted(line: str) -> str:
-    """As many parts of a line as the window has room for."""
+    """Cut a line to as many of its parts as fit the window."""
     while printing.width_of(line) > _columns() and SEPARATOR in line:
         line = line.rpartition(SEPARATOR)[0]
     return printing.clean(line)
 
 
 def _keyboard() -> Input:
-    """Stdin's terminal. Bytes that are no UTF-8 are seen as such, rather than typed as no text."""
+    """Open stdin's terminal so that bytes that are not UTF-8 become U+FFFD."""
     keyboard = Vt100Input(sys.stdin)
     keyboard.stdin_reader = PosixStdinReader(keyboard.fileno(), errors="replace")
     return keyboard
 
 
 def _keys(folds: Folds) -> KeyBindings:
-    """Enter sends, Alt-Enter and an open block make a new line, Ctrl-G opens the editor."""
+    """Bind Enter to send, Alt-Enter (Enter in an open block) to newline, Ctrl-G to the editor."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -309,7 +310,7 @@ def _keys(folds: Folds) -> KeyBindings:
 
 
 def _add_suspend(keys: KeyBindings) -> None:
-    """Ctrl-Z leaves for the shell, where there is one; the prompt is drawn again after that."""
+    """Let Ctrl-Z return to the shell, if there is one, and redraw the prompt afterwards."""
 
     @keys.add("c-z")
     def _(event: KeyPressEvent) -> None:  # noqa: ARG001
@@ -317,7 +318,7 @@ def _add_suspend(keys: KeyBindings) -> None:
 
 
 def ask_for_paste() -> str:
-    """Lines as they are, up to Ctrl-D or Alt-Enter; empty where Ctrl-C dropped them.
+    """Read lines as they are until Ctrl-D or Alt-Enter; Ctrl-C gives an empty text.
 
     Raises:
         EOFError: the terminal has gone.
@@ -349,7 +350,7 @@ def ask_for_paste() -> str:
 
 
 def unwrap_block(text: str) -> str:
-    """What stands between the marks of a block; other texts as they are."""
+    """Return the text between the marks of a block; other texts unchanged."""
     stripped = text.strip()
     if stripped.startswith(BLOCK) and stripped.endswith(BLOCK) and len(stripped) >= 2 * len(BLOCK):
         return stripped[len(BLOCK) : -len(BLOCK)].strip("\n")
@@ -357,7 +358,7 @@ def unwrap_block(text: str) -> str:
 
 
 def _history() -> History:
-    """Earlier messages, in a file that only its owner reads."""
+    """Return the history of messages, in a file that only its owner can read."""
     path = Path(platformdirs.user_data_path("mistral-chat")) / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

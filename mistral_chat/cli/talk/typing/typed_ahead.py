@@ -1,6 +1,6 @@
-"""What is typed while nothing asks for it: whole messages, which wait their turn, and the rest.
+"""What is typed while there is no prompt: complete messages, which wait, and an unfinished one.
 
-Reads keys as far as a line without an editor needs them. Knows nothing of terminals or chats.
+Interprets keys as far as a line without an editor needs. Knows nothing of terminals or chats.
 """
 
 import re
@@ -14,23 +14,23 @@ from mistral_chat.cli.console.terminal import is_fancy
 __all__ = ["BLOCK", "TypedAhead", "in_block", "pastes_marked"]
 
 BLOCK = '"""'
-# Has a terminal mark pastes, as the prompt does, so that their line ends are none of a person's.
-# With it goes what is the case anyway, that lines wrap: who reads along can tell it from a prompt.
+# Have the terminal mark pastes, as the prompt does, so that newlines in them do not send. This
+# also sets line wrapping, the default, to tell it from a prompt's sequence.
 MARK_PASTES, LEAVE_PASTES = "\x1b[?2004;7h", "\x1b[?2004l"
 _PASTE, _PASTED = "\x1b[200~", "\x1b[201~"
-# A key that sends more than a letter, whole: ESC [ ... letter, ESC O letter, ESC letter.
+# A complete key that sends an escape sequence: ESC [ ... letter, ESC O letter, ESC letter.
 _KEY = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[ -~]|[^\[O])")
-_BEGUN = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|O)?\Z")  # the rest of it is on its way
+_BEGUN = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|O)?\Z")  # an incomplete key
 
 
 def in_block(text: str) -> bool:
-    """Whether a block of several lines is open."""
+    """Return whether a multi-line block is open."""
     return text.lstrip().startswith(BLOCK) and text.count(BLOCK) % 2 == 1
 
 
 @contextmanager
 def pastes_marked() -> Iterator[None]:
-    """Have the terminal mark where a paste begins and ends."""
+    """Have the terminal mark the start and end of pastes."""
     if not is_fancy(sys.stderr):
         yield
         return
@@ -47,19 +47,19 @@ def pastes_marked() -> Iterator[None]:
 
 
 class TypedAhead:
-    """Messages that Enter has ended, and what was typed behind them.
+    """Messages completed with Enter, and the text typed after them.
 
-    `messages` wait to be sent, the oldest first; `rest` is still being typed.
+    `messages` wait to be sent, oldest first; `rest` is still being typed.
     """
 
     def __init__(self) -> None:
         self.messages: list[str] = []
         self.rest = ""
-        self._begun = ""  # of a key
+        self._begun = ""  # start of an incomplete key
         self._in_paste = False
 
     def take(self, text: str) -> None:
-        """Take what the terminal has read, in whatever pieces."""
+        """Take what was read from the terminal, in pieces of any size."""
         text = self._begun + text
         found = _BEGUN.search(text)
         self._begun = found[0] if found else ""
@@ -70,13 +70,13 @@ class TypedAhead:
             self._press(key[0] if key else text[at - 1])
 
     def take_back(self) -> str:
-        """All that was typed, as one text; nothing waits any more."""
+        """Remove and return everything that was typed, as one text."""
         text = "\n".join([*self.messages, self.rest] if self.rest else self.messages)
         self.messages, self.rest = [], ""
         return text
 
     def take_rest(self) -> str:
-        """What is still being typed; it goes on at a prompt."""
+        """Remove and return the unfinished message, to continue it at a prompt."""
         rest, self.rest = self.rest, ""
         return rest
 

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from mistral_chat.engine.lifeline import Lifeline
-from mistral_chat.engine.meeting import meet
-from mistral_chat.engine.node_memory import NodeMemory
-from mistral_chat.engine.notes import Notes
-from mistral_chat.engine.place import Place
-from mistral_chat.engine.process_groups import ProcessGroups
+from mistral_chat.engine.ranks.lifeline import Lifeline
+from mistral_chat.engine.ranks.meeting import meet
+from mistral_chat.engine.ranks.node_memory import NodeMemory
+from mistral_chat.engine.ranks.notes import Notes
+from mistral_chat.engine.ranks.place import Place
+from mistral_chat.engine.ranks.process_groups import ProcessGroups
 from mistral_chat.engine.step import Step
 from mistral_chat.errors import MistralChatError, OtherRankFailedError, RankLostError
 

@@ -21,9 +21,9 @@ from datetime import timedelta
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from mistral_chat.engine.node_memory import NodeMemory
-from mistral_chat.engine.place import Place
-from mistral_chat.engine.reception import IsFree, StrangerError, Talk, gather
+from mistral_chat.engine.ranks.node_memory import NodeMemory
+from mistral_chat.engine.ranks.place import Place
+from mistral_chat.engine.ranks.reception import IsFree, StrangerError, Talk, gather
 from mistral_chat.errors import RankLostError, one_line, shown
 
 __all__ = ["Meeting", "meet"]

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mistral_chat.engine import parent
 from mistral_chat.engine import rank as rank_entry
 from mistral_chat.engine.gpus import visible_gpus
-from mistral_chat.engine.launcher import how_it_ended, threads_each
+from mistral_chat.engine.ranks import parent
+from mistral_chat.engine.ranks.launcher import how_it_ended, threads_each
 from mistral_chat.errors import DeviceError, RankLostError, UsageError
 
 if TYPE_CHECKING:
-    from mistral_chat.engine.group import Group
-    from mistral_chat.engine.place import Place
+    from mistral_chat.engine.ranks.group import Group
+    from mistral_chat.engine.ranks.place import Place
 
 __all__ = [
     "current_group",
@@ -76,7 +76,7 @@ def place(environment: Mapping[str, str] = os.environ) -> "Place":
     Args:
         environment: of the process.
     """
-    from mistral_chat.engine.place import Place
+    from mistral_chat.engine.ranks.place import Place
 
     if not is_launched(environment):
         return Place()
@@ -97,7 +97,7 @@ def place(environment: Mapping[str, str] = os.environ) -> "Place":
 @cache
 def current_group() -> "Group":
     """The ranks that this process belongs to; meets them on the first call."""
-    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.ranks.group import Group
 
     set_up_environment()
     parent.end_with_launcher()  # our own command has done this already, a script has not
@@ -118,7 +118,7 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
         RankLostError: one of them ended while ranks were meeting.
         DeviceError: one of them could not be started.
     """
-    from mistral_chat.engine.group import Group
+    from mistral_chat.engine.ranks.group import Group
 
     set_up_environment()
     # They meet by the run's name on this node, so nothing listens on a port.

@@ -20,8 +20,8 @@ from torch._C._distributed_c10d import (
     _unregister_process_group,
 )
 
-from mistral_chat.engine.group import Group
-from mistral_chat.engine.notes import Notes, NotesStore
+from mistral_chat.engine.ranks.group import Group
+from mistral_chat.engine.ranks.notes import Notes, NotesStore
 
 __all__ = ["SharedMemory", "share_memory", "why_no_peer_access"]
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
-from mistral_chat.engine import launch, meeting, reception
-from mistral_chat.engine.meeting import Meeting, meet
-from mistral_chat.engine.node_memory import NodeMemory
-from mistral_chat.engine.place import Place
+from mistral_chat.engine.ranks import launch, meeting, reception
+from mistral_chat.engine.ranks.meeting import Meeting, meet
+from mistral_chat.engine.ranks.node_memory import NodeMemory
+from mistral_chat.engine.ranks.place import Place
 from mistral_chat.errors import MistralChatError, RankLostError
 from tests.conftest import ROOT, command_env
 
@@ -366,7 +366,7 @@ def test_port_that_is_none_is_an_error(start_run: Start, port: str) -> None:
 
 
 SCRIPT = """
-from mistral_chat.engine.launch import current_group
+from mistral_chat.engine.ranks.launch import current_group
 group = current_group()
 assert group._process_groups.node_memory is None
 print(group.share({"a": [1, None]} if group.is_leader else None), group.minimum(5 - group.rank))

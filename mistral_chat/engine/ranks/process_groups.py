@@ -21,9 +21,9 @@ from torch._C._distributed_c10d import (
     ProcessGroup,
 )
 
-from mistral_chat.engine.node_memory import NodeMemory
-from mistral_chat.engine.notes import Notes, NotesStore
-from mistral_chat.engine.place import Place
+from mistral_chat.engine.ranks.node_memory import NodeMemory
+from mistral_chat.engine.ranks.notes import Notes, NotesStore
+from mistral_chat.engine.ranks.place import Place
 
 __all__ = ["ProcessGroups", "StrangerError"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_chat.engine.node_memory import PIECE_BYTES, NodeMemory
+from mistral_chat.engine.ranks.node_memory import PIECE_BYTES, NodeMemory
 
 pytestmark = pytest.mark.skipif(not NodeMemory.is_supported(), reason="no memory is shared here")
 

@@ -9,11 +9,11 @@ import psutil
 import pytest
 import torch
 
-from mistral_chat.engine.lifeline import Lifeline
-from mistral_chat.engine.notes import Notes, NotesStore
-from mistral_chat.engine.place import Place
-from mistral_chat.engine.process_groups import ProcessGroups, StrangerError
-from mistral_chat.engine.shared_memory import _MeetingStore
+from mistral_chat.engine.ranks.lifeline import Lifeline
+from mistral_chat.engine.ranks.notes import Notes, NotesStore
+from mistral_chat.engine.ranks.place import Place
+from mistral_chat.engine.ranks.process_groups import ProcessGroups, StrangerError
+from mistral_chat.engine.ranks.shared_memory import _MeetingStore
 
 LONG_S = 60.0
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mistral_chat.engine import group as group_module
-from mistral_chat.engine import shared_memory
-from mistral_chat.engine.group import Group, Place
-from mistral_chat.engine.lifeline import Lifeline
+from mistral_chat.engine.ranks import group as group_module
+from mistral_chat.engine.ranks import shared_memory
+from mistral_chat.engine.ranks.group import Group, Place
+from mistral_chat.engine.ranks.lifeline import Lifeline
 from mistral_chat.errors import CheckpointError, OtherRankFailedError, RankLostError
 
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from mistral_chat.engine.lifeline import Lifeline
+from mistral_chat.engine.ranks.lifeline import Lifeline
 
 __all__ = ["Notes", "NotesStore"]
 

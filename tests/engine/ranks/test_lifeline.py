@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mistral_chat.engine.lifeline import Lifeline
+from mistral_chat.engine.ranks.lifeline import Lifeline
 from tests.conftest import ROOT
 
 SOON_S = 60.0  # it takes milliseconds unless the machine is busy
