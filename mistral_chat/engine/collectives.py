@@ -1,7 +1,7 @@
-"""How ranks sum, gather logits and pass on tokens: the `Collective`s of more than one rank.
+"""The `Collective`s of several ranks: all-reduce, gather of logits, broadcast of tokens.
 
-A decode step's go through memory that the GPUs of one node map from each other, where they can;
-all others through the process group (NCCL; on CPU gloo or memory of the node). Either can be
+Decode steps use memory that the GPUs of one node map from each other, where that is possible;
+everything else uses the process groups (NCCL; on CPU gloo or memory of the node). Both can be
 captured in a CUDA graph.
 """
 
@@ -25,7 +25,7 @@ class GroupCollective:
     Args:
         group: the ranks.
         widths: columns of logits of each rank.
-        path: what carries it, for people.
+        path: its name for the user.
     """
 
     def __init__(self, group: Group, widths: tuple[int, ...], path: str = "") -> None:
@@ -42,7 +42,7 @@ class GroupCollective:
         return ops.add_norm(partial, residual, weight, eps)
 
     def gather_columns(self, part: Tensor) -> Tensor | None:
-        """Gather the ranks' parts, which need not be equally wide."""
+        """Gather the ranks' columns, which may differ in number, on rank 0."""
         padded = part.new_zeros(len(part), max(self._widths))  # a gather wants equal shapes
         padded[:, : part.shape[1]] = part
         with self._group.collectives() as groups:
@@ -91,15 +91,15 @@ class PeerCollective:
 
 
 def collective_of(group: Group, shard: Shard) -> Collective:
-    """The collective of any number of rows."""
+    """The collective for any number of rows."""
     return Alone() if group.world_size == 1 else GroupCollective(group, _widths(group, shard))
 
 
 def decode_collective(group: Group, model: Transformer) -> Collective:
-    """The collective of a decode step; all ranks make it together.
+    """The collective for decode steps; every rank must call it.
 
-    GPUs of one node that can write each other's memory do; else the process group carries it,
-    and `path` says why.
+    It uses peer memory if the GPUs can write each other's; else the process groups, and `path` says
+    why.
     """
     if group.world_size == 1:
         return few_rows.alone(model.device)

@@ -1,8 +1,9 @@
-"""Steps of few tokens on one rank, each a CUDA graph, with the token handed on by the device.
+"""Steps of few tokens on one rank, as CUDA graphs in which each step's token feeds the next.
 
-The host only replays: a decode step takes the token that the one before chose, and rank 0 reads
-tokens as they arrive. What a step depends on lies in tensors of fixed addresses. On a device
-without graphs the same operations run one by one. Knows nothing of sequences' histories.
+The host only replays graphs: a decode step takes the token that the previous one chose, on the
+device, and rank 0 reads tokens as they arrive. The inputs of a step lie in tensors of fixed
+addresses. On a device without graphs the same operations run one by one. Knows nothing of
+sequences' histories.
 """
 
 import time
@@ -47,7 +48,7 @@ class Pending:
 
     Args:
         tokens: (N,) int64, where they arrive on the host.
-        arrived: None when they are there.
+        arrived: None if they are there already.
     """
 
     def __init__(self, tokens: Tensor, arrived: torch.cuda.Event | None) -> None:
@@ -55,7 +56,7 @@ class Pending:
         self._arrived = arrived
 
     def wait(self) -> list[int]:
-        """The ids, once they are there."""
+        """Wait for the ids."""
         if self._arrived is not None:
             self._arrived.synchronize()
         ids: list[int] = self._tokens.tolist()

@@ -1,7 +1,7 @@
-"""Sequences of token ids in, chosen tokens out, several sequences at once. Rank 0 only.
+"""Prompts of token ids in, chosen tokens out, several sequences at once. Rank 0 only.
 
-Keeps what each cache slot holds, so that a prompt that shares a prefix with it is only run from
-where they part. Knows nothing of text, templates or files.
+Remembers the ids in each cache slot, so that a prompt that shares a prefix with a slot is run only
+from the first token that differs. Knows nothing of text, templates or files.
 """
 
 import threading
@@ -30,8 +30,8 @@ from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.errors import ContextLengthError, PromptError, UsageError
 from mistral_chat.model.few_rows import MOST_ROWS
 
-# Decode steps are asked for this much time ahead: enough for rank 0 to tell the others, little
-# enough that a stop or Ctrl-C costs few steps.
+# Decode steps are started this much ahead of reading their tokens: enough for rank 0 to tell the
+# others, and little enough that a stop or Ctrl-C wastes few steps.
 AHEAD_S = 0.01
 MOST_AT_ONCE = 8
 
@@ -42,28 +42,28 @@ class TokenMask(Protocol):
     """Says which tokens may come next in one answer."""
 
     def allowed(self) -> Tensor:
-        """What the next token may be: never nothing.
+        """The ids that may come next, at least one.
 
         Returns:
             (ceil(vocabulary / 32),) int32 on CPU, bit i % 32 of word i // 32 for token i.
         """
 
     def take(self, token: int) -> None:
-        """Note the token that was chosen, which was allowed."""
+        """Advance by the chosen token, which was allowed."""
 
 
 @dataclass(kw_only=True)
 class Request:
-    """A prompt to go on from.
+    """A prompt to continue.
 
     Args:
         ids: the prompt's tokens.
         params: how to choose the answer's.
         stop_ids: tokens that end the answer.
         banned_ids: tokens never to choose.
-        mask: what each token may be, besides; at the beginning of the answer. A request that has
-            one runs once.
-        cancelled: set it at any time: the sequence ends before its next step.
+        mask: further limits of each token. It must stand at the answer's beginning, so a request
+            with a mask runs only once.
+        cancelled: may be set at any time; the sequence then ends before its next step.
         checked: `Engine.check` has passed it.
     """
 
@@ -78,7 +78,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """So much of the prompt has been run.
+    """Progress of running the prompt.
 
     Args:
         done: prompt tokens in the cache.
@@ -99,9 +99,9 @@ class Token:
 
     Args:
         id: its id.
-        finish_reason: why it is the last one; None when it is not. `stop`: it is a stop token;
-            `length`: max_tokens or the context is reached.
-        logprob: of the model's own distribution; None when not asked for.
+        finish_reason: None, except for the last token. `stop`: it is a stop token; `length`:
+            max_tokens or the context is reached.
+        logprob: in the model's own distribution; None when not asked for.
         top: the most likely ids with log-probabilities.
     """
 
@@ -115,7 +115,7 @@ Event = Prefill | Token
 
 
 class _Sequence:
-    """A request on its way through one slot."""
+    """A request that runs in one slot."""
 
     def __init__(self, index: int, request: Request, slot: int, start: int, room: int) -> None:
         params = request.params
@@ -135,7 +135,7 @@ class _Sequence:
         return self.done < self.n_prompt
 
     def take(self, chosen: int) -> Literal["stop", "length"] | None:
-        """Note the chosen token; says why it is the last one, if it is."""
+        """Append the chosen token; the finish reason if it is the last one."""
         self.tokens.append(chosen)
         self.n_left -= 1
         if self.request.mask is not None:
@@ -149,10 +149,10 @@ class _Sequence:
 
 
 class Engine:
-    """Generates for one or many requests over the runner's slots.
+    """Answers one or many requests in the runner's slots.
 
     Args:
-        runner: rank 0's, whose followers are in their loop.
+        runner: rank 0's; the other ranks must be in `Runner.follow`.
         cached: ids whose keys and values the cache holds already, slot by slot.
     """
 
@@ -162,24 +162,24 @@ class Engine:
         for held, ids in zip(self._held, cached, strict=False):
             held.extend(ids)
         self._allowed_words: dict[tuple[int, ...], Tensor] = {}
-        self._step_s = AHEAD_S  # recent steps
-        self._turn = threading.Lock()  # slots are one generation's at a time
-        self._turn_of: int | None = None  # thread
+        self._step_s = AHEAD_S  # of recent steps
+        self._turn = threading.Lock()  # one generation at a time has the slots
+        self._turn_of: int | None = None  # its thread
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens of one sequence, prompt and answer together."""
+        """Most tokens of one sequence, prompt and answer together."""
         return self.runner.max_seq_len
 
     def generate(self, request: Request) -> Iterator[Event]:
-        """Go on from one prompt.
+        """Continue one prompt.
 
         Yields:
             Prefill after each chunk of the prompt, then Token after Token until one carries a
             finish reason. A cancelled request just ends.
 
         Raises:
-            CheckpointError: the model's scores are no numbers.
+            CheckpointError: the model's logits are NaN or infinite.
             ContextLengthError: the prompt leaves no room for an answer.
             PromptError: the prompt is empty or has ids outside the vocabulary.
         """
@@ -187,20 +187,20 @@ class Engine:
             yield event
 
     def generate_many(self, requests: Iterable[Request]) -> Iterator[tuple[int, Event]]:
-        """Go on from many prompts, as many at once as there are slots.
+        """Continue many prompts, as many at once as there are slots.
 
         Args:
             requests: taken one by one as slots become free.
 
         Yields:
-            the request's number, in the order given, and its event.
+            the request's number, in the order given, and an event of it.
 
         Raises:
-            CheckpointError: the model's scores are no numbers.
+            CheckpointError: the model's logits are NaN or infinite.
             ContextLengthError: a prompt leaves no room for an answer.
             PromptError: a prompt is empty or has ids outside the vocabulary.
-            UsageError: this thread has begun another generation and not ended it. That of another
-                thread is waited for.
+            UsageError: this thread has begun another generation and not ended it. (Another
+                thread's is waited for.)
         """
         if self._turn_of == threading.get_ident():
             raise UsageError(
@@ -238,12 +238,12 @@ class Engine:
             running.clear()
 
     def check(self, request: Request) -> None:
-        """Refuse a request that cannot be run, before anything is.
+        """Refuse a request that cannot be run.
 
         Raises:
             ContextLengthError: the prompt leaves no room for an answer.
             PromptError: the prompt is empty or has ids outside the vocabulary.
-            MistralChatError: the model runs nothing any more, and why.
+            MistralChatError: why the model can run nothing any more.
         """
         self.runner.guard.check()
         vocab_size = self.runner.model.args.vocab_size
@@ -284,7 +284,7 @@ class Engine:
         for sequence, chunk in chunks:
             del self._held[sequence.slot][chunk.start :]
         logits = self.runner.run(Step(tuple(c for _, c in chunks), which))  # type: ignore[arg-type]
-        # A device is still at work on the step: the masks cost little time of their own.
+        # The device is still running the step, so that computing the masks takes no extra time.
         allowed = {sequence.index: self._allowed_next(sequence.request) for sequence in scored}
         events: list[tuple[_Sequence, Event]] = []
         row = 0
@@ -298,14 +298,14 @@ class Engine:
         return events
 
     def _allowed_next(self, request: Request) -> Tensor:
-        """What the next token may be, as `allowed_words` has it."""
+        """The ids that may come next, as `allowed_words` packs them."""
         words = self._allowed(request)
         return words if request.mask is None else words & request.mask.allowed()
 
     def _advance(
         self, sequence: _Sequence, chunk: Chunk, rows: Tensor | None, allowed: Tensor | None
     ) -> list[Event]:
-        """Note what a step did for one sequence and choose its next token, if it is due."""
+        """Record what a step ran of one sequence, and choose its next token if it is due."""
         events: list[Event] = []
         was_prefilling = sequence.prefilling
         sequence.done += len(chunk.tokens)
@@ -331,7 +331,7 @@ class Engine:
         return events
 
     def _decodes_ahead(self, running: list[_Sequence]) -> bool:
-        """Whether the device can choose the next tokens of all sequences by itself."""
+        """Whether the device can choose the next tokens of all sequences without the host."""
         return (
             self.runner.decoder is not None
             and len(running) <= MOST_ROWS
@@ -342,10 +342,10 @@ class Engine:
         )
 
     def _decode_ahead(self, running: list[_Sequence]) -> Iterator[tuple[_Sequence, Token]]:
-        """Decode with steps under way before their tokens are read, until a sequence ends.
+        """Decode until a sequence ends, starting steps before the tokens of earlier ones are read.
 
-        A sequence that ends leaves a few surplus steps, whose tokens nobody takes and whose keys
-        and values lie past its end.
+        When a sequence ends, a few surplus steps are under way: their tokens are dropped, and their
+        keys and values lie past the sequence's end.
         """
         left = min(sequence.n_left for sequence in running)
         chunks = tuple(Chunk(s.slot, s.done, tuple(s.tokens[s.done :])) for s in running)

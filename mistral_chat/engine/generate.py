@@ -1,6 +1,6 @@
-"""mistral-inference's `Transformer` and `generate`, over our sharded model.
+"""mistral-inference's `Transformer` and `generate` over our sharded model.
 
-A script that uses them runs on one process, or unchanged under torchrun, where every rank calls
+A script that uses them runs in one process or, unchanged, under torchrun, where every rank calls
 the same functions with the same arguments and gets the same results. Token ids only.
 """
 
@@ -21,7 +21,7 @@ from mistral_chat.model.sharding import Shard
 
 __all__ = ["Transformer", "TransformerArgs", "generate"]
 
-TOP_P = 0.8  # what mistral-inference's generate samples with
+TOP_P = 0.8  # as mistral-inference's generate
 
 
 class Transformer(model_layer.Transformer):
@@ -32,7 +32,7 @@ class Transformer(model_layer.Transformer):
 
     Args:
         args: the shape.
-        random_weights: False leaves the weights' memory as it is, to be loaded.
+        random_weights: False leaves the weights uninitialized, to be loaded.
 
     Raises:
         DeviceError: more ranks than query heads.
@@ -88,26 +88,26 @@ def generate(
     chunk_size: int | None = None,
     eos_id: int | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Go on from a batch of prompts of any lengths, as mistral-inference does.
+    """Continue a batch of prompts of any lengths, as mistral-inference does.
 
-    All prompts are decoded in step until every one has chosen `eos_id` or `max_tokens` are
-    reached; one that chose it earlier goes on meanwhile.
+    All prompts are decoded together until each has chosen `eos_id`, or up to `max_tokens`; one
+    that chose it earlier goes on meanwhile.
 
     Args:
         encoded_prompts: ids, at most `max_batch_size` prompts, none empty.
         model: every rank's share of the same model.
         max_tokens: most tokens for each prompt; 0 only scores the prompts.
-        temperature: 0 takes the most likely token; else sampled with top_p 0.8.
+        temperature: 0 takes the most likely token; else tokens are sampled with top_p 0.8.
         chunk_size: most tokens of one prompt in a forward pass; None is all.
-        eos_id: the end token; never part of a single prompt's answer.
+        eos_id: the end token; not returned for a single prompt.
 
     Returns:
-        tokens: for each prompt the ids chosen, all equally many; the empty list when none were.
-        logprobs: for each prompt the log-probabilities of its tokens after the first, then of
-            those chosen.
+        tokens: the chosen ids of each prompt, equally many; an empty list if none were chosen.
+        logprobs: for each prompt the log-probabilities of its tokens after the first, then of the
+            chosen ones.
 
     Raises:
-        CheckpointError: the model's scores are no numbers.
+        CheckpointError: the model's logits are NaN or infinite.
         ValueError: no prompts, an empty one, more than max_batch_size, ids that the model does
             not have, or a negative max_tokens.
     """
@@ -147,7 +147,7 @@ def generate(
 def _prefill(
     runner: Runner, prompts: list[list[int]]
 ) -> tuple[list[list[float]], list[torch.Tensor]]:
-    """Run all prompts in chunks; give the log-probabilities of their tokens and the last logits."""
+    """Run all prompts in chunks; the log-probabilities of their tokens, and the last logits."""
     logprobs: list[list[float]] = [[] for _ in prompts]
     last: list[torch.Tensor] = [torch.empty(0) for _ in prompts]
     for start in range(0, max(map(len, prompts)), runner.chunk_size):
@@ -175,7 +175,7 @@ def _decode(
     temperature: float,
     eos_id: int | None,
 ) -> list[list[int]]:
-    """Choose up to `max_tokens` tokens for every prompt, in step; extends `logprobs`."""
+    """Choose up to `max_tokens` tokens for every prompt; extends `logprobs`."""
     params = SamplingParams(temperature=temperature, top_p=TOP_P, logprobs=0)
     draws = Draws(int(torch.randint(2**62, ())))
     tokens: list[list[int]] = [[] for _ in prompts]

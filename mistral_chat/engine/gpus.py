@@ -1,4 +1,4 @@
-"""How many GPUs torch would see, asked of the driver: importing torch to count takes seconds."""
+"""Counts the GPUs that torch would see by asking the driver: importing torch takes seconds."""
 
 import ctypes
 import re
@@ -13,14 +13,14 @@ _BUILT_FOR = re.compile(r"^(cuda|hip)\b[^=\n]*=\s*(\S+)", re.MULTILINE)
 
 @cache
 def visible_gpus() -> int:
-    """GPUs that torch can use here: none without a driver, or where torch is built for CPUs.
+    """GPUs that torch can use here: 0 without a driver, or if torch is built for CPU only.
 
-    `CUDA_VISIBLE_DEVICES` counts as it does for torch.
+    `CUDA_VISIBLE_DEVICES` is respected.
     """
     built_for = _torch_is_built_for()
     if "cuda" in built_for:
         return _count_by_driver()
-    if "hip" in built_for:  # its driver is another one
+    if "hip" in built_for:  # ROCm, which has another driver
         import torch
 
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -28,7 +28,7 @@ def visible_gpus() -> int:
 
 
 def _torch_is_built_for() -> frozenset[str]:
-    """cuda, hip or neither: what the installed torch says of itself in its version file."""
+    """What the installed torch was built for, from its version file: cuda, hip or neither."""
     spec = util.find_spec("torch")
     if spec is None or spec.origin is None:
         return frozenset()
@@ -42,8 +42,8 @@ def _count_by_driver() -> int:
     except OSError:  # no driver is installed
         return 0
     count = ctypes.c_int(0)
-    # A driver that cannot start (no GPU, another version than its kernel module) has no GPUs for
-    # torch either, which then says why.
+    # If the driver fails here (no GPU, or a kernel module of another version), torch has no GPUs
+    # either, and reports why.
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value

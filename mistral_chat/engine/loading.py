@@ -1,9 +1,8 @@
-"""Loading on all ranks side by side: how far each node is, and which rank has stalled.
+"""Progress of loading on all ranks: how far each node is, and which rank has stalled.
 
-Every rank watches its own reading and tells rank 0, which adds up and speaks. A rank that reads
-nothing for a while is named together with what it waits for; nothing is ended for it, since a
-network disk may come back. Where a read has failed, rank 0 has all others stop reading, so that
-nobody waits for what is of no more use. Knows nothing of files' contents.
+Every rank reports its own reading to rank 0, which adds up per node. A rank that reads nothing for
+a while is named with what it waits for; it is not ended, since a network disk may come back. When
+a read fails, rank 0 stops the reading of all other ranks at once. Knows nothing of files' contents.
 """
 
 import json
@@ -30,9 +29,9 @@ class Loading:
         node: its number, from 0.
         n_nodes: how many there are.
         read: bytes that its ranks have read.
-        total: bytes that they read in all; grows until all ranks have begun.
+        total: bytes that they will read; grows until all ranks have begun.
         seconds: since reading began.
-        notice: what people should know now: a rank that stalls, or that goes on.
+        notice: what to tell the user: that a rank stalls, or goes on.
     """
 
     node: int
@@ -53,10 +52,10 @@ class _Rank:
     Args:
         read: bytes.
         total: bytes; 0 before it has begun.
-        waits_for: what its longest read is after.
+        waits_for: what its longest pending read is for.
         moved: when it last read something.
-        spoke: when it last said anything.
-        is_named: as one that has stalled.
+        spoke: when it last reported.
+        is_named: it was reported as stalled.
     """
 
     read: int = 0
@@ -68,14 +67,14 @@ class _Rank:
 
 
 class Watch:
-    """A context in which a reading's progress is told, on rank 0 to `on_loading`.
+    """A context that reports the progress of reading, on rank 0 to `on_loading`.
 
-    All ranks enter it together. A block that fails ends the reading.
+    All ranks enter it together. An error in the block abandons the reading.
 
     Args:
         reading: of this rank.
         group: the ranks.
-        on_loading: called from a thread, for each node several times a second.
+        on_loading: called from a thread, several times a second for each node.
     """
 
     def __init__(self, reading: Reading, group: Group, on_loading: OnLoading) -> None:
@@ -85,7 +84,7 @@ class Watch:
         self._ended = threading.Event()
         self._all_have_read = False
         self._thread = threading.Thread(target=self._run, name="watch-loading", daemon=True)
-        self._topic = group.lifeline.new_topic()  # an earlier reading's lines are still there
+        self._topic = group.lifeline.new_topic()  # lines of an earlier reading are still there
         self._begun = self._looked = time.monotonic()
         self._ranks = [_Rank(moved=self._begun, spoke=self._begun) for _ in range(group.world_size)]
         self._heard: dict[int, str] = {}
@@ -94,7 +93,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         try:
             self._thread.start()
-        except BaseException:  # such as Ctrl-C: the block is not entered, and not left
+        except BaseException:  # such as Ctrl-C: `__exit__` will not be called
             self._ended.set()
             self._reading.abandon()
             raise
@@ -126,19 +125,19 @@ class Watch:
 
     def _own_line(self) -> str:
         reading = self._reading
-        self._count += 1  # so that a line that says the same is another line
+        self._count += 1  # makes each line new: it shows that this rank is alive
         state = [reading.read, reading.total, reading.failed, reading.waits_for()]
         return json.dumps([self._topic, self._count, *state])
 
     def _stop_line(self) -> str:
-        """What rank 0 tells once a read has failed."""
+        """The line of rank 0 after a read has failed."""
         return json.dumps([self._topic, "stop"])
 
     def _look(self) -> None:
-        """Rank 0: hear the others, name who stalls, and tell each node's progress."""
+        """Rank 0: read the others' lines, find stalled ranks, and report each node's progress."""
         now = time.monotonic()
         place = self._group.place
-        if (away := now - self._looked) > STALL_S / 2:  # stopped itself: that is nobody's stall
+        if (away := now - self._looked) > STALL_S / 2:  # this process was stopped, not the others
             for known in self._ranks:
                 known.moved, known.spoke = known.moved + away, known.spoke + away
         self._looked = now
@@ -156,7 +155,7 @@ class Watch:
             if read != known.read or total != known.total:
                 known.moved = now
             known.read, known.total, known.waits_for, known.spoke = read, total, waits_for, now
-        if self._all_have_read:  # whether or not their last lines have come
+        if self._all_have_read:  # their last lines may not have arrived
             for known in self._ranks:
                 known.read, known.moved, known.spoke = known.total, now, now
         notices = [self._notice(rank, now) for rank in range(len(self._ranks))]
@@ -169,7 +168,7 @@ class Watch:
             self._on_loading(Loading(node, n_nodes, read, total, now - self._begun, said))
 
     def _notice(self, rank: int, now: float) -> str | None:
-        """What is to be said of a rank, once each time that it stalls or goes on."""
+        """A notice each time that a rank stalls or goes on; else None."""
         known = self._ranks[rank]
         is_done = 0 < known.total == known.read
         stalled = now - (known.spoke if is_done else known.moved) > STALL_S

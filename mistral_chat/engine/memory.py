@@ -1,6 +1,6 @@
 """Will it fit: the bytes that a rank needs against those that are free, before weights are read.
 
-Arithmetic on shapes, and two readings of the machine. Knows nothing of files.
+Computes from shapes and reads the machine's free memory. Knows nothing of files.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ __all__ = ["Plan", "free_bytes", "plan_memory"]
 
 GPU_RESERVE_BYTES = 1 << 30  # cuBLAS and NCCL buffers, fragmentation
 CPU_RESERVE_BYTES = 1 << 28
-# Less context than this is no chat; a --max_seq_len below it is taken at its word.
+# Least context for a chat; a smaller --max_seq_len is accepted as given.
 LEAST_SEQ_LEN = 512
 
 
@@ -30,8 +30,8 @@ class Plan:
     Args:
         weights: of this rank's slices.
         kv_per_token: of one position in every slot.
-        workspace: activations of the largest step, and what libraries take.
-        free: what the device has.
+        workspace: activations of the largest step, and buffers of libraries.
+        free: on the device.
         max_seq_len: positions that the cache is planned for.
     """
 
@@ -43,7 +43,7 @@ class Plan:
 
 
 def free_bytes(device: torch.device, ranks_here: int) -> int:
-    """Memory that one rank may take: of its GPU, or an equal part of the host's."""
+    """Free memory for one rank: of its GPU, or its equal part of the host's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)

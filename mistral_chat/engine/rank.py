@@ -1,9 +1,9 @@
-"""The first lines of every rank that this package starts, before anything heavy is imported.
+"""Entry of every rank that this package starts, before anything heavy is imported.
 
     python -P .../engine/rank.py launcher|program PARENT MODULE ARGUMENTS
 
-Run as a file, so that neither the current folder nor another installation can stand in the place
-of this package: it is the one that the parent runs, wherever that came from.
+It is run as a file, so that the rank uses the parent's copy of this package and not one in the
+current folder or another installation.
 """
 
 import os
@@ -19,15 +19,15 @@ def command(parent: Literal["launcher", "program"], module: str, *arguments: str
     """The command line of a rank that this process starts.
 
     Args:
-        parent: what this process is, a launcher or any program that uses an `LLM`.
-        module: whose `main` the rank runs.
-        arguments: in `sys.argv`, after the program's name.
+        parent: what this process is: a launcher, or a program that uses an `LLM`.
+        module: the rank runs its `main`.
+        arguments: `sys.argv[1:]` of the rank.
     """
     return [sys.executable, "-P", __file__, parent, str(os.getpid()), module, *arguments]
 
 
 def _import_package() -> None:
-    """Have `mistral_chat` be the package that this file belongs to."""
+    """Import the `mistral_chat` that this file belongs to."""
     folder = Path(__file__).resolve().parent.parent
     spec = util.spec_from_file_location(
         "mistral_chat", folder / "__init__.py", submodule_search_locations=[str(folder)]

@@ -28,16 +28,16 @@ __all__ = ["Runner", "StartUp", "why_no_decoder"]
 
 @dataclass(frozen=True, kw_only=True)
 class StartUp:
-    """Seconds of what loading did; reading weights and making kernels ready run side by side.
+    """Seconds of each part of loading; kernels are compiled while weights are read.
 
     Args:
-        load_s: all of it.
-        check_s: to read what the model is, check its files and plan memory.
-        weights_s: to read this rank's weights.
-        weights_bytes: how much that was; 0 for random weights.
-        kernels_s: to compile or load kernels, by their first use.
-        capture_s: to capture the first graph.
-        meanwhile_s: what else was done beside the reading.
+        load_s: the whole.
+        check_s: reading the shape, checking files and planning memory.
+        weights_s: reading this rank's weights.
+        weights_bytes: their size; 0 for random weights.
+        kernels_s: compiling or loading kernels, by their first use.
+        capture_s: capturing the first graph.
+        meanwhile_s: whatever else was done during the reading.
     """
 
     load_s: float
@@ -58,9 +58,9 @@ class Runner:
         max_batch_size: slots of the cache.
         max_seq_len: positions of a slot.
         chunk_size: most tokens of a step.
-        plan: bytes by purpose; None where nobody planned.
+        plan: bytes by purpose; None if memory was not planned.
 
-    `vocab_size` is how many tokens a position's scores are of.
+    `vocab_size` is the width of the logits on rank 0.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Runner:
         """This rank's share.
 
         Raises:
-            UsageError: it has been let go of.
+            UsageError: this runner is closed.
         """
         if self._model is None:
             raise UsageError("this model has been closed: load it again to go on")
@@ -107,15 +107,12 @@ class Runner:
         return self._cache
 
     def close(self) -> None:
-        """Let go of weights, cache and graphs, which hold the ranks' communicators.
-
-        A program may keep a reference to this for as long as it likes.
-        """
+        """Release weights, cache and graphs (which hold communicators), also while this is kept."""
         self.decoder = self.decode_collective = None
         self._model = self._cache = None
 
     def open_decoder(self) -> None:
-        """Run steps of few tokens by `Decoder` from now on; all ranks together."""
+        """Run steps of few tokens with `Decoder` from now on; every rank must call it."""
         self.decode_collective = self.decode_collective or decode_collective(self.group, self.model)
         self.decoder = Decoder(
             self.model, self.cache, self.decode_collective,
@@ -136,7 +133,7 @@ class Runner:
 
     @property
     def notice(self) -> str | None:
-        """What people should know of a slower path than this machine's GPUs are for."""
+        """What to tell the user if decode takes a slower path than GPUs offer; else None."""
         if self.model.device.type != "cuda":
             return None
         on_peers = self.group.world_size == 1 or isinstance(self.decode_collective, PeerCollective)
@@ -160,12 +157,12 @@ class Runner:
         """Rank 0: have the device choose `step.n_tokens` tokens for each sequence.
 
         Args:
-            step: its chunks, or none to go on with those of the step before.
-            choosing: for each chunk, how.
-            uniforms: for each token and sequence a random number in [0, 1).
+            step: its chunks, or none to go on with the sequences of the previous step.
+            choosing: how, for each chunk.
+            uniforms: a random number in [0, 1) for each token and sequence.
 
         Returns:
-            for each of the tokens where it will arrive.
+            one `Pending` for each of the `n_tokens`.
         """
         assert self.decoder is not None
         with self.guard.whole():
@@ -175,10 +172,7 @@ class Runner:
             return self.decoder.advance(step.n_tokens, uniforms)
 
     def forward(self, step: Step) -> Tensor | None:
-        """Run a step on this rank; logits arrive on rank 0 alone.
-
-        They may lie where the next step's will.
-        """
+        """Run a step on this rank; only rank 0 gets logits, which the next step may overwrite."""
         if self.decoder is not None and self.decoder.fits(step):
             return self.decoder.score(step.chunks)
         ids = [token for chunk in step.chunks for token in chunk.tokens]
@@ -188,7 +182,7 @@ class Runner:
         return None if part is None else self.model.collective.gather_columns(part)
 
     def follow(self) -> None:
-        """Other ranks: run what rank 0 says until it ends the loop."""
+        """Run the steps that rank 0 sends until it ends the loop; for the other ranks."""
         while (step := self.group.receive()) is not None:
             if step.n_tokens:
                 assert self.decoder is not None
@@ -200,7 +194,7 @@ class Runner:
 
 
 def why_no_decoder(model: Transformer) -> str | None:
-    """Why steps of few tokens run as all others do; None where they have a path of their own."""
+    """Why this model has no `Decoder` here; None if it has."""
     why = ops.why_no_kernels(model.device)
     if why is None and not supports(model):
         why = f"no kernels for heads of {model.args.head_dim}"

@@ -1,4 +1,4 @@
-"""Choosing a token from logits. Runs on rank 0 alone; the others are told.
+"""Chooses a token from logits, on rank 0 only; the other ranks receive it.
 
 Shapes: V = vocabulary.
 """
@@ -29,7 +29,7 @@ __all__ = [
     "settings_of",
 ]
 
-NO_TOKEN = -1  # what a device chooses where logits are no numbers
+NO_TOKEN = -1  # a device's choice if logits are NaN or infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Choice:
 
     Args:
         id: its id.
-        logprob: natural log of the model's own probability of it (before temperature and
-            filters); None when not asked for.
+        logprob: natural log of its probability before temperature and filters; None when not
+            asked for.
         top: the most likely ids with their log-probabilities, most likely first.
     """
 
@@ -49,20 +49,20 @@ class Choice:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse to choose from scores that are no numbers: any choice would look like an answer.
+    """Refuse logits that are NaN or infinite: any choice among them would look like an answer.
 
     Args:
-        logits: of any shape, before a token is banned.
+        logits: of any shape, before tokens are banned.
 
     Raises:
         CheckpointError: one of them is NaN or infinite.
     """
-    if not math.isfinite(float(logits.sum())):  # both stay what they are in a sum
+    if not math.isfinite(float(logits.sum())):  # a sum keeps NaN and infinity
         raise no_numbers()
 
 
 def no_numbers() -> CheckpointError:
-    """The error of an answer that would come of NaN."""
+    """The error for logits that are NaN or infinite."""
     return CheckpointError(
         "the model's scores are no numbers (NaN or infinite), so that there is no answer: its "
         "weights are damaged, or too large for their type here; fetch them again, or try "
@@ -71,23 +71,25 @@ def no_numbers() -> CheckpointError:
 
 
 class Draws:
-    """Random numbers of one answer, one for each of its tokens: however a token is chosen, on the
-    host or on the device, alone or in a batch, it takes the same number.
+    """Random numbers of one answer, one for each token.
+
+    A token gets the same number whether it is chosen on the host or on the device, alone or in a
+    batch.
 
     Args:
-        seed: where they come from; None draws one.
+        seed: of the numbers; None draws a seed.
     """
 
     def __init__(self, seed: int | None) -> None:
         self._random = random.Random(secrets.randbits(63) if seed is None else seed)
 
     def next(self) -> float:
-        """The next token's, in [0, 1), exact in float32."""
+        """The number of the next token, in [0, 1), exact in float32."""
         return self._random.getrandbits(24) / (1 << 24)
 
 
 def settings_of(params: SamplingParams) -> tuple[float, float, float, float]:
-    """How to choose, in the order that `kernels.ops.sample` takes it in."""
+    """The settings in the order of `kernels.ops.sample`."""
     return params.temperature, params.top_p, params.min_p, params.top_k
 
 
@@ -104,18 +106,18 @@ def allowed_words(vocab_size: int, banned_ids: Sequence[int]) -> Tensor:
 
 
 def choose(logits: Tensor, params: SamplingParams, allowed: Tensor, uniform: float) -> Choice:
-    """Choose one token, as a device does in the midst of its steps.
+    """Choose one token, by the same operation as a device between its steps.
 
     Args:
         logits: (V,) float32.
-        params: how.
+        params: temperature and filters.
         allowed: (ceil(V / 32),) int32 on CPU: ids that may be chosen, as `allowed_words` has them.
         uniform: random number in [0, 1): the token is the first, by id, at which the sum of
-            probabilities passes it; not used when greedy.
+            probabilities exceeds it; unused when greedy.
 
     Raises:
-        CheckpointError: a logit that may be chosen is NaN or infinite or, where log-probabilities
-            are asked for, any.
+        CheckpointError: the logit of an allowed token is NaN or infinite; with log-probabilities,
+            that of any token.
     """
     device = logits.device
     settings = torch.tensor([settings_of(params)], dtype=torch.float32, device=device)

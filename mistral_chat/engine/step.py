@@ -1,6 +1,6 @@
-"""The one verb between rank 0 and the others: run these tokens of these sequences.
+"""The only message from rank 0 to the others: run these tokens of these sequences.
 
-A step is plain integers and can be packed into a list of them. Knows nothing of how it travels.
+A step can be packed into a list of integers. Knows nothing of how it is sent.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Chunk:
 
     Args:
         slot: its place in the cache.
-        start: position of the first; what the cache holds from there on is overwritten.
+        start: position of the first; the cache is overwritten from there on.
         tokens: ids.
     """
 
@@ -28,7 +28,7 @@ class Chunk:
 
     @property
     def span(self) -> Span:
-        """The same without the ids."""
+        """The same without ids."""
         return Span(self.slot, self.start, len(self.tokens))
 
 
@@ -37,11 +37,11 @@ class Step:
     """One forward pass over new tokens of one or more sequences, or several decodes in a row.
 
     Args:
-        chunks: at most one a slot. With `n_tokens` one token each; none goes on with the tokens
-            that the decodes before this step chose.
-        logits: which positions rank 0 wants scored: none, the last of each chunk, all.
-        n_tokens: 0 for logits; else so many decodes, each on the token that rank 0's device chose
-            before, with no host in between.
+        chunks: at most one per slot. With `n_tokens` one token each, or no chunks to go on with
+            the tokens that the previous decodes chose.
+        logits: which positions rank 0 wants scored: none, the last of each chunk, or all.
+        n_tokens: 0 for logits; else number of decodes in a row, each on the token that rank 0's
+            device chose before, without the host.
     """
 
     chunks: tuple[Chunk, ...]
@@ -49,7 +49,7 @@ class Step:
     n_tokens: int = 0
 
     def pack(self) -> list[int]:
-        """As integers: which logits, decodes, chunks, then slot, start, length, ids of each."""
+        """As integers: logits, `n_tokens`, number of chunks; of each slot, start, length, ids."""
         packed = [_WHICH.index(self.logits), self.n_tokens, len(self.chunks)]
         for chunk in self.chunks:
             packed += [chunk.slot, chunk.start, len(chunk.tokens), *chunk.tokens]
@@ -57,10 +57,10 @@ class Step:
 
     @classmethod
     def unpack(cls, packed: list[int]) -> "Step":
-        """The step that `pack` made these integers from.
+        """Reverse `pack`.
 
         Raises:
-            ValueError: it made no step of them.
+            ValueError: these integers are no packed step.
         """
         if len(packed) < 3:
             raise ValueError(f"{len(packed)} integers: expected at least 3")

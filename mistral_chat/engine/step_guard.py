@@ -1,7 +1,7 @@
-"""Keeps steps whole: what all ranks run together is never cut in its midst and gone on with.
+"""Keeps steps whole: after a step that was interrupted, no other may run.
 
-A step that one rank leaves half-way has the others wait for it, and take the next for its rest.
-Knows nothing of what a step does.
+If one rank left a step half-way, the others would wait for it and take its next step for the rest
+of this one. Knows nothing of what a step does.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ __all__ = ["StepGuard", "interrupts_held_back"]
 
 @contextlib.contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """Have Ctrl-C wait for the end of the block, where its handler then runs.
+    """Delay Ctrl-C until the end of the block.
 
-    Only a program's main thread is ever interrupted.
+    Does nothing outside the main thread, which is the only one that Ctrl-C interrupts.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -30,7 +30,7 @@ def interrupts_held_back() -> Iterator[None]:
         held.append(frame)
 
     before = signal.signal(signal.SIGINT, hold)
-    if not callable(before):  # ignored, or the end of the process
+    if not callable(before):  # SIG_IGN or SIG_DFL
         signal.signal(signal.SIGINT, before)
         yield
         return
@@ -44,10 +44,10 @@ def interrupts_held_back() -> Iterator[None]:
 
 
 class StepGuard:
-    """Says whether steps may run, and what is to be done once the present one is over.
+    """Decides whether steps may run, and postpones work to the end of the current one.
 
     Args:
-        n_ranks: that run them; what one rank leaves half-way harms nobody.
+        n_ranks: that run the steps; on a single rank an interrupted step does no harm.
     """
 
     def __init__(self, n_ranks: int) -> None:
@@ -60,10 +60,10 @@ class StepGuard:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Around a step: Ctrl-C waits for its end, and after any other way out there is no next.
+        """Surround a step: delays Ctrl-C, and refuses all later steps if this one fails.
 
         Raises:
-            MistralChatError: no step may run any more, and why.
+            MistralChatError: why no step may run.
         """
         with self._lock, interrupts_held_back():
             self._running_in = threading.get_ident()
@@ -82,7 +82,7 @@ class StepGuard:
             self.check()
 
     def check(self) -> None:
-        """Refuse where no step may run any more.
+        """Raise if no step may run.
 
         Raises:
             MistralChatError: why.
@@ -91,14 +91,14 @@ class StepGuard:
             raise self._refusal.with_traceback(None)
 
     def refuse(self, why: MistralChatError) -> None:
-        """Let no further step run."""
+        """Refuse all further steps."""
         self._refusal = why
 
     def postpone(self, call: Callable[[], None]) -> bool:
-        """Have something done after the step that this thread is in, as a signal handler may be.
+        """Call something after the step that this thread is in; for signal handlers.
 
         Returns:
-            whether there is such a step.
+            False if it is in none, so that nothing will be called.
         """
         if self._running_in != threading.get_ident():
             return False
@@ -107,7 +107,7 @@ class StepGuard:
 
     @contextlib.contextmanager
     def between_steps(self, timeout_s: float) -> Iterator[bool]:
-        """A block during which no other thread runs a step; gives False where one does not end."""
+        """Keep other threads from running steps; gives False if one runs past the timeout."""
         is_free = self._lock.acquire(timeout=timeout_s)
         try:
             yield is_free
@@ -115,8 +115,8 @@ class StepGuard:
             if is_free:
                 self._lock.release()
 
-    def forsake(self, why: MistralChatError) -> None:
-        """In a forked process: the ranks are another's, as are the threads that hold the lock."""
+    def disown(self, why: MistralChatError) -> None:
+        """In a forked process: refuse all steps; the thread that held the lock is the parent's."""
         self._lock = threading.RLock()
         self._running_in = self._afterwards = None
         self._refusal = why

@@ -1,6 +1,6 @@
-"""The other ranks' life, and a session that holds all ranks of a Python program together.
+"""What ranks other than 0 do, and the session that holds all ranks of a Python program together.
 
-`main` is the rest of the life of a rank that an `LLM` started, by `engine/rank.py`.
+`main` is what a rank that an `LLM` started runs, after `engine/rank.py`.
 """
 
 import atexit
@@ -42,13 +42,13 @@ END_TIMEOUT_S = 10.0
 
 
 def serve(config: EngineConfig, group: Group) -> None:
-    """Load this rank's share and run rank 0's steps until it ends the session.
+    """Load this rank's share and run rank 0's steps until it ends the loop.
 
     Raises:
-        MistralChatError: this rank is the one to say why the model cannot be loaded.
-        OtherRankFailedError: another rank says why.
+        MistralChatError: why the model cannot be loaded; this rank must report it.
+        OtherRankFailedError: another rank reports why.
     """
-    # Ctrl-C is rank 0's to handle; should it go, the lifeline ends this process too.
+    # Rank 0 handles Ctrl-C; if it ends, the lifeline ends this process, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         load_runner(config, group).follow()
@@ -89,19 +89,19 @@ class Session:
                 )
             self.group = current_group()
         elif (nproc_per_node or 1) == 1:
-            self.group = Group(Place())  # of its own, to be closed with it
+            self.group = Group(Place())  # not `current_group`: it is closed with this session
         else:
             assert nproc_per_node is not None
             self.group, self._workers = spawn_ranks(nproc_per_node, _to_json(config))
-        self.guard = StepGuard(self.group.world_size)  # the runner's, once there is one
+        self.guard = StepGuard(self.group.world_size)  # replaced by the runner's
         _sessions.add(self)
-        # A program that ends without closing: gloo's threads must not outlive the interpreter.
+        # gloo's threads must not outlive the interpreter of a program that never closes this.
         atexit.register(self.close)
 
     def close(self) -> None:
         """End the other ranks' loop, and wait for the processes that this one started.
 
-        In a signal handler in the midst of a step: once that is over.
+        In a signal handler that interrupts a step this happens after the step.
         """
         if self._closed or self.guard.postpone(self.close):
             return
@@ -126,7 +126,7 @@ class Session:
         self._kill()
 
     def abandon(self) -> None:
-        """End the other ranks after a failure, whatever they are doing."""
+        """End the other ranks after a failure, without waiting for their step."""
         with interrupts_held_back():
             self._forget()
             self.group.lifeline.expect_end()
@@ -144,8 +144,8 @@ class Session:
             worker.wait()
         self._workers = []
 
-    def forsake(self) -> None:
-        """In a forked process: the ranks, and the threads that hear of them, are its parent's."""
+    def disown(self) -> None:
+        """In a forked process: leave the ranks to the parent, whose threads were not forked."""
         if self._closed:
             return
         self._closed = True
@@ -153,9 +153,9 @@ class Session:
         for worker in self._workers:
             worker.returncode = 0  # not this process's child
         for kept in (self.group, self.group.__dict__):
-            # Never destroyed here: that would wait for threads that this process does not have.
+            # Destroying them would wait for threads that were not forked.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
-        self.guard.forsake(
+        self.guard.disown(
             UsageError(
                 f"this LLM belongs to process {os.getppid()}, which forked this one: make another "
                 f"here, or start processes by spawning them"
@@ -166,12 +166,12 @@ class Session:
 _sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
 
 
-def _forsake_sessions() -> None:
+def _disown_sessions() -> None:
     for session in list(_sessions):
-        session.forsake()
+        session.disown()
 
 
-os.register_at_fork(after_in_child=_forsake_sessions)
+os.register_at_fork(after_in_child=_disown_sessions)
 
 
 def _to_json(config: EngineConfig) -> str:
@@ -186,7 +186,7 @@ def _from_json(text: str) -> EngineConfig:
 
 
 def main() -> None:
-    """Entry of a started rank."""
+    """Run a rank that an `LLM` started."""
     try:
         serve(_from_json(sys.argv[1]), current_group())
     except OtherRankFailedError:
@@ -196,4 +196,4 @@ def main() -> None:
         sys.exit(1)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads now and then outlive the interpreter and abort it (torch 2.13)
+    os._exit(0)  # gloo's threads sometimes outlive the interpreter and abort it (torch 2.13)

@@ -1,6 +1,6 @@
-"""What a machine can do at most, and how long its steps take. Medians after warm-up.
+"""Measures the machine's limits and the times of steps: medians after a warm-up.
 
-Ceilings are taken by every rank at once, as a step uses them. Knows nothing of flags or tables.
+All ranks measure a limit at once, as a step uses it. Knows nothing of flags or tables.
 """
 
 import statistics
@@ -37,7 +37,7 @@ SUMS = 64  # in one graph
 
 
 def median_s(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Seconds that some work takes."""
+    """Median seconds of some work."""
     taken = []
     for _ in range(repeats + 2):
         _finish(device)
@@ -49,7 +49,7 @@ def median_s(work: Callable[[], object], device: torch.device, repeats: int = RE
 
 
 def _several(work: Callable[[], object], n: int) -> Callable[[], None]:
-    """Work done several times in a row, so that starting and waiting weigh little."""
+    """Repeat work without waiting in between, so that launching it weighs little."""
 
     def run() -> None:
         for _ in range(n):
@@ -66,7 +66,7 @@ def _finish(device: torch.device) -> None:
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second that this rank reads from its memory.
 
-    On a GPU a kernel that only reads, over 2 GB; on CPU torch's sum over 256 MB.
+    On a GPU: a kernel that only reads, over 2 GB. On CPU: torch's sum over 256 MB.
     """
     if ops.has_kernels(device):
         from mistral_chat.kernels.bandwidth import BLOCK, read_all
@@ -88,9 +88,9 @@ def matmul_flops(runner: Runner) -> float:
 
 
 def sum_s(group: Group, runner: Runner) -> dict[str, float]:
-    """Seconds of one row's sum over ranks with residual and norm, by every path there is.
+    """Seconds of one row's all-reduce with residual and norm, through every path there is.
 
-    Every rank must call it. On GPUs many are captured in one graph, as a decode step has them.
+    Every rank must call it. On GPUs many are captured in one graph, as in a decode step.
     """
     if group.world_size == 1:
         return {}
@@ -125,15 +125,15 @@ def _in_graph_s(work: Callable[[], object], device: torch.device) -> float:
 
 
 def prompt(runner: Runner, length: int, seed: int = 0) -> list[int]:
-    """Ids inside the vocabulary; other seeds differ from the first id on."""
+    """Ids in the vocabulary; those of other seeds differ from the first id on."""
     size = runner.model.args.vocab_size
     return [(7919 * i + 104729 * length + 31 * seed + seed) % size for i in range(length)]
 
 
 def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
-    """The same model with another cache of random keys; all ranks together.
+    """A runner of the same model with a new cache of random keys and values; on every rank.
 
-    The runner that is given is closed first: there may be no room for both caches.
+    The given runner is closed first, since there may be no room for both caches.
     """
     model, had_decoder = runner.model, runner.decoder is not None
     runner.close()
@@ -147,7 +147,7 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
     )
     if had_decoder:
         runner.open_decoder()
-    runner.cache.k.normal_()  # so that long contexts need no run
+    runner.cache.k.normal_()  # so that long contexts need not be run
     runner.cache.v.normal_()
     return runner
 
@@ -165,13 +165,13 @@ def bytes_per_step(runner: Runner, batch: int, context: int) -> int:
 
 
 def decode_s(runner: Runner, batch: int, context: int, n_tokens: int) -> float:
-    """Seconds of a decode step, as a reader of tokens sees them; the median of three answers.
+    """Seconds of a decode step, from one token to the next; the median of three answers.
 
     Args:
-        runner: with as many slots as `batch`; what its cache holds is taken for the contexts.
+        runner: with `batch` slots; its cache is used as it is for the contexts.
         batch: sequences decoded together.
-        context: positions that each has in the middle of it.
-        n_tokens: how many to decode.
+        context: positions of each, halfway through the answer.
+        n_tokens: of an answer.
     """
     taken = []
     for turn in range(3):
@@ -198,7 +198,7 @@ def verify_s(runner: Runner, n_tokens: int, context: int, repeats: int = 20) -> 
 
 
 def first_token_s(engine: Engine, length: int) -> float:
-    """Seconds from a fresh prompt to its first token: the median of three."""
+    """Seconds from a new prompt to its first token, the median of three."""
     params = SamplingParams(max_tokens=1, temperature=0)
     taken = []
     for turn in range(4):

@@ -1,6 +1,6 @@
-"""What `mistral-chat bench` measures of a model that is loaded, shape of cache by shape of cache.
+"""What `mistral-chat bench` measures of a loaded model, one cache shape after the other.
 
-Drives the engine as a chat does. Knows nothing of the command line or of tables.
+Uses the engine as a chat does. Knows nothing of the command line or of tables.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +29,10 @@ class Wanted:
     """What to measure.
 
     Args:
-        batches: sequences decoded together; None is by the device.
+        batches: sequences decoded together; None depends on the device.
         contexts: positions to decode at, as far as they fit.
         prompts: lengths, for the time to the first token.
-        kept_to: a tokenizer and a schema that answers are kept to; None leaves that out.
+        kept_to: tokenizer and schema of constrained answers; None measures none.
     """
 
     batches: tuple[int, ...] | None
@@ -47,17 +47,16 @@ Phase = tuple[int, int, Callable[[Runner], None]]
 def phases(
     wanted: Wanted, runner: Runner, ceiling: float, result: dict[str, Any]
 ) -> Iterator[Phase]:
-    """What is to be measured one after another, on caches of different shapes.
+    """What to measure, with the shape of the cache that it takes; the same on every rank.
 
     Args:
-        wanted: of it.
+        wanted: what is asked for.
         runner: of this rank.
-        ceiling: bytes a second that a rank reads at most.
-        result: where rank 0 puts its figures.
+        ceiling: bytes a second that a rank can read.
+        result: gets rank 0's figures.
 
     Yields:
-        slots, positions of each, and what rank 0 then does with a runner of that shape; the same
-        on every rank.
+        slots, positions per slot, and what rank 0 does with a runner of that shape.
     """
     plan = runner.plan
     assert plan is not None

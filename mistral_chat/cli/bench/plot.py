@@ -11,10 +11,10 @@ SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def check(path: str) -> None:
-    """Refuse what could not be drawn, before anything is measured.
+    """Refuse a picture that could not be drawn, before anything is measured.
 
     Raises:
-        UsageError: no matplotlib, a folder that is not there, or a kind of file it does not write.
+        UsageError: matplotlib is missing, the folder does not exist, or the suffix is unknown.
     """
     if Path(path).suffix not in SUFFIXES:
         raise UsageError(f"--plot is {path!r}: expected a file name in {', '.join(SUFFIXES)}")
@@ -31,7 +31,7 @@ def draw(result: dict[str, Any], path: str) -> None:
 
     Args:
         result: what `bench --json` prints.
-        path: where the picture goes; its suffix says what kind.
+        path: of the picture; its suffix gives the format.
     """
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 

@@ -1,6 +1,6 @@
-"""What it costs that an answer is kept to a JSON schema: the same steps with masks and without.
+"""What a JSON schema costs: the same decode steps with its masks and without.
 
-Measures answers of the engine as a chat has them; prints nothing.
+Measures answers of the engine as in a chat; prints nothing.
 """
 
 import statistics
@@ -25,7 +25,7 @@ MOST_ANSWERS = 100  # of a schema that has short ones
 
 
 class _Timed:
-    """A mask, and the seconds that each token's took."""
+    """A mask that records its seconds for each token."""
 
     def __init__(self, mask: TokenMask, taken: list[float]) -> None:
         self._mask = mask
@@ -56,19 +56,19 @@ def _gaps(runner: Runner, request: Request) -> list[float]:
 def beside_free_text(
     engine: Engine, tokenizer: Tokenizer, grammar: Grammar, context: int, n_tokens: int
 ) -> dict[str, Any]:
-    """Decode answers of a schema and free text by turns.
+    """Decode answers of a schema and free text in turn.
 
     Args:
         engine: of the model.
         tokenizer: of the same model.
         grammar: of the schema.
         context: positions before each answer.
-        n_tokens: of an answer at most, and a third of all that are decoded at least, unless the
-            schema's answers are too short for that.
+        n_tokens: most of one answer; three times as many are decoded in all, unless the schema's
+            answers are too short.
 
     Returns:
-        `tokens` of answers, medians of `ms_per_token` and `free_ms_per_token`, and what the masks
-        took of rank 0's time: `mask_ms` a token in the mean, `mask_ms_p99`.
+        `tokens` decoded, medians of `ms_per_token` and `free_ms_per_token`, and the time that masks
+        took on rank 0: the mean `mask_ms` per token, and `mask_ms_p99`.
     """
     kept: list[float] = []
     free: list[float] = []

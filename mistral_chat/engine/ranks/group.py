@@ -29,12 +29,12 @@ __all__ = ["Group", "Place"]
 HEADER = 64
 MOST_INTEGERS = 1 << 26  # of a step; more is not one
 MOST_SHARED_BYTES = 1 << 30
-ENDING_S = 5.0  # for a thread that has heard of a loss to say so, on a machine that is busy
+ENDING_S = 5.0  # for the lifeline's thread to report a loss, on a busy machine
 SPEAK_TIMEOUT_S = 5.0
 
 
 class Closable(Protocol):
-    """What holds device memory, graphs or communicators of a group."""
+    """Something that holds device memory, graphs or communicators of a group."""
 
     def close(self) -> None:
         """Release it."""
@@ -46,8 +46,8 @@ class Group:
     Args:
         place: of this process. With more than one rank, this constructor meets the others and
             returns on all of them.
-        look: called several times a second while others are waited for, to raise where that is of
-            no use any more.
+        look: called several times a second while this rank waits for the others; it raises to end
+            the wait.
     """
 
     def __init__(self, place: Place, *, look: Callable[[], None] = lambda: None) -> None:
@@ -92,16 +92,18 @@ class Group:
         self._process_groups = ProcessGroups(self.place, self.notes, key, node_memory)
 
     def close_with_me(self, user: Closable) -> None:
-        """Have `user` closed before the group is; it may go earlier."""
+        """Close `user` before this group is closed, unless it has been deleted by then."""
         self._users.add(user)
 
     def hold(self, memory: Closable) -> None:
-        """Keep what the ranks' kernels write to, and close it once they are all done."""
+        """Keep memory that other ranks' kernels write to, and close it after all have parted."""
         self._held.append(memory)
 
     @contextlib.contextmanager
     def collectives(self) -> Iterator[ProcessGroups]:
-        """Give what ranks sum, gather and broadcast through; more than one rank only.
+        """Give the groups that ranks all-reduce, gather and broadcast through, errors translated.
+
+        With more than one rank only.
 
         Raises:
             RankLostError: on rank 0: what failed.
@@ -113,13 +115,13 @@ class Group:
 
     @contextlib.contextmanager
     def _translating(self) -> Iterator[None]:
-        """Translate errors of torch and the system about a rank that is gone.
+        """Translate torch's and the system's errors about a lost rank into RankLostError.
 
-        Usually the lifeline notices the loss as well, says which rank it was and ends the
-        process; people see whichever of the two comes first.
+        The lifeline usually notices the loss, too, and ends the process with the name of the lost
+        rank, which is the better message: it is given some seconds for that.
 
         Raises:
-            RankLostError: on rank 0, and wherever ranks have not met: what failed.
+            RankLostError: what failed, on rank 0 or where ranks have not met yet.
             OtherRankFailedError: on the others, after rank 0 was told.
         """
         try:
@@ -140,7 +142,7 @@ class Group:
             raise OtherRankFailedError(what) from error
 
     def send(self, step: Step | None) -> None:
-        """Rank 0: tell the others what to run; None ends their loop."""
+        """Broadcast from rank 0 what all are to run; None ends the other ranks' loop."""
         if self.world_size == 1:
             return
         packed = step.pack() if step else []
@@ -153,7 +155,7 @@ class Group:
                 groups.broadcast(torch.tensor(packed[len(inline) :]))
 
     def receive(self) -> Step | None:
-        """Other ranks: wait, however long it takes, for what to run; None is the end."""
+        """Wait, for as long as it takes, for what rank 0 sends; None ends the loop."""
         header = torch.zeros(HEADER, dtype=torch.int64)
         with self.collectives() as groups:
             groups.broadcast(header)
@@ -170,10 +172,10 @@ class Group:
                 raise RuntimeError(f"no step: {error}") from error
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; it travels as JSON.
+        """Broadcast rank 0's value as JSON.
 
         Args:
-            value: of None, numbers, texts, lists, and dicts with texts as keys; of rank 0 alone.
+            value: anything that JSON has; only rank 0's counts.
         """
         if self.world_size == 1:
             return value
@@ -193,7 +195,7 @@ class Group:
                 raise RuntimeError(f"no value that a rank shares: {error}") from error
 
     def minimum(self, value: int) -> int:
-        """The least of the ranks' values."""
+        """Find the least of the ranks' values."""
         if self.world_size == 1:
             return value
         least = torch.tensor([value], dtype=torch.int64)
@@ -203,7 +205,7 @@ class Group:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that may fail on some ranks: it then fails on all, and one says why.
+        """Fail on all ranks or on none: where a block fails on some, one of them says why.
 
         Raises:
             MistralChatError: the block's own, on the lowest rank that failed.
@@ -220,7 +222,7 @@ class Group:
         self.lifeline.expect_end()
         if failure is not None and first_failed == self.rank:
             raise failure
-        # A launcher ends all ranks when one ends: let the one speak first.
+        # A launcher ends all ranks when one ends: let that one report first.
         self.lifeline.await_an_end(SPEAK_TIMEOUT_S)
         raise OtherRankFailedError(f"rank {first_failed} has failed")
 

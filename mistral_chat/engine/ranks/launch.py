@@ -1,6 +1,6 @@
-"""How ranks come to be: adopt what a launcher set up, or become rank 0 of others.
+"""How a process becomes a rank: as a launcher set it up, or as rank 0 of ranks that it starts.
 
-The only place that reads environment variables of a launch. Imports nothing heavy until asked.
+Only this file reads a launcher's environment variables. Imports nothing heavy until needed.
 """
 
 import hashlib
@@ -40,24 +40,24 @@ _SECRET = "MISTRAL_CHAT_SECRET"
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun (or a launcher that speaks its variables) started this process."""
+    """Whether torchrun, or a launcher that sets its variables, started this process."""
     return all(name in environment for name in _VARIABLES)
 
 
 def launched_rank() -> int | None:
-    """This process's rank where a launcher started it."""
+    """This process's rank; None if no launcher started it."""
     if not is_launched():
         return None
     return _number("RANK")
 
 
 def launched_ranks_here() -> int:
-    """How many ranks the launcher started on this node."""
+    """Ranks that the launcher started on this node."""
     return _number("LOCAL_WORLD_SIZE", _number("WORLD_SIZE"))
 
 
 def launched_ranks() -> int:
-    """How many ranks there are on all nodes; one where no launcher started this process."""
+    """Ranks on all nodes; one if no launcher started this process."""
     return _number("WORLD_SIZE") if is_launched() else 1
 
 
@@ -71,7 +71,7 @@ def _number(
 
 
 def place(environment: Mapping[str, str] = os.environ) -> "Place":
-    """Where a process stands among the ranks; alone when no launcher started it.
+    """Where a process stands among the ranks; a single rank if no launcher started it.
 
     Args:
         environment: of the process.
@@ -81,7 +81,7 @@ def place(environment: Mapping[str, str] = os.environ) -> "Place":
     if not is_launched(environment):
         return Place()
     rank, world_size = (_number(name, None, environment) for name in ("RANK", "WORLD_SIZE"))
-    # What the launcher gives all ranks of this run, and no others.
+    # The launcher sets these alike for all ranks of this run and for no others.
     known = "\n".join(environment.get(name, "") for name in (*_OF_A_RUN, "WORLD_SIZE"))
     return Place(
         rank=rank,
@@ -100,7 +100,7 @@ def current_group() -> "Group":
     from mistral_chat.engine.ranks.group import Group
 
     set_up_environment()
-    parent.end_with_launcher()  # in a program of a person's, which has not asked for it before
+    parent.end_with_launcher()  # our own command has done this already, a script has not
     return Group(place())
 
 
@@ -109,19 +109,19 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
 
     Args:
         n_ranks: number of ranks.
-        arguments: what the workers get on their command line.
+        arguments: the workers' command line.
 
     Returns:
         the group and the other ranks' processes.
 
     Raises:
-        RankLostError: one of them ended before all had met.
+        RankLostError: one of them ended while ranks were meeting.
         DeviceError: one of them could not be started.
     """
     from mistral_chat.engine.ranks.group import Group
 
     set_up_environment()
-    # No store listens for them: they meet on this node, under the name of the run.
+    # They meet by the run's name on this node, so nothing listens on a port.
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", _RUN: secrets.token_hex(16)}
     common |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
     common |= {"OMP_NUM_THREADS": threads_each(n_ranks)}
@@ -153,19 +153,21 @@ def _spawn(rank: int, common: dict[str, str], arguments: str) -> subprocess.Pope
         rank_entry.command("program", "mistral_chat.engine.worker", arguments),
         env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         stdin=subprocess.DEVNULL,
-        process_group=0,  # Ctrl-C at a terminal is the program's to handle
+        process_group=0,  # the program handles Ctrl-C
     )
 
 
 def set_up_environment() -> None:
-    """What NCCL and torch read from the environment; to be called before torch is imported.
+    """Set what NCCL and torch read from the environment; call it before torch is imported.
 
-    No NVLink multicast: it gains nothing at our sizes, and a process that dies while using it can
-    leave the GPUs of the host unusable. No health service of NCCL's (RAS): it listens for anybody,
-    and keeps calling ranks that were closed. No thread of torch's that ends a process which was
-    stopped for some minutes: the lifeline knows better who is gone. Huge pages for large tensors
-    on CPU: fresh weights cost a page fault for each 2 MiB instead of 4 KiB, and steps miss the TLB
-    less (BENCHMARKS.md).
+    - No NVLink multicast: it gains nothing at our sizes, and a process that dies while using it
+      can leave the host's GPUs unusable.
+    - No health service of NCCL (RAS): it listens on a port for anyone, and keeps calling ranks
+      that were closed.
+    - No monitoring thread of torch, which kills a process that was stopped for some minutes: the
+      lifeline notices lost ranks.
+    - Huge pages for large tensors on CPU: fresh weights cost a page fault per 2 MiB instead of
+      4 KiB, and steps have fewer TLB misses (BENCHMARKS.md).
     """
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("NCCL_RAS_ENABLE", "0")

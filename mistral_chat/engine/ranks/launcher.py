@@ -1,8 +1,8 @@
-"""A launcher of ranks on this node: starts them, waits for all, and ends all when one fails.
+"""Our own launcher of ranks on one node: starts them, waits for all, ends all when one fails.
 
-In the place of torchrun's, which takes two seconds to import, leaves folders behind and cannot put
-a terminal back. Its ranks are of its process group, so that a shell stops and continues all of
-them. Knows nothing of torch, models or terminals.
+It replaces torchrun, which takes two seconds to import, leaves folders behind and cannot restore a
+terminal. Its ranks are in its own process group, so that a shell stops and continues all of them.
+Knows nothing of torch, models or terminals.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from mistral_chat.errors import DeviceError
 
 __all__ = ["Ended", "how_it_ended", "run_ranks", "threads_each"]
 
-# What a rank may take to say why it ends, before it is told to end; and after that, to do so.
+# Time for a rank to report why it ends before it is told to end, and to end after that.
 SPEAK_S = 3.0
 END_S = 3.0
-PART_S = 30.0  # for ranks to end by themselves once rank 0 is done
-CANCEL_S = 5.0  # for rank 0 to end by Ctrl-C as it wants
+PART_S = 30.0  # for the other ranks to end by themselves after rank 0
+CANCEL_S = 5.0  # for rank 0 to end by itself after Ctrl-C
 TOLD = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -35,9 +35,9 @@ class Ended:
     """How a run of ranks ended.
 
     Args:
-        code: to end with.
-        message: what nobody has said yet; empty where all is said.
-        orderly: rank 0 ended by itself, and so has put back what it changed.
+        code: exit code for the launcher.
+        message: why, if no rank has reported it; else empty.
+        orderly: rank 0 ended by itself, so it has restored the terminal.
     """
 
     code: int
@@ -74,7 +74,7 @@ def threads_each(n_ranks: int) -> str:
 
 
 def how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    """How a process that is no more ended, to come after its name."""
+    """How a process ended, as a phrase to follow its name."""
     return _in_words(process.returncode)
 
 
@@ -102,7 +102,7 @@ def _environment(n_ranks: int) -> dict[str, str]:
 def _start(rank: int, common: dict[str, str], argv: Sequence[str]) -> subprocess.Popen[bytes]:
     interrupted = signal.getsignal(signal.SIGINT)
     if rank:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is rank 0's to handle
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: only rank 0 handles Ctrl-C
     try:
         return subprocess.Popen(
             rank_entry.command("launcher", "mistral_chat.cli.main", *argv),
@@ -120,13 +120,13 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 class _Wakeups:
-    """Signals that this process got, to be waited for with a timeout."""
+    """Waits for signals, with a timeout."""
 
     def __init__(self, reader: int) -> None:
         self._reader = reader
 
     def wait(self, timeout_s: float | None) -> set[int]:
-        """The signals since the last call, at the latest after `timeout_s`; None is for ever."""
+        """Signals since the last call; none after `timeout_s`, and None waits forever."""
         if not select.select([self._reader], [], [], timeout_s)[0]:
             return set()
         return set(os.read(self._reader, 4096))
@@ -134,7 +134,7 @@ class _Wakeups:
 
 @contextlib.contextmanager
 def _noticing_signals() -> Iterator[_Wakeups]:
-    """Have signals, those of ended children too, wake this process up and do nothing else."""
+    """Let signals, SIGCHLD among them, do nothing but wake this process."""
 
     def do_nothing(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
         return
@@ -142,7 +142,7 @@ def _noticing_signals() -> Iterator[_Wakeups]:
     reader, writer = os.pipe()
     for end in (reader, writer):
         os.set_blocking(end, False)
-    # What was ignored stays so, such as under nohup.
+    # Ignored signals stay ignored, as under nohup.
     numbers = [n for n in TOLD if signal.getsignal(n) != signal.SIG_IGN]
     before = {n: signal.signal(n, do_nothing) for n in (*numbers, signal.SIGCHLD)}
     wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -157,25 +157,25 @@ def _noticing_signals() -> Iterator[_Wakeups]:
 
 
 class _Run:
-    """Started ranks until the last has ended.
+    """Watches started ranks until the last has ended.
 
-    A follower is never told to end: it hears that rank 0 has, or is killed, having nothing to put
-    back.
+    Ranks other than 0 get no signal to end: their lifeline tells them that rank 0 has ended, or
+    they are killed, since they have nothing to restore.
 
     Args:
-        ranks: in their order.
+        ranks: rank 0 first.
     """
 
     def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         self._ranks = ranks
-        self._ended: list[int] = []  # ranks, in the order in which they ended
-        self._told: int | None = None  # the signal that this process got
-        self._forced: set[int] = set()  # ranks that were made to end here
-        self._end_at: float | None = None  # when rank 0 is told to end, the others are killed
+        self._ended: list[int] = []  # in the order in which they ended
+        self._told: int | None = None  # the first signal to this process
+        self._forced: set[int] = set()  # terminated or killed by this process
+        self._end_at: float | None = None  # when to terminate rank 0 and kill the others
         self._kill_at: float | None = None
 
     def until_all_have_ended(self, wakeups: _Wakeups) -> Ended:
-        """Wait, pass signals on, and end what should have ended."""
+        """Wait, forward signals, and end ranks that are overdue."""
         while len(self._ended) < len(self._ranks):
             due = [at for at in (self._end_at, self._kill_at) if at is not None]
             patience_s = max(0.0, min(due) - time.monotonic()) if due else None
@@ -189,11 +189,11 @@ class _Run:
         return self._result()
 
     def _hear(self, number: int, now: float) -> None:
-        """Take a signal: rank 0 is to end, and the others with it."""
+        """Handle a signal: rank 0 must end, and the others with it."""
         self._told = number
         if number == signal.SIGINT:
-            # A terminal sends it to rank 0 as well, and so may others. Twice would be once too
-            # many: a second one does not wait for the answer to end well.
+            # Rank 0 got it from the terminal, too. Forwarding it would be a second Ctrl-C, which
+            # cuts the answer off.
             self._end_by(now + CANCEL_S)
         else:
             self._ranks[0].send_signal(number)
@@ -236,7 +236,7 @@ class _Run:
             by_itself = orderly and 0 not in self._forced
             return Ended(code=lead if by_itself else 128 + self._told, orderly=orderly)
         if lead > 0 and 0 not in self._forced and lead - 128 not in TOLD[:2]:
-            return Ended(code=lead)  # it has said why
+            return Ended(code=lead)  # it has reported why
         failed = [n for n in self._ended if self._ranks[n].returncode != 0]
         if not failed:
             return Ended(code=0)

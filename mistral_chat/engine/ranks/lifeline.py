@@ -1,9 +1,8 @@
-"""A socket between rank 0 and every other rank, so that all end within moments of any.
+"""A socket between rank 0 and every other rank, so that all ranks end soon after any of them.
 
-A collective cannot do this: a rank that waits in one learns of a dead peer after minutes, and a
-rank that waits for a person to type is in none. When a process ends, however it ends, the kernel
-closes its socket and the other end wakes up. Knows nothing of models or of process groups, nor of
-how ranks meet.
+Collectives cannot do this: a rank that waits in one may notice only after minutes that another has
+died, and a rank that waits for a person to type is in none. When a process ends, the kernel closes
+its socket and the other end wakes up. Knows nothing of models, process groups or how ranks meet.
 """
 
 import contextlib
@@ -29,18 +28,18 @@ OnNote = Callable[[int, bytes], None]
 
 
 class _NotOursError(Exception):
-    """The other end said something that no rank says."""
+    """The other end sent something that no rank of ours sends."""
 
 
 def _end_process(message: str) -> None:
-    """What happens when a rank is lost and nobody asked for anything else."""
+    """The default of `on_lost`."""
     if message:
         print(f"mistral-chat: error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """Have the kernel notice a machine that went away without a word, in about 8 s."""
+    """Have the kernel notice within about 8 s that the other machine is gone."""
     if connection.family == socket.AF_UNIX:
         return
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -50,7 +49,7 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 class _Heard:
-    """What one rank has said, and the messages in it."""
+    """Bytes received from one rank, and what has been learnt of it."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -58,7 +57,7 @@ class _Heard:
         self.reason = ""
 
     def messages(self) -> Iterator[tuple[int, bytes]]:
-        """Take the messages that have arrived whole: what each is, and its bytes."""
+        """Remove the complete messages: the kind and the bytes of each."""
         while len(self.data) >= _HEAD.size:
             kind, size = _HEAD.unpack_from(self.data)
             if size > _MOST_BYTES:
@@ -73,15 +72,15 @@ class _Heard:
 class Lifeline:
     """Watches the other end from a thread; rank 0 watches all, each other rank watches rank 0.
 
-    A rank that is alone has one without connections: nobody is told and nobody is lost.
+    A single rank has one without connections, which does nothing.
 
     Args:
         connections: rank -> open socket to it.
-        on_note: called from the thread with each note's sender and bytes; a ValueError says that
-            no rank of ours sent it.
+        on_note: called from the thread with each note's sender and bytes; raises ValueError for
+            what no rank of ours sends.
 
-    `on_lost` is called from the thread, with what happened (empty where another rank says it),
-    and must end the process.
+    `on_lost` is called from the thread and must end the process. It gets what happened, or an
+    empty text where another process reports it.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class Lifeline:
 
     @property
     def has_lost(self) -> bool:
-        """Whether another end has gone, in peace or not."""
+        """Whether another end has closed, in order or not."""
         return self._some_end.is_set()
 
     def expect_end(self) -> None:
@@ -130,17 +129,17 @@ class Lifeline:
         self._send(_TOLD, text.encode())
 
     def await_verdict(self) -> None:
-        """After a failed collective: leave the thread time to end the process for a lost rank."""
+        """After a failed collective, give the thread time to report a lost rank and end us."""
         if self.others:
             time.sleep(VERDICT_S)
 
     def fail(self, message: str) -> None:
-        """Tell rank 0 why this rank is about to end."""
+        """Tell rank 0 why this rank will end."""
         self.expect_end()
         self._send(_FAILED, message.encode(errors="replace"))  # a path need not be text
 
     def note(self, note: bytes, rank: int | None = None) -> None:
-        """Have a rank's `on_note` called; None is the other end, of rank 0 all others."""
+        """Have `on_note` called on a rank, or for None at every other end."""
         self._send(_NOTE, note, rank)
 
     def _send(self, kind: int, said: bytes, rank: int | None = None) -> None:
@@ -157,10 +156,10 @@ class Lifeline:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR if self.has_failed else socket.SHUT_WR)
         if self.others:
-            self._thread.join(CLOSE_TIMEOUT_S)  # until the others have parted too
+            self._thread.join(CLOSE_TIMEOUT_S)
 
     def await_an_end(self, timeout_s: float) -> bool:
-        """Wait until another end has gone; False where time was up before."""
+        """Wait until another end has closed; False after a timeout."""
         return self._some_end.wait(timeout_s)
 
     def _watch(self, selector: selectors.BaseSelector) -> None:

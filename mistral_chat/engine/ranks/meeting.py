@@ -1,10 +1,10 @@
-"""How the ranks of a run find each other, and know that they are who they say they are.
+"""How the ranks of a run find and authenticate each other.
 
-On one node they meet at a Unix socket without a file, whose name comes from the user and the run;
-each end asks the kernel whose process is at the other, so nobody needs a secret, and another
-user's process is no rank. Across nodes rank 0 listens on a port that the launcher's store tells,
-and both ends prove that they know the run's secret before anything else is said. A stranger is
-closed, and one that says nothing keeps nobody waiting. Knows nothing of what ranks do afterwards.
+On one node they meet at an abstract Unix socket, named after the user and the run; each end asks
+the kernel for the user of the other, so that no secret is needed and another user's process cannot
+be a rank. Across nodes rank 0 publishes a port in the launcher's store, and both ends prove that
+they know the run's secret before anything else. A stranger's connection is closed, and a silent
+one does not delay the others. Knows nothing of what ranks do afterwards.
 """
 
 import contextlib
@@ -41,12 +41,11 @@ _UCRED = struct.Struct("3i")
 
 @dataclass(frozen=True, kw_only=True)
 class Meeting:
-    """What a rank has once all have met.
+    """What a rank gets from meeting the others.
 
     Args:
-        connections: rank -> socket to it; rank 0 has one to each, each other rank one to rank 0.
-        memory: file descriptor of the node's shared memory, for the caller to close; None where
-            ranks share none.
+        connections: rank -> socket to it: on rank 0 to all others, on each other rank to rank 0.
+        memory: file descriptor of the node's shared memory, which the caller closes; None without.
     """
 
     connections: dict[int, socket.socket]
@@ -58,11 +57,10 @@ def meet(place: Place, look: Callable[[], None] = lambda: None) -> Meeting:
 
     Args:
         place: of this process.
-        look: called several times a second while this one waits, to raise where waiting is of no
-            use: a rank's process has ended.
+        look: called several times a second; raises to end the wait, as when a process has ended.
 
     Raises:
-        RankLostError: not all came, or what answers is not this run's rank 0.
+        RankLostError: a rank is missing, or what answers is not this run's rank 0.
     """
     if place.world_size == 1:
         return Meeting(connections={})
@@ -70,7 +68,7 @@ def meet(place: Place, look: Callable[[], None] = lambda: None) -> Meeting:
         if place.rank != 0:
             return (_follow_here if place.is_on_one_node else _follow_afar)(place, look)
         return (_lead_here if place.is_on_one_node else _lead_afar)(place, look)
-    except (OSError, RuntimeError) as error:  # a RuntimeError is of the launcher's store
+    except (OSError, RuntimeError) as error:  # RuntimeError: from the launcher's store
         why = str(error).splitlines()[0]
         raise RankLostError(one_line(f"rank {place.rank} met no other ({why})")) from error
 
@@ -86,12 +84,12 @@ def _check_hello(hello: bytes, place: Place) -> int:
 
 
 def _name_here(place: Place) -> bytes:
-    """In the abstract namespace: it is gone with the socket, and no path leads to it."""
+    """Name in the abstract namespace: not a file, and gone when the socket is closed."""
     return f"\0mistral-chat/{os.geteuid()}/{place.run}".encode()
 
 
 def _uid_of(connection: socket.socket) -> int:
-    """Whose process is at the other end, or was when it connected or listened."""
+    """User of the process at the other end, as of when it connected or listened."""
     ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     return int(_UCRED.unpack(ucred)[1])
 
@@ -130,7 +128,7 @@ def _lead_here(place: Place, look: Callable[[], None]) -> Meeting:
 def _receive_here(
     connection: socket.socket, place: Place, is_free: IsFree, memory: int | None
 ) -> Talk:
-    """Rank 0: hear who it is, and hand over the shared memory."""
+    """Rank 0: check who calls, and pass on the shared memory."""
     if _uid_of(connection) != os.geteuid():
         raise StrangerError
     rank = _check_hello((yield _HELLO.size), place)
@@ -171,7 +169,7 @@ def _connect_here(place: Place) -> socket.socket:
 
 
 def _connect(dial: Callable[[], socket.socket], look: Callable[[], None]) -> socket.socket:
-    """Dial until rank 0 listens: ranks of one run start in any order."""
+    """Retry until rank 0 listens: ranks start in any order."""
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
         with contextlib.suppress(ConnectionRefusedError, BlockingIOError):
@@ -200,25 +198,25 @@ def _lead_afar(place: Place, look: Callable[[], None]) -> Meeting:
         return _receive_afar(connection, place, is_free)
 
     with socket.create_server(("", 0), backlog=BACKLOG) as listener:
-        store = _launchers_store()  # may live in this process: until all have asked it
+        store = _launchers_store()  # may live in this process: keep it until all ranks came
         store.set(STORE_KEY, str(listener.getsockname()[1]))
         return Meeting(connections=gather(listener, place.world_size, greet, look))
 
 
 def _launchers_store() -> Store:
-    """Where torchrun's ranks, or those of any launcher with its variables, tell each other."""
+    """The store of torchrun, or of any launcher that sets its variables."""
     store: Store = next(rendezvous("env://", timeout=timedelta(seconds=CONNECT_TIMEOUT_S)))[0]
     return store
 
 
 def _prove(place: Place, who: int, caller: int, nonces: bytes) -> bytes:
-    """What only a process that knows the run's secret can say of both ends' nonces."""
+    """HMAC of both nonces, which only a process with the run's secret can compute."""
     said = struct.pack("<III", who, caller, place.world_size) + nonces
     return hmac.digest(place.secret, said, "sha256")
 
 
 def _receive_afar(connection: socket.socket, place: Place, is_free: IsFree) -> Talk:
-    """Rank 0: hear who it is, prove to know the secret, and have it proven."""
+    """Rank 0: check who calls; both ends prove that they know the secret."""
     said = yield _HELLO.size + _NONCE_BYTES
     rank = _check_hello(said[: _HELLO.size], place)
     ours = secrets.token_bytes(_NONCE_BYTES)
@@ -258,7 +256,7 @@ def _follow_afar(place: Place, look: Callable[[], None]) -> Meeting:
 
 
 def _receive(connection: socket.socket, n_bytes: int) -> bytes:
-    """So many bytes, or fewer where the other end has closed."""
+    """Receive `n_bytes`, or fewer if the other end closes."""
     connection.settimeout(CONNECT_TIMEOUT_S)
     heard = b""
     while len(heard) < n_bytes and (data := connection.recv(n_bytes - len(heard))):

@@ -1,7 +1,7 @@
-"""Sums and gathers of CPU tensors through memory that all ranks of one node map.
+"""All-reduce and gather of CPU tensors through memory that all ranks of one node map.
 
-gloo takes 1.2 to 2.4 ms for a sum of 576 numbers over two processes, which is most of a small
-model's token; this takes 12 us. Relies on x86's order of stores, so other processors use gloo.
+gloo needs 1.2 to 2.4 ms to all-reduce 576 numbers over two processes, most of a small model's time
+per token; this needs 12 us. It relies on x86 keeping stores in order; other processors use gloo.
 Knows nothing of what is summed.
 """
 
@@ -25,19 +25,19 @@ SPINS = 2000
 
 
 class NodeMemory:
-    """An exchange of pieces between all ranks, two of them on their way at a time.
+    """Memory in which every rank writes a piece of its tensor and reads the pieces of all.
 
-    A rank writes its piece, then its counter; it reads the others' once their counters have come
-    as far. Pieces alternate between two places: a rank that writes the one after next has seen
-    every counter of the next, so everybody has read this one.
+    A rank writes its piece, then raises its counter; it reads the other pieces when all counters
+    have come as far. Pieces alternate between two places. A rank that writes piece n + 2 has seen
+    all counters at n + 1, so every rank has finished reading piece n, which lay there.
 
     Args:
         rank: this one.
         world_size: ranks, all on this node.
-        fd: what all of them map, made by `create`; may be closed afterwards.
+        fd: file descriptor that `create` made; may be closed afterwards.
 
     Raises:
-        ValueError: not memory for so many ranks.
+        ValueError: its size is not that for so many ranks.
     """
 
     def __init__(self, rank: int, world_size: int, fd: int) -> None:
@@ -54,19 +54,19 @@ class NodeMemory:
 
     @staticmethod
     def is_supported() -> bool:
-        """Whether this machine keeps stores in order and can share memory without a name."""
+        """Whether this machine keeps stores in order and has anonymous shared memory."""
         return sys.platform == "linux" and platform.machine() == "x86_64"
 
     @staticmethod
     def size_bytes(world_size: int) -> int:
-        """Bytes that so many ranks share."""
+        """Bytes that this many ranks share."""
         return world_size * (LINE + 2 * PIECE_BYTES)
 
     @classmethod
     def create(cls, world_size: int) -> int:
-        """Memory without a name, to be handed to the other ranks: its file descriptor.
+        """Create anonymous memory; its file descriptor, to be passed to the other ranks.
 
-        No rank can make it smaller under the others, which would end them.
+        It is sealed: a rank that shrank it would kill the others.
         """
         fd = os.memfd_create("mistral-chat", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, cls.size_bytes(world_size))
@@ -74,7 +74,7 @@ class NodeMemory:
         return fd
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Sum over ranks in place; float32 inside, in rank order, so all ranks get the same bits.
+        """Sum over ranks, in place; in float32 and rank order, so that all get the same bits.
 
         Args:
             tensor: on CPU, of any float type and shape.
@@ -87,7 +87,7 @@ class NodeMemory:
             flat[begin : begin + len(total)] = total
 
     def gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """Every rank's tensor on rank 0, None on the others.
+        """Collect every rank's tensor on rank 0; None on the others.
 
         Args:
             tensor: on CPU, of the same shape and type on all ranks.
@@ -100,7 +100,7 @@ class NodeMemory:
         return None if gathered is None else [whole.view(tensor.shape) for whole in gathered]
 
     def _exchange(self, flat: Tensor) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        """Give, piece by piece, where it begins and all ranks' versions of it."""
+        """Yield where each piece begins, and that piece of every rank."""
         n_each = PIECE_BYTES // flat.dtype.itemsize
         for begin in range(0, len(flat), n_each):
             part = flat[begin : begin + n_each]
@@ -112,7 +112,7 @@ class NodeMemory:
             yield begin, places.unbind()
 
     def _wait(self) -> None:
-        """Until every rank has come as far; a rank that never does is the lifeline's business."""
+        """Wait until every rank has come as far; the lifeline ends us if one never does."""
         spins = 0
         while self._counters.min() < self._turn:
             spins += 1

@@ -1,9 +1,8 @@
-"""What torch's groups tell each other while they form: a store over the lifeline.
+"""A key-value store over the lifeline, in which torch's process groups exchange addresses.
 
-Nothing listens for it, it reaches as far as the lifeline does, and whoever waits in it for a rank
-that has gone is woken up. torch's own do not do: TCPStore takes anybody who connects; FileStore
-opens its path once more when it is destroyed, perhaps as the program ends, and writes into whatever
-is there by then. Knows nothing of what the keys mean.
+It opens no port, and a wait for a rank that has ended is interrupted. torch's own stores will not
+do: TCPStore accepts any client; FileStore opens its path again when it is destroyed, perhaps at
+exit, and writes into whatever is there by then. Knows nothing of what the keys mean.
 """
 
 import struct
@@ -20,12 +19,12 @@ __all__ = ["Notes", "NotesStore"]
 
 TIMEOUT_S = 600.0
 LOOK_S = 0.1
-_HEAD = struct.Struct("<BIqq")  # what, bytes of the key, a number, which of the sender's additions
+_HEAD = struct.Struct("<BIqq")  # kind, bytes of the key, a number, number of the sender's request
 _SET, _ADD, _SUM = range(3)
 
 
 class Notes:
-    """Keys and values that every rank has: rank 0 hears of each and passes it on.
+    """Keys and values that every rank holds; rank 0 forwards each change to the others.
 
     Args:
         rank: this one.
@@ -35,31 +34,31 @@ class Notes:
         self._rank = rank
         self._lifeline = Lifeline({})
         self._values: dict[str, bytes] = {}
-        self._sums: dict[int, int] = {}  # what rank 0 says that came of our additions
+        self._sums: dict[int, int] = {}  # request of ours -> the sum that rank 0 answered
         self._n_asked = 0
         self._changed = threading.Condition()
 
     def open(self, lifeline: Lifeline) -> None:
-        """Have notes travel over this rank's lifeline, whose `on_note` is `hear`."""
+        """Start sending over this rank's lifeline, whose `on_note` must be `hear`."""
         with self._changed:
             self._lifeline = lifeline
 
     def close(self) -> None:
-        """Forget everything; whoever still waits is told that the others have gone."""
+        """Forget all values, and interrupt every wait."""
         with self._changed:
             self._values.clear()
             self._lifeline = Lifeline({})
             self._changed.notify_all()
 
     def set(self, key: str, value: bytes) -> None:
-        """Have every rank find `value` under `key`, this one at once."""
+        """Set a value on all ranks, on this one at once."""
         with self._changed:
             self._values[key] = value
             self._changed.notify_all()
         self._send(_SET, key, value)
 
     def add(self, key: str, number: int) -> int:
-        """Add to the number under `key`, which is 0 before; the sum."""
+        """Add to the number under `key`, which begins at 0, and return the sum."""
         if self._rank == 0:
             return self._add(key, number)
         with self._changed:
@@ -71,25 +70,25 @@ class Notes:
             return self._sums.pop(asked)
 
     def get(self, key: str, timeout_s: float = TIMEOUT_S) -> bytes:
-        """The value under a key, once there is one.
+        """Wait for a value.
 
         Raises:
-            RuntimeError: another rank has gone, or time is up.
+            RuntimeError: another rank has ended, or the time is up.
         """
         with self._changed:
             self._await(lambda: key in self._values, timeout_s, key)
             return self._values[key]
 
     def has(self, key: str) -> bool:
-        """Whether there is a value under a key."""
+        """Whether a key has a value."""
         with self._changed:
             return key in self._values
 
     def hear(self, rank: int, note: bytes) -> None:
-        """Take a note, from the lifeline's thread.
+        """Apply a note of another rank; called from the lifeline's thread.
 
         Raises:
-            ValueError: not one of ours.
+            ValueError: no note of ours.
         """
         if len(note) < _HEAD.size:
             raise ValueError("a note without its head")
@@ -116,7 +115,7 @@ class Notes:
             total = int(self._values.get(key, b"0")) + number
             self._values[key] = value = b"%d" % total
             self._changed.notify_all()
-            self._send(_SET, key, value)  # inside, so that sums arrive in their order
+            self._send(_SET, key, value)  # under the lock, so that sums arrive in order
         return total
 
     def _send(
@@ -135,7 +134,7 @@ class Notes:
                 self._lifeline.note(note, other)
 
     def _await(self, is_so: Callable[[], bool], timeout_s: float, key: str) -> None:
-        """Wait with `_changed` held."""
+        """Wait until a condition holds; `_changed` is held."""
         deadline = time.monotonic() + timeout_s
         while not is_so():
             if not self._lifeline.others or self._lifeline.has_lost:
@@ -151,7 +150,7 @@ def _pack(what: int, key: str, value: bytes = b"", *, number: int = 0, asked: in
 
 
 class NotesStore(Store):
-    """`Notes` as torch asks for them; torch calls these from C++, with Python's lock.
+    """`Notes` as a torch `Store`; torch calls the methods from C++ and holds the GIL.
 
     Args:
         notes: of this rank.
@@ -164,11 +163,11 @@ class NotesStore(Store):
         self._prefix = prefix
 
     def name(self, key: str) -> str:
-        """A key as all ranks know it."""
+        """The key in `Notes`."""
         return self._prefix + key
 
     def clone(self) -> "NotesStore":
-        """Itself: it may be used from any thread."""
+        """This store, which may be used from any thread."""
         return self
 
     def set(self, key: str, value: bytes | str) -> None:
@@ -184,11 +183,11 @@ class NotesStore(Store):
         return self._notes.add(self.name(key), value)
 
     def check(self, keys: Sequence[str]) -> bool:
-        """Whether there is a value under every key."""
+        """Whether every key has a value."""
         return all(self._notes.has(self.name(key)) for key in keys)
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """Until there is a value under every key."""
+        """Wait until every key has a value."""
         timeout_s = TIMEOUT_S if timeout is None else min(timeout.total_seconds(), TIMEOUT_S)
         for key in keys:
             self._notes.get(self.name(key), timeout_s)

@@ -1,7 +1,7 @@
-"""A rank ends with the process that started it, however that one ends.
+"""Ends a rank when the process that started it ends, in whatever way.
 
-A launcher that is killed cannot end its ranks: they would go on reading the terminal and holding
-the GPUs. Imports nothing heavy, so that a rank can ask for this in its first lines.
+A launcher that is killed cannot end its ranks, which would go on reading the terminal and holding
+the GPUs. Imports nothing heavy, so that a rank can call this first.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ _on_gone: Callable[[], None] | None = None
 
 
 def end_with_launcher(launcher: int | None = None) -> None:
-    """Have this rank end with its launcher, from now on.
+    """End this rank when its launcher ends.
 
-    Rank 0 watches from a thread, since it may have a terminal to put back; the kernel ends the
-    others itself, whatever they are doing.
+    Rank 0 watches from a thread, since it may have a terminal to restore; the kernel kills the
+    others.
 
     Args:
-        launcher: process that started this rank; None is torchrun's, if that started it.
+        launcher: id of the process that started this rank; None takes torchrun's, if there is one.
     """
     if launcher is None:
-        # A shell that starts ranks in the background and leaves is no launcher that was lost.
+        # A shell that starts ranks in the background and exits is not a launcher that died.
         if "TORCHELASTIC_RUN_ID" not in os.environ or "RANK" not in os.environ:
             return
         launcher = os.getppid()
@@ -52,9 +52,9 @@ def end_with_launcher(launcher: int | None = None) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Have this process end with another that started it, from now on.
+    """End this process when its parent ends.
 
-    Not by the kernel's signal: that is sent when the thread ends that started this process.
+    The kernel's signal will not do: it is sent when the thread ends that started this process.
     """
     global _parent
     if _parent is not None:
@@ -66,20 +66,20 @@ def end_with(parent: int) -> None:
 
 
 def set_on_gone(on_gone: Callable[[], None]) -> None:
-    """Have `on_gone` called, from a thread, once the parent is gone; it must end the process."""
+    """Call `on_gone`, from a thread, when the parent has ended; it must end the process."""
     global _on_gone
     _on_gone = on_gone
 
 
 def is_gone() -> bool:
-    """Whether the process that this one ends with has ended."""
+    """Whether the parent has ended."""
     return _parent is not None and os.getppid() != _parent
 
 
 def _watch(parent: int) -> None:
     with contextlib.suppress(OSError):  # kernels before 5.3 have none
         handle = os.pidfd_open(parent)
-        if not is_gone():  # its number may be another's by now
+        if not is_gone():  # else its id may be another process's by now
             select.select([handle], [], [])
         os.close(handle)
     while not is_gone():
@@ -90,7 +90,7 @@ def _watch(parent: int) -> None:
 
 
 def _end() -> NoReturn:
-    """End without a word, but on rank 0, which speaks for all."""
+    """End silently, except on rank 0, which reports it for all."""
     if os.environ.get("RANK", "0") == "0" and sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(f"mistral-chat: error: {GONE}", file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ def _end() -> NoReturn:
 
 
 def _adopts_orphans(process: int) -> bool:
-    """Whether a process is the system's first, and no Python that is a container's only command."""
+    """Whether a process is init; a container's first process may be Python, which is a launcher."""
     if process != 1:
         return False
     try:

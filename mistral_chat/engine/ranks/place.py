@@ -15,8 +15,8 @@ class Place:
         local_rank: on this node; its GPU.
         local_world_size: ranks on this node.
         master_addr: rank 0's node.
-        run: the run's name, the same on all of its ranks and on no others; no secret.
-        secret: what ranks on several nodes prove to each other that they know.
+        run: name of the run, unique to it; not a secret.
+        secret: ranks on several nodes prove to each other that they know it.
     """
 
     rank: int = 0

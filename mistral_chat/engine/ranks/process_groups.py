@@ -55,8 +55,8 @@ class ProcessGroups:
     ) -> None:
         self.node_memory = node_memory
         self._rank, self._world_size = place.rank, place.world_size
-        # torch keeps the C++ half of a store alone, which without its Python half knows no verbs;
-        # NCCL asks it for the first time at the first sum.
+        # Keep the stores: torch holds only their C++ half, whose methods are gone without the
+        # Python half, and NCCL first uses its store in the first all-reduce.
         self._stores = {name: NotesStore(notes, f"{name}/") for name in ("group", "gloo", "nccl")}
         self._group = ProcessGroup(self._stores["group"], place.rank, place.world_size)
         self._gloo = _make_gloo(place, self._stores["gloo"])

@@ -1,7 +1,7 @@
-"""Rank 0 takes connections, from whoever calls, until every rank is there.
+"""Rank 0 accepts connections until every rank is there.
 
-It talks to all callers at once: a stranger is closed, and one that says nothing keeps nobody
-waiting. Knows nothing of what is said; that is a generator's business.
+It talks to all callers at once: a stranger's connection is closed, and a silent one does not delay
+the others. Knows nothing of the protocol, which a generator speaks.
 """
 
 import selectors
@@ -18,8 +18,8 @@ HELLO_TIMEOUT_S = 30.0
 LOOK_S = 0.1
 MOST_PENDING = 256  # callers that have not yet said who they are
 
-Talk = Generator[int, bytes, int]  # gives how many bytes it wants next, at last the rank
-IsFree = Callable[[int], bool]  # whether no connection is that rank yet
+Talk = Generator[int, bytes, int]  # yields how many bytes it wants next; returns the rank
+IsFree = Callable[[int], bool]  # whether a rank has no connection yet
 Greet = Callable[[socket.socket, IsFree], Talk]
 
 
@@ -30,16 +30,19 @@ class StrangerError(Exception):
 def gather(
     listener: socket.socket, world_size: int, greet: Greet, look: Callable[[], None]
 ) -> dict[int, socket.socket]:
-    """Take connections until every other rank is there, talking to all at once.
+    """Accept connections until every other rank is there.
 
     Args:
-        listener: where they come.
+        listener: the listening socket.
         world_size: ranks, rank 0 included.
-        greet: what is said and heard before a connection is a rank's.
-        look: called several times a second, to raise where waiting is of no use.
+        greet: authenticates one connection.
+        look: called several times a second; raises to end the wait.
+
+    Returns:
+        rank -> socket.
 
     Raises:
-        RankLostError: not all came.
+        RankLostError: a rank is missing.
     """
     ranks: dict[int, socket.socket] = {}
     pending: list[_Caller] = []  # oldest first
@@ -83,11 +86,11 @@ def gather(
 
 
 class _Caller:
-    """Somebody who has connected to rank 0 and is not yet known to be a rank.
+    """A connection that is not authenticated yet.
 
     Args:
-        connection: to it, which never blocks.
-        talk: what is to be said and heard.
+        connection: non-blocking.
+        talk: the protocol.
     """
 
     def __init__(self, connection: socket.socket, talk: Talk) -> None:
@@ -101,7 +104,7 @@ class _Caller:
 
     @classmethod
     def accept(cls, listener: socket.socket, greet: Greet, is_free: IsFree) -> "_Caller | None":
-        """The next one, if it has not gone already and may call at all."""
+        """Accept the next one; None if it has gone already or is refused at once."""
         try:
             connection, _ = listener.accept()
         except OSError:
@@ -114,7 +117,7 @@ class _Caller:
             return None
 
     def hear(self) -> None:
-        """Take what has come; `is_done` once it is a rank, or is known to be none."""
+        """Take what has arrived; sets `is_done` once it is known whether this is a rank."""
         try:
             data = self.connection.recv(self._wanted - len(self._heard))
             if not data:
@@ -133,7 +136,7 @@ class _Caller:
 
 
 def _too_late(pending: Sequence[_Caller]) -> list[_Caller]:
-    """Who has not said for too long who it is, and the oldest where they are too many."""
+    """Callers that have been silent for too long, and the oldest of too many."""
     waiting = [caller for caller in pending if not caller.is_done]
     late = time.monotonic() - HELLO_TIMEOUT_S
     n_too_many = len(waiting) - MOST_PENDING

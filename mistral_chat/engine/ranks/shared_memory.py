@@ -1,9 +1,9 @@
 """GPU memory that all ranks of a node can write, through torch's symmetric memory.
 
-torch finds a group by its name and tells the steps of meeting apart by a number that counts up over
-all groups of a process. A process that opens a second model would therefore wait for ever, with
-Python's lock, for keys that its new ranks, which begin at 0, do not know: here each meeting begins
-at 0 on every rank, and each group has a name of its own. Knows nothing of what is written there.
+torch finds a group by its name, and numbers the keys of a rendezvous with a counter of the whole
+process. A process that opens a second model would therefore wait forever, holding the GIL, for keys
+that its new ranks write under numbers from 0. Here every rendezvous is renumbered from 0, and each
+group has its own name. Knows nothing of what is written there.
 """
 
 import re
@@ -26,19 +26,21 @@ from mistral_chat.engine.ranks.notes import Notes, NotesStore
 __all__ = ["SharedMemory", "share_memory", "why_no_peer_access"]
 
 OTHERS_CANNOT_SHARE = "another rank cannot share its memory"
-_TURN = threading.Lock()  # torch counts meetings, and names its sockets, by process
+_TURN = threading.Lock()  # torch's counter, and the names of its sockets, are of the process
 _COUNTED = re.compile(r"([^/]+)/(\d+)(?=/|$)")
 
 
 class _MeetingStore(NotesStore):
-    """A store in which the numbers of torch's exchanges begin at 0 in each meeting."""
+    """A store that renumbers the keys of one rendezvous from 0."""
 
     def __init__(self, notes: Notes, prefix: str) -> None:
         super().__init__(notes, prefix)
         self._first: dict[str, int] = {}
 
     def name(self, key: str) -> str:
-        """A key as all ranks know it: `CUDASymmetricMemory/17/1` may be .../2/1 elsewhere."""
+        """The key as all ranks write it: what is `CUDASymmetricMemory/17/1` here may be
+        `CUDASymmetricMemory/2/1` on another rank.
+        """
 
         def renumber(found: re.Match[str]) -> str:
             what, number = found[1], int(found[2])
@@ -57,7 +59,7 @@ class SharedMemory:
         device: this rank's GPU.
 
     Raises:
-        RuntimeError: a machine or container without memory of that kind.
+        RuntimeError: this machine or container does not offer such memory.
     """
 
     def __init__(self, n_bytes: int, device: torch.device) -> None:
@@ -70,16 +72,16 @@ class SharedMemory:
         """Map the others' memory.
 
         Args:
-            notes: how ranks tell each other.
+            notes: where ranks find each other.
             rank: this one.
             world_size: of them.
-            number: of this memory among those of `notes`, the same on all ranks.
+            number: tells this memory from others of the group; the same on all ranks.
 
         Returns:
             (world_size,) int64 on the device: where each rank's begins.
 
         Raises:
-            RuntimeError: it cannot be mapped here, as in a container that forbids handing it on.
+            RuntimeError: it cannot be mapped, such as in a container that forbids sharing it.
         """
         name: Any = f"mistral_chat-{secrets.token_hex(8)}"
         with _TURN:
@@ -96,12 +98,12 @@ class SharedMemory:
         return torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=self._memory.device)
 
     def close(self) -> None:
-        """Unmap; nothing may write there any more."""
+        """Unmap; no rank may write to it any more."""
         del self._memory, self._handle
 
 
 def why_no_peer_access(group: Group) -> str | None:
-    """Why the GPUs cannot write each other's memory; None when they can. The same on all ranks.
+    """Why the GPUs cannot write each other's memory, the same on all ranks; None when they can.
 
     Every rank must call it.
     """
@@ -119,8 +121,8 @@ def share_memory(group: Group, n_bytes: int, device: torch.device) -> Tensor | s
     Every rank must call it; the memory stays until the group is closed.
 
     Returns:
-        (world_size,) int64 on the device: where each rank's begins in this address space; or
-        why there is none, on all ranks, as in a container that forbids handing it on.
+        (world_size,) int64 on the device: where each rank's begins in this address space; or,
+        on all ranks, why there is none.
     """
     why_not = ""
     memory: SharedMemory | None = None
@@ -129,7 +131,7 @@ def share_memory(group: Group, n_bytes: int, device: torch.device) -> Tensor | s
     except RuntimeError as error:
         why_not = str(error).splitlines()[0]
     number = group.lifeline.new_topic()
-    if not group.minimum(int(not why_not)):  # the others would wait for it in `meet`
+    if not group.minimum(int(not why_not)):  # else the others would wait in `meet`
         return why_not or OTHERS_CANNOT_SHARE
     assert memory is not None
     found: Tensor | str
@@ -137,7 +139,7 @@ def share_memory(group: Group, n_bytes: int, device: torch.device) -> Tensor | s
         found = memory.meet(group.notes, group.rank, group.world_size, number)
     except RuntimeError as error:
         found = str(error).splitlines()[0]
-    # Nobody writes before all have cleared theirs, nor where one cannot.
+    # No rank may write before all have cleared theirs.
     if group.minimum(int(isinstance(found, Tensor))):
         group.hold(memory)
         return found
