@@ -3,7 +3,6 @@
 All ranks go through it together and fail together. Knows nothing of steps or of files' contents.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ from mistral_chat.engine.collectives import collective_of
 from mistral_chat.engine.loading import OnLoading, Watch
 from mistral_chat.engine.memory import Plan, free_bytes, plan_memory
 from mistral_chat.engine.ranks.group import Group, Place
+from mistral_chat.engine.ranks.launcher import cores_each
 from mistral_chat.engine.runner import Runner, StartUp, why_no_decoder
 from mistral_chat.errors import DeviceError
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs
@@ -81,9 +81,8 @@ def reading_threads(device: torch.device, place: Place) -> int:
     On GPUs up to 16, which keeps up with copies to the device; on CPU up to 4, since there fresh
     memory for the weights costs more than reading them (BENCHMARKS.md).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    each = (cores or 1) // place.local_world_size
-    return max(2, min(16, each)) if device.type == "cuda" else max(1, min(4, each))
+    each = cores_each(place.local_world_size)
+    return max(2, min(16, each)) if device.type == "cuda" else min(4, each)
 
 
 def chunk_size_of(config: EngineConfig, device: torch.device) -> int:

@@ -5,7 +5,6 @@ Only this file reads a launcher's environment variables. Imports nothing heavy u
 
 import hashlib
 import os
-import secrets
 import subprocess
 from collections.abc import Mapping
 from functools import cache
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from mistral_chat.engine import rank as rank_entry
 from mistral_chat.engine.gpus import visible_gpus
 from mistral_chat.engine.ranks import parent
-from mistral_chat.engine.ranks.launcher import how_it_ended, threads_each
+from mistral_chat.engine.ranks.launcher import environment_of_ranks, how_it_ended
 from mistral_chat.errors import DeviceError, RankLostError, UsageError
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ __all__ = [
 ]
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_RUN = "TORCHELASTIC_RUN_ID"
-_OF_A_RUN = (_RUN, "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_RUN = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
 _SECRET = "MISTRAL_CHAT_SECRET"
 
 
@@ -121,10 +119,7 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
     from mistral_chat.engine.ranks.group import Group
 
     set_up_environment()
-    # They meet by the run's name on this node, so nothing listens on a port.
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", _RUN: secrets.token_hex(16)}
-    common |= {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
-    common |= {"OMP_NUM_THREADS": threads_each(n_ranks)}
+    common = environment_of_ranks(n_ranks)
     workers: list[subprocess.Popen[bytes]] = []
 
     def look() -> None:
@@ -135,7 +130,7 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
     try:
         for rank in range(1, n_ranks):
             workers.append(_spawn(rank, common, arguments))
-        own = os.environ | common | {"RANK": "0", "LOCAL_RANK": "0"}
+        own = common | {"RANK": "0", "LOCAL_RANK": "0"}
         return Group(place(own), look=look), workers
     except BaseException as error:
         for worker in workers:
@@ -151,7 +146,7 @@ def spawn_ranks(n_ranks: int, arguments: str) -> tuple["Group", list[subprocess.
 def _spawn(rank: int, common: dict[str, str], arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         rank_entry.command("program", "mistral_chat.engine.worker", arguments),
-        env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         stdin=subprocess.DEVNULL,
         process_group=0,  # the program handles Ctrl-C
     )

@@ -10,7 +10,6 @@ import os
 import secrets
 import select
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from types import FrameType
 from mistral_chat.engine import rank as rank_entry
 from mistral_chat.errors import DeviceError
 
-__all__ = ["Ended", "how_it_ended", "run_ranks", "threads_each"]
+__all__ = ["Ended", "cores_each", "environment_of_ranks", "how_it_ended", "run_ranks"]
 
 # Time for a rank to report why it ends before it is told to end, and to end after that.
 SPEAK_S = 3.0
@@ -56,7 +55,7 @@ def run_ranks(n_ranks: int, argv: Sequence[str]) -> Ended:
     with _noticing_signals() as wakeups:
         ranks: list[subprocess.Popen[bytes]] = []
         try:
-            common = _environment(n_ranks)
+            common = environment_of_ranks(n_ranks)
             for rank in range(n_ranks):
                 ranks.append(_start(rank, common, argv))
         except OSError as error:
@@ -67,10 +66,10 @@ def run_ranks(n_ranks: int, argv: Sequence[str]) -> Ended:
         return _Run(ranks).until_all_have_ended(wakeups)
 
 
-def threads_each(n_ranks: int) -> str:
-    """OMP_NUM_THREADS of each rank: an equal part of the cores, unless it is already set."""
+def cores_each(n_ranks: int) -> int:
+    """Cores for each of several ranks on this node, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return os.environ.get("OMP_NUM_THREADS", str(max(1, (cores or 1) // n_ranks)))
+    return max(1, (cores or 1) // n_ranks)
 
 
 def how_it_ended(process: subprocess.Popen[bytes]) -> str:
@@ -86,16 +85,18 @@ def _in_words(code: int) -> str:
     return f"was ended by {named[0] if named else f'signal {number}'}"
 
 
-def _environment(n_ranks: int) -> dict[str, str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def environment_of_ranks(n_ranks: int) -> dict[str, str]:
+    """Environment variables of all ranks of a new run on this node.
+
+    The ranks meet by the run's name, so nothing listens on the port.
+    """
     return os.environ | {
         "WORLD_SIZE": str(n_ranks),
         "LOCAL_WORLD_SIZE": str(n_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": "0",
         "TORCHELASTIC_RUN_ID": secrets.token_hex(16),
-        "OMP_NUM_THREADS": threads_each(n_ranks),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores_each(n_ranks))),
     }
 
 
