@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))
+WORKERS ?= 4
 PROMPT ?= What is the capital of France?
 # GPUs take torch's normal build, with the Triton that belongs to it. Where there are none, this
 # release has a small CPU build.
@@ -42,7 +42,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# One process of tests more than there are cores: many tests wait for others' processes.
+# More processes of tests than there may be cores: tests wait for other processes half of the time.
 test: install
 	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses $(WORKERS) --dist worksteal
 
