@@ -75,8 +75,8 @@ def _run(
 def _bytes_in(folder: Path) -> int:
     """Return the largest file's size; pip copies the wheel once it is complete."""
     largest = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # removed in the meantime
-            if path.is_file():
-                largest = max(largest, path.stat().st_size)
+    for parent, _, names in os.walk(folder):  # which passes over folders that pip has removed
+        for name in names:
+            with contextlib.suppress(OSError):  # removed in the meantime
+                largest = max(largest, (Path(parent) / name).stat().st_size)
     return largest

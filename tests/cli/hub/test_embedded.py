@@ -281,6 +281,28 @@ def test_bytes_that_are_fetched_are_told_as_they_come(tmp_path: Path) -> None:
     assert (folder / "w").stat().st_size == 1000
 
 
+def test_progress_passes_over_what_pip_removes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, size in (("pip-unpack-1", 7), ("pip-unpack-2", 20), ("pip-unpack-3", 11)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "wheel").write_bytes(b"x" * size)
+    scandir = os.scandir
+
+    def scandir_late(path: Any) -> Any:
+        if isinstance(path, str) and path.endswith("pip-unpack-2"):
+            (tmp_path / "pip-unpack-2" / "wheel").unlink(missing_ok=True)
+            (tmp_path / "pip-unpack-2").rmdir()
+        return scandir(path)
+
+    with monkeypatch.context() as late:
+        late.setattr(os, "scandir", scandir_late)
+        assert pip_fetch._bytes_in(tmp_path) == 11
+    shutil.rmtree(tmp_path / "pip-unpack-3")
+    assert pip_fetch._bytes_in(tmp_path) == 7
+    assert pip_fetch._bytes_in(tmp_path / "nowhere") == 0
+
+
 def test_killed_conversion_leaves_nothing_after_the_next_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
