@@ -8,6 +8,7 @@ from typing import Any
 
 from mistral_chat.errors import CheckpointError, named, shown
 from mistral_chat.model import hf
+from mistral_chat.model.quantization import Quantization
 
 __all__ = ["TransformerArgs"]
 
@@ -55,6 +56,7 @@ class TransformerArgs:
         tied_embeddings: the output matrix is the embedding.
         max_seq_len: positions that the model was trained for; None if the folder does not say.
         model_type: must be "transformer".
+        quantization: how the matrices of the layers are stored; None is as floats.
 
     Raises:
         CheckpointError: names a value that no model can have.
@@ -74,6 +76,7 @@ class TransformerArgs:
     tied_embeddings: bool = False
     max_seq_len: int | None = None
     model_type: str = "transformer"
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name, most in _MOST.items():
