@@ -222,7 +222,9 @@ class TransformerArgs:
 
 
 def _windows(value: object) -> Any:
-    """A sliding window, or a list of them, of which some may be numbers in quotes."""
+    """A sliding window, or a list of them: numbers in quotes too, and "null" for presets (TOML)."""
     if isinstance(value, list):
         return [_windows(window) for window in value]
+    if value == "null":
+        return None
     return int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value

@@ -203,6 +203,11 @@ def _read_shape(
 ) -> TransformerArgs:
     """The shape in a layout's file, compared with the other layout's file if both are there."""
     path = folder / hf.SHAPE_FILES[layout]
+    if not found and (gguf := sorted(folder.glob("*.gguf"))):
+        raise CheckpointError(
+            f"{folder}: {gguf[0].name} is a GGUF file, which is not supported; expected Mistral's "
+            f"format or Hugging Face's (quantized: FP8, compressed-tensors, AWQ or GPTQ)"
+        )
     if path.name not in found:
         raise CheckpointError(
             f"{folder}: {path.name} is missing (found {', '.join(found) or 'none'}); expected "

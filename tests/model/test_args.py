@@ -175,6 +175,7 @@ def test_from_dict_refuses_another_model_type(kind: str) -> None:
         ([6], (6, 6, 6, 6)),
         ("5", (5, 5, 5, 5)),
         ([None, "7"], (None, 7, None, 7)),
+        (["null", 7], (None, 7, None, 7)),
     ],
 )
 def test_sliding_window_is_one_entry_a_layer(
