@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mistral_chat.chat.template import BEGIN_THINK, END_THINK, TOOL_CALLS
+from mistral_chat.chat.thinking import Thinking, Thought
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import ToolCall, parse_tool_calls
 from mistral_chat.engine.engine import Engine, Prefill, Request, Token
@@ -59,23 +60,6 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Thought:
-    """What a model thought before its answer.
-
-    Args:
-        text: the thinking, without its marks; a blank line between pieces of it.
-        n_tokens: how many tokens it took.
-        seconds: how long it took.
-        is_closed: whether the model ended it; False if the answer ended within it.
-    """
-
-    text: str
-    n_tokens: int = 0
-    seconds: float = 0.0
-    is_closed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,21 +119,6 @@ class Delta:
 
     text: str
     is_call: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Thinking:
-    """A piece of what the model thinks before it answers; not part of the answer's text.
-
-    Args:
-        text: the piece, never empty.
-        n_tokens: tokens of thinking so far.
-        seconds: how long it has been thinking.
-    """
-
-    text: str
-    n_tokens: int
-    seconds: float
 
 
 class StopTexts:

@@ -12,9 +12,10 @@ from typing import Any
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.tool_calls import Tool
 
-from mistral_chat.chat.answer import Answer, AnswerBuilder, AnswerStream, Delta, Thinking
+from mistral_chat.chat.answer import Answer, AnswerBuilder, AnswerStream, Delta
 from mistral_chat.chat.conversation import NOT_RUN, Conversation
 from mistral_chat.chat.schema.grammar import Grammar, choose_grammar
+from mistral_chat.chat.thinking import Thinking
 from mistral_chat.chat.thinking_mask import ThinkingMask
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import UNREADABLE, ToolCall, make_id

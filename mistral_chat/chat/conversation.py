@@ -18,7 +18,7 @@ from mistral_common.protocol.instruct.messages import (
 from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool
 from mistral_common.protocol.instruct.tool_calls import ToolCall as CallOfTemplate
 
-from mistral_chat.chat.answer import Thought
+from mistral_chat.chat.thinking import Thought
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import MAX_DEPTH, ToolCall, nests_at_most
 

@@ -74,7 +74,7 @@ class Tokenizer:
         self._written = {id_: mark for mark, id_ in marks.items() if id_ is not None}
         settings = raw.model_settings_builder
         effort = settings.reasoning_effort if settings is not None else None
-        self.efforts = () if effort is None else tuple(entry.value for entry in effort.values)
+        self.efforts = () if effort is None else tuple(map(str, effort.values))
         self.end_ids = frozenset((self.eos_id, *end_ids))
         for id_ in self.end_ids & self._written.keys():
             raise TokenizerError(

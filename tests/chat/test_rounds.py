@@ -21,7 +21,7 @@ from mistral_chat.errors import ContextLengthError, PromptError, UsageError
 from tests.chat.test_chat import GREEDY, Talk
 from tests.chat.test_functions import ARGUMENTS, EVERY_TYPE, write
 
-TEMPLATES = ("v3", "small tekken", "v7", "small tekken v7", "v11", "v13")
+TEMPLATES = ("v3", "small tekken", "v7", "small tekken v7", "v11", "v13", "v15")
 NAMES = ("f", "g", "every")
 TOOLS = [Tool(function=Function(name=name, parameters={"type": "object"})) for name in NAMES]
 Calls = list[tuple[str, dict[str, Any]]]
