@@ -66,24 +66,26 @@ TEMPLATES = {
 }  # fmt: skip
 
 
-def check_effort(effort: str, known: Sequence[str], where: str) -> None:
+def check_effort(effort: str, known: Sequence[str], where: str, name: str = "reasoning") -> None:
     """Refuse a reasoning effort that a tokenizer does not know.
 
     Args:
         effort: none or high.
         known: the efforts that it knows; none in templates before v15.
         where: what the error calls the tokenizer or its template.
+        name: what the error calls the setting.
 
     Raises:
         PromptError: it is not one of them.
     """
+    asked = f"{name} {effort}".strip()
     if not known:
         raise PromptError(
-            f"reasoning {effort}: {where} has no such setting, which some tokenizers of v15 have: "
+            f"{asked}: {where} has no such setting, which some tokenizers of v15 have: "
             f"leave it out (a system prompt can ask for thinking)"
         )
     if effort not in known:
-        raise PromptError(f"reasoning {effort}: {where} knows {', '.join(known)}: expected one")
+        raise PromptError(f"{asked}: {where} knows {', '.join(known)}: expected one")
 
 
 def check_effort_of_file(effort: str, tokenizer: Path | None) -> None:
@@ -103,4 +105,4 @@ def check_effort_of_file(effort: str, tokenizer: Path | None) -> None:
         for name in ("model_settings_builder", "reasoning_effort", "values"):
             value = value.get(name) if isinstance(value, dict) else None
         known = [str(entry) for entry in value] if isinstance(value, list) else ()
-    check_effort(effort, known, str(tokenizer or "the tokenizer for dummy weights"))
+    check_effort(effort, known, str(tokenizer or "the tokenizer for dummy weights"), "--reasoning")

@@ -243,13 +243,17 @@ class Tokenizer:
         last = next((token for token in reversed(ids) if self.is_special(token)), None)
         return last is not None and last == self.begin_think_id
 
-    def check_effort(self, effort: str) -> None:
+    def check_effort(self, effort: str, name: str = "reasoning") -> None:
         """Refuse a reasoning effort that this tokenizer does not know.
+
+        Args:
+            effort: none or high.
+            name: what the error calls the setting.
 
         Raises:
             PromptError: it does not know it.
         """
-        check_effort(effort, self.efforts, f"the {self.version} template")
+        check_effort(effort, self.efforts, f"the {self.version} template", name)
 
     def begins_with_mark(self, token: int) -> bool:
         """Return whether a SentencePiece token starts with the mark for a space, not the byte."""

@@ -91,6 +91,7 @@ def answer_json(answer: Answer, *, model: str, world_size: int, load_s: float) -
     """Format the object of `--json` on one line."""
     value: dict[str, Any] = {
         "text": answer.text,
+        **({"thinking": answer.thinking} if answer.thinking else {}),
         "finish_reason": answer.finish_reason,
         "tool_calls": [
             {"id": c.id, "name": c.name, "arguments": c.arguments} for c in answer.tool_calls
