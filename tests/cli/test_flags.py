@@ -42,7 +42,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "load_format": ("consolidated", "consolidated"),
 }
 SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes", "plain", "show_thinking")
-NEEDS = {"system": ["--instruct"], "reasoning": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
+NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
+         "reasoning": ["--instruct"],
          "yes": ["--instruct", "--tools=x.py"], "tool_timeout": ["--instruct", "--tools=x.py"],
          "tools_env": ["--instruct", "--tools=x.py"], "logprobs": ["--json"],
          "resume": ["--instruct"]}  # fmt: skip
