@@ -15,7 +15,7 @@ from mistral_chat.files import is_there, read_json_object
 from mistral_chat.model import hf
 from mistral_chat.model.formats.values import wrong_values
 from mistral_chat.model.sharding import Placement, Shard, Table, placements
-from mistral_chat.model.stored import StoredTensor, read_header
+from mistral_chat.model.stored import FLOATS, TYPES, StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -155,11 +155,14 @@ class Headers:
             for name in sorted(tensors.keys() - index.keys()):
                 holds = f"{tensors[name].path.name} holds {named(name)}"
                 faults.append(f"{holds}, which {index_name} omits")
-        for name, placement in table.items():
-            may_be_unread = index.get(name) in unread if index else bool(unread)
-            if name not in tensors and not may_be_unread and not placement.optional:
-                faults.append(f"{name} is missing")
-        faults += _wrong_tensors(tensors, table, files.layout)
+        if other_kind := _other_kind(tensors, table, files.layout):
+            faults.append(other_kind)  # all else would follow from it
+        else:
+            for name, placement in table.items():
+                may_be_unread = index.get(name) in unread if index else bool(unread)
+                if name not in tensors and not may_be_unread and not placement.optional:
+                    faults.append(f"{name} is missing")
+            faults += _wrong_tensors(tensors, table, files.layout)
         if not faults:
             faults += wrong_values(tensors, table)
         if faults:
@@ -238,6 +241,34 @@ def _read_index(path: Path) -> dict[str, str]:
     if len(files) > MOST_FILES:
         raise CheckpointError(f"{path} names {len(files):,} files: expected at most {MOST_FILES:,}")
     return weight_map
+
+
+def _other_kind(tensors: dict[str, StoredTensor], table: Table, layout: hf.Layout) -> str | None:
+    """What is wrong where a matrix is quantized and the configuration says floats, or the reverse.
+
+    It knows no formats: a float matrix is `.weight`, and numbers of others have other types.
+    """
+    config = hf.SHAPE_FILES[layout]
+    for name, placement in table.items():
+        if placement.kind not in ("column", "row") or not placement.target:
+            continue
+        stem = name.rpartition(".")[0]
+        weight = tensors.get(f"{stem}.weight")
+        if placement.target.endswith(".data") and weight and weight.dtype in FLOATS:
+            holds = f"{stem}.weight in {weight.path.name} holds {weight.dtype}"
+            return f"{config} says that matrices are quantized, but {holds}: expected one kind"
+        is_float = name.endswith(".weight") and placement.types == tuple(FLOATS)
+        if is_float and (weight is None or weight.dtype not in FLOATS):
+            numbers = [
+                f"{other} in {tensor.path.name} holds {tensor.dtype}"
+                for other, tensor in tensors.items()
+                if other.rpartition(".")[0] == stem and tensor.dtype in TYPES.keys() - FLOATS.keys()
+            ]
+            if numbers:
+                return (
+                    f"{config} says that matrices are floats, but {numbers[0]}: expected one kind"
+                )
+    return None
 
 
 def _wrong_tensors(tensors: dict[str, StoredTensor], table: Table, layout: hf.Layout) -> list[str]:

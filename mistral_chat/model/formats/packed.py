@@ -1,4 +1,4 @@
-"""int4 and int8 numbers packed in int32, with a scale a row or a group: W = (number - zero) * scale.
+"""int4 and int8 packed in int32, with a scale a row or a group: W = (number - zero) * scale.
 
 compressed-tensors (pack-quantized) packs along a row and has our order of rows and columns; AWQ's
 gemm format and GPTQ's store the transpose, AWQ packed along the outputs in an order of its own,
@@ -18,7 +18,7 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # place of each of 8 outputs in an int32,
 
 
 def compressed_tensors(stem: str, placement: Placement, quantization: Quantization) -> Table:
-    """Pack-quantized: weight_packed (N, K / P), weight_scale (N, G), weight_zero_point (N / P, G)."""
+    """Its `weight_packed` (N, K / P), `weight_scale` (N, G) and `weight_zero_point` (N / P, G)."""
     plain = replace(placement, held=None)
     bits = 4 if quantization.kind == "int4" else 8
     n, k, groups = _sizes(placement, quantization)
