@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BLOCK_NUMBERS",
     "PACKED",
     "Kind",
     "Quantized",
@@ -104,9 +105,9 @@ class Quantized:
             start += len(rows)
         return out
 
-    def blocks(self) -> Iterator["Quantized"]:
-        """Views of neighbouring rows, each small enough to be dequantized."""
-        n_rows = max(1, BLOCK_NUMBERS // self.shape[1])
+    def blocks(self, n_numbers: int = BLOCK_NUMBERS) -> Iterator["Quantized"]:
+        """Views of neighbouring rows, of up to so many numbers each."""
+        n_rows = max(1, n_numbers // self.shape[1])
         for start in range(0, len(self), n_rows):
             yield self.rows(start, min(n_rows, len(self) - start))
 
