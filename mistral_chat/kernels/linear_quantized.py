@@ -30,7 +30,7 @@ from mistral_chat.kernels.weight import Quantized
 __all__ = ["dequantize", "matmul_quantized"]
 
 # Two pairs of bytes, each byte's halves -> what is left of 128 + number after a subtraction.
-_INT4_ASM = """
+_INT4_ASM = tl.constexpr("""
 {
 .reg .b32 a, b, al, ah, bl, bh, one;
 prmt.b32 a, $4, 0, 0x4140;
@@ -47,7 +47,7 @@ fma.rn.bf16x2 $1, bl, one, $6;
 fma.rn.bf16x2 $2, ah, one, $5;
 fma.rn.bf16x2 $3, bh, one, $6;
 }
-"""
+""")
 
 
 @triton.jit
@@ -358,19 +358,19 @@ def matmul_quantized(
         "KIND": weight.kind, "HAS_ZERO": weight.zero is not None, "SLICES": n_slices,
         "GATED": gated, "NATIVE": has_fp8(device), "PDL": bool(early),
     }  # fmt: skip
-    if n_rows == 1:
-        one = config or one_quantized_row_config(n_in, gated, weight.kind)
-        assert isinstance(one, OneRow)
-        width = min(width, one.cols) if is_grouped else one.cols
-        _one_row[(triton.cdiv(n_out, one.rows),)](
+    assert n_rows <= MOST_ROWS
+    if config is None and n_rows == 1:
+        config = one_quantized_row_config(n_in, gated, weight.kind)
+    few = config or few_quantized_rows_config(n_out)
+    if isinstance(few, OneRow):
+        assert n_rows == 1
+        width = min(width, few.cols) if is_grouped else few.cols
+        _one_row[(triton.cdiv(n_out, few.rows),)](
             rows, squares, *_parts(weight), out, n_out, eps,
-            n_in=n_in, GROUP=group, ROWS=one.rows, CHUNKS=one.cols // width, WIDTH=width,
-            num_warps=one.warps, **same, **early,
+            n_in=n_in, GROUP=group, ROWS=few.rows, CHUNKS=few.cols // width, WIDTH=width,
+            num_warps=few.warps, **same, **early,
         )  # fmt: skip
         return out
-    assert n_rows <= MOST_ROWS
-    few = config or few_quantized_rows_config(n_out)
-    assert isinstance(few, FewRows)
     is_bf16 = rows.dtype == torch.bfloat16
     _few_rows[(triton.cdiv(n_out, few.rows),)](
         rows, squares, *_parts(weight), out, n_rows, n_out, n_in, eps, group,
