@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mistral_chat.kernels.weight import Quantized, Weight
+
 __all__ = [
     "Rope",
     "Rotations",
@@ -159,14 +161,19 @@ def rope_store(
     return apply_rope(q, rotations[0])
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: (T, n_in) and (n_out, n_in) -> (T, n_out).
+
+    Quantized numbers are dequantized to x's type first, some rows at a time.
 
     Few float32 rows on CPU go other ways than `F.linear`. One goes as a batch of row blocks: MKL's
     matrix-vector product runs on one thread, its batched one on all of them (1.7 times as fast on
     two). A few go as `weight @ x.T`: MKL's matmul of few rows with a wide matrix takes 1.1 to 5
     times as long as that of a tall matrix with few columns.
     """
+    if isinstance(weight, Quantized):
+        parts = [linear(x, rows.dequantize(x.dtype)) for rows in weight.blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight)
     n_threads = torch.get_num_threads()
@@ -288,7 +295,7 @@ def rotations(starts: Tensor, length: int, rope: Rope) -> Rotations:
     return (queries if rope.beta else keys), keys
 
 
-def gated(x: Tensor, weight: Tensor) -> Tensor:
+def gated(x: Tensor, weight: Weight) -> Tensor:
     """`silu_mul` of the matmul: (R, n_in), (2 * hidden, n_in) -> (R, hidden)."""
     return silu_mul(linear(x, weight))
 

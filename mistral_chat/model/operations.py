@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mistral_chat.kernels import ops, reference
 from mistral_chat.kernels.reference import Rope, Rotations
+from mistral_chat.kernels.weight import Weight
 from mistral_chat.model.cache import KVCache
 
 __all__ = [
@@ -133,7 +134,7 @@ class Operations(Protocol):
     def rotations(self, rope: Rope) -> Rotations:
         """Rotations of each row's position, in the form that `attend` takes."""
 
-    def linear(self, x: Rows, weight: Tensor) -> Tensor:
+    def linear(self, x: Rows, weight: Weight) -> Tensor:
         """`x @ weight.T`."""
 
     def attend(self, qkv: Tensor, heads: Heads, rotations: Rotations) -> Tensor:
@@ -148,7 +149,7 @@ class Operations(Protocol):
             (R, H * head_dim).
         """
 
-    def gated(self, x: Rows, weight: Tensor) -> Tensor:
+    def gated(self, x: Rows, weight: Weight) -> Tensor:
         """SwiGLU: SiLU of `x @ weight.T`'s first half of columns times the second half."""
 
     def logits(self, x: Rows, weight: Tensor) -> Tensor | None:
@@ -166,7 +167,7 @@ class ManyRows:
     """
 
     embed = staticmethod(ops.embed)
-    linear = staticmethod(reference.linear)
+    linear = staticmethod(ops.linear)
 
     def __init__(
         self,
@@ -203,9 +204,9 @@ class ManyRows:
         whole = out[0] if len(out) == 1 else torch.cat(out)  # (R, H, head_dim)
         return whole.reshape(len(qkv), -1)
 
-    def gated(self, x: Tensor, weight: Tensor) -> Tensor:
+    def gated(self, x: Tensor, weight: Weight) -> Tensor:
         """`ops.silu_mul` of the matmul."""
-        return ops.silu_mul(reference.linear(x, weight))
+        return ops.silu_mul(ops.linear(x, weight))
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """`reference.logits` of the rows that are asked for."""
