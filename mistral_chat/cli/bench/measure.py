@@ -139,6 +139,7 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
     The given runner is closed first, since there may be no room for both caches.
     """
     model, had_decoder = runner.model, runner.decoder is not None
+    cache_dtype = runner.cache.dtype
     runner.close()
     runner = Runner(
         model,
@@ -147,11 +148,11 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
         max_seq_len=max_seq_len,
         chunk_size=runner.chunk_size,
         plan=runner.plan,
+        cache_dtype=cache_dtype,
     )
     if had_decoder:
         runner.open_decoder()
-    runner.cache.k.normal_()  # so that long contexts need not be run
-    runner.cache.v.normal_()
+    runner.cache.fill_random()  # so that long contexts need not be run
     return runner
 
 
@@ -162,9 +163,7 @@ def bytes_per_step(runner: Runner, batch: int, context: int) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not args.tied_embeddings:  # a step reads one row of the embedding, and all of the output
         weights -= len(shard.vocab) * args.dim * model.dtype.itemsize
-    cache = runner.cache
-    row = 2 * cache.k.shape[0] * cache.k.shape[2] * cache.k.shape[4] * cache.k.element_size()
-    return weights + batch * context * row
+    return weights + batch * context * runner.cache.bytes_per_token
 
 
 def decode_s(runner: Runner, batch: int, context: int, n_tokens: int) -> float:

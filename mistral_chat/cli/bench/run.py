@@ -231,10 +231,9 @@ def _memory(runner: "Runner") -> dict[str, int]:
 
     plan = runner.plan
     assert plan is not None
-    cache = runner.cache
     memory = {
         "weights_bytes": sum(p.numel() * p.element_size() for p in runner.model.parameters()),
-        "kv_bytes": 2 * cache.k.numel() * cache.k.element_size(),
+        "kv_bytes": runner.cache.n_bytes,
         "kv_bytes_per_token": plan.kv_per_token,
         "planned_workspace_bytes": plan.workspace,
         "max_seq_len": plan.max_seq_len,
