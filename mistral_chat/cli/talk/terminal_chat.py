@@ -11,7 +11,7 @@ from pathlib import Path
 from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 
 from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
-from mistral_chat.chat.conversation import text_of, thinking_of
+from mistral_chat.chat.conversation import text_of
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
 from mistral_chat.chat.thinking import Thinking
@@ -22,7 +22,7 @@ from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.system_prompt import has_default
 from mistral_chat.cli.talk.answer_view import AnswerView, make_view
 from mistral_chat.cli.talk.calls import CallDesk
-from mistral_chat.cli.talk.chat_text import last_turn, shorten
+from mistral_chat.cli.talk.chat_text import last_turn, shorten, thinking_of_last_turn
 from mistral_chat.cli.talk.going_on import command_to_go_on
 from mistral_chat.cli.talk.one_shot import report, report_figures
 from mistral_chat.cli.talk.session_files import sessions_folder
@@ -317,12 +317,9 @@ class TerminalChat:
             thinking.end()
 
     def show_thinking(self) -> None:
-        """Print what the model thought before its last answer."""
-        messages = self.chat.conversation.messages
-        thinking = "" if self.answer is None else self.answer.thinking
-        if self.answer is None and messages:
-            thinking = thinking_of(messages[-1])
-        if thinking:
+        """Print what the model thought in the last turn, before calls and before the answer."""
+        kept = thinking_of_last_turn(self.chat.conversation)
+        if thinking := kept or (self.answer.thinking if self.answer is not None else ""):
             note_dim(thinking.split("\n"))
         else:
             render.note("the model did not think before its last answer")
