@@ -88,6 +88,8 @@ class AnswerScreen:
             self._view.show_below(())
             self._view.finish()
             self._view, self._has_text = make_view(plain=self._plain), False
+        if self._last is None and not (self._view.redraws or self._is_open or self._quiet):
+            self._view.print_dim([f"thinking ...; {OPENS}"])
         self._last = piece
         self._thoughts.append(piece.text)
         if self._is_open:

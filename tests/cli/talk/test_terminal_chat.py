@@ -121,7 +121,7 @@ def act(desk: Desk, rng: random.Random) -> str:
         answers.insert(0, rng.choice([ask(model, [("f", {})] * 2, "Hm."), garble(model)]))
         text = rng.choice(["22", "é", "word " * 300])
         talk._desk.run = lambda call: text  # type: ignore[method-assign]
-    if model.tokenizer.takes_thinking and rng.random() < 0.6:
+    if model.tokenizer.has_think_marks and rng.random() < 0.6:
         begin, end = model.tokenizer.begin_think_id, model.tokenizer.end_think_id
         assert begin is not None
         assert end is not None
@@ -151,7 +151,15 @@ def act(desk: Desk, rng: random.Random) -> str:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize(
     ("name", "tools"),
-    [("v3", False), ("v3", True), ("v7", True), ("v13", True), ("v15", False), ("v15", True)],
+    [
+        ("v3", False),
+        ("v3", True),
+        ("v7", True),
+        ("v11", True),
+        ("v13", True),
+        ("v15", False),
+        ("v15", True),
+    ],
 )
 def test_file_gives_back_the_history_after_every_command(name: str, tools: bool, seed: int) -> None:
     rng = random.Random(seed)

@@ -268,6 +268,17 @@ def test_show_thinking_prints_it_whole(folder: Path, tmp_path: Path, words: list
         assert terminal.leave() == 0
 
 
+def test_raw_text_has_the_thinking_folded_too(folder: Path, tmp_path: Path) -> None:
+    with chat(folder, tmp_path, "--plain", "--stats", size=(400, 24)) as terminal:
+        terminal.ask_and_wait("why")
+        begins, folded, said, stats = after(terminal, "why")
+        assert begins == "thinking ...; Ctrl-T opens it"
+        assert folded.startswith("thought for ")
+        assert said == "It is **42**."
+        assert " of them thinking, " in stats
+        assert terminal.leave() == 0
+
+
 def test_thinking_counts_while_it_lasts_and_opens_in_it(folder: Path, tmp_path: Path) -> None:
     long = " ".join(f"thought-{n}" for n in range(60))
     answer = ["[THINK]", long, "[/THINK]", "It is **42**."]
