@@ -297,6 +297,11 @@ class BenchRequest(Schema, Json, ModelRequest):
         loading: measure how fast the folder's weights are read, and nothing else.
         cold: with --loading: have the system forget the files before each reading.
         json_schema: measure answers kept to this schema beside free text, too.
+        quality: measure how well the model predicts this text (its first 16,384 tokens), and
+            nothing else.
+        window: with --quality: tokens of each piece of the text that is scored on its own (2048).
+        write_logprobs: with --quality: keep what was predicted in this file (.safetensors).
+        against: with --quality: compare with what another run has kept so.
         plot: draw the figures (.svg, .png; needs matplotlib).
         json: one JSON object on stdout instead of tables.
     """
@@ -310,10 +315,20 @@ class BenchRequest(Schema, Json, ModelRequest):
     )
     loading: bool = flag(False)
     cold: bool = flag(False)
+    quality: Path | None = flag(None)
+    window: int | None = flag(None, metavar="N", **_whole_from(2))
+    write_logprobs: Path | None = flag(None)
+    against: Path | None = flag(None)
     plot: str | None = flag(None, metavar="FILE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("window", "write_logprobs", "against"):
+            if getattr(self, name) is not None and self.quality is None:
+                raise UsageError(f"--{name} belongs to --quality")
+        for name in ("loading", "peer", "plot", "json_schema", "shard_of"):
+            if getattr(self, name) and self.quality is not None:
+                raise UsageError(f"--{name} and --quality: expected one of them")
         if self.cold and not self.loading:
             raise UsageError("--cold belongs to --loading")
         if self.peer and self.loading != (self.peer == "safetensors"):

@@ -3,6 +3,7 @@
 Computes from shapes and reads the machine's free memory. Knows nothing of files.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import psutil
 import torch
 
 from mistral_chat.errors import NotEnoughMemoryError
+from mistral_chat.kernels import ops
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
 from mistral_chat.model.cache import kv_bytes_per_token
 from mistral_chat.model.checkpoint import local_bytes
@@ -85,6 +87,9 @@ def plan_memory(
     widths = 6 * args.dim + 4 * len(shard.hidden) + 4 * len(shard.heads) * args.head_dim
     reserve = GPU_RESERVE_BYTES if device.type == "cuda" else CPU_RESERVE_BYTES
     workspace = chunk_size * widths * dtype.itemsize + 2 * args.vocab_size * 4 + reserve
+    quantized = [math.prod(p.local_shape) for p in table.values() if p.held is not None]
+    if quantized:  # w1 with w3 is the largest that is dequantized at once
+        workspace += ops.scratch_bytes(device, 2 * max(quantized), dtype)
     left = free - weights - workspace
     fits = max(0, left // kv_per_token)
     most = args.max_seq_len or DEFAULT_MAX_SEQ_LEN

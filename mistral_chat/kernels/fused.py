@@ -7,6 +7,7 @@ from mistral_chat.kernels import elementwise
 from mistral_chat.kernels.attention import attend
 from mistral_chat.kernels.elementwise import Scaled, embed, rotations
 from mistral_chat.kernels.linear import matmul
+from mistral_chat.kernels.weight import Weight
 
 __all__ = ["add_norm", "attend", "embed", "gated", "linear", "logits", "rotations"]
 
@@ -22,12 +23,12 @@ def add_norm(
     return elementwise.add_scale(partial, residual, weight, eps)
 
 
-def linear(x: Rows, weight: Tensor) -> Tensor:
+def linear(x: Rows, weight: Weight) -> Tensor:
     """`x @ weight.T`."""
     return matmul(x, weight)
 
 
-def gated(x: Rows, weight: Tensor) -> Tensor:
+def gated(x: Rows, weight: Weight) -> Tensor:
     """SiLU of the matmul with the first half of the rows times that with the second."""
     return matmul(x, weight, gated=True)
 

@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mistral_chat.kernels import reference
 from mistral_chat.kernels.elementwise import Scaled, silu_mul
+from mistral_chat.kernels.linear_quantized import matmul_quantized
 from mistral_chat.kernels.tuning import (
     MOST_ROWS,
     FewRows,
@@ -24,6 +25,7 @@ from mistral_chat.kernels.tuning import (
     one_row_config,
     shared_memory,
 )
+from mistral_chat.kernels.weight import Quantized, Weight
 
 __all__ = ["matmul"]
 
@@ -136,7 +138,7 @@ def _few_rows(
 
 def matmul(
     x: Tensor | Scaled,
-    weight: Tensor,
+    weight: Weight,
     *,
     gated: bool = False,
     float32: bool = False,
@@ -154,6 +156,9 @@ def matmul(
     Returns:
         (T, n_out).
     """
+    if isinstance(weight, Quantized):
+        assert not float32
+        return matmul_quantized(x, weight, gated=gated, config=config)
     rows, squares, eps = (x.rows, x.squares, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
     n_rows, n_in = rows.shape
     n_out = len(weight) // 2 if gated else len(weight)

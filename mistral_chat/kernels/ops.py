@@ -11,9 +11,30 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels import reference
+from mistral_chat.kernels.reference import Rotations
 from mistral_chat.kernels.sampling_reference import sample_reference
+from mistral_chat.kernels.weight import BLOCK_NUMBERS, Quantized, Weight
 
-__all__ = ["add_norm", "embed", "has_kernels", "rope_store", "sample", "silu_mul", "why_no_kernels"]
+__all__ = [
+    "add_norm",
+    "embed",
+    "has_kernels",
+    "linear",
+    "rope_store",
+    "sample",
+    "scratch_bytes",
+    "silu_mul",
+    "why_no_kernels",
+]
+
+GPU_BLOCK_NUMBERS = 1 << 27  # of a quantized matrix that are dequantized at a time
+
+
+def scratch_bytes(device: torch.device, n_numbers: int, dtype: torch.dtype) -> int:
+    """Memory that `linear` takes for a quantized matrix of so many numbers."""
+    if device.type == "cuda":
+        return min(n_numbers, GPU_BLOCK_NUMBERS) * dtype.itemsize
+    return min(n_numbers, BLOCK_NUMBERS) * (1 + 4 + 2 * dtype.itemsize)
 
 
 @lru_cache
@@ -55,6 +76,21 @@ def add_norm(
     return reference.add_norm(partial, residual, weight, eps)
 
 
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """`reference.linear`, for any number of rows."""
+    if isinstance(weight, Quantized) and has_kernels(x.device):
+        from mistral_chat.kernels.linear_quantized import dequantize
+
+        out = x.new_empty(len(x), len(weight))
+        start = 0
+        for rows in weight.blocks(GPU_BLOCK_NUMBERS):
+            into = out[:, start : start + len(rows)]
+            torch.mm(x, dequantize(rows, x.dtype).t(), out=into)
+            start += len(rows)
+        return out
+    return reference.linear(x, weight)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """`reference.silu_mul`."""
     if has_kernels(gate_up.device):
@@ -65,7 +101,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope_store(
-    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Tensor
+    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Rotations
 ) -> Tensor:
     """`reference.rope_store`; may overwrite `qkv`."""
     if has_kernels(qkv.device):

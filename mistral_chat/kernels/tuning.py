@@ -15,7 +15,10 @@ __all__ = [
     "OneRow",
     "attend_config",
     "early_launch",
+    "few_quantized_rows_config",
     "few_rows_config",
+    "has_fp8",
+    "one_quantized_row_config",
     "one_row_config",
     "shared_memory",
     "splits",
@@ -134,6 +137,18 @@ def few_rows_config(n_out: int, n_in: int, gated: bool, dtype: torch.dtype) -> F
     return FewRows(32, 128, 4, 4) if n_out // 32 >= LEAST_PROGRAMS or gated else None
 
 
+def one_quantized_row_config(n_in: int, gated: bool, kind: str) -> OneRow:
+    """For one row and a quantized matrix; `cols` are numbers."""
+    cols = min(4096 if kind == "int4" else 2048, 1 << (n_in - 1).bit_length())
+    rows = 1 if gated else 2
+    return OneRow(rows, cols, max(1, rows * cols // 1024))
+
+
+def few_quantized_rows_config(n_out: int) -> FewRows:
+    """For a few rows and a quantized matrix; `cols` are numbers."""
+    return FewRows(64 if n_out // 64 >= LEAST_PROGRAMS else 32, 128, 4, 4)
+
+
 def attend_config(dtype: torch.dtype) -> Attend:
     """For keys and values of a type: the fastest at 32k of 14 inside a whole step on an H200."""
     return Attend(32, 2, 4, 1) if dtype.itemsize > 2 else Attend(64, 2, 4, 4)
@@ -157,6 +172,12 @@ def shared_memory(device: torch.device) -> int:
         return 1 << 20  # Triton's interpreter has no limit
     properties = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined, unused-ignore]
+
+
+@lru_cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device converts FP8 by itself, which came with sm_89."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @lru_cache

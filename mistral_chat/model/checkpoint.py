@@ -4,7 +4,6 @@ Knows the file names of Mistral's layout and of Hugging Face's. Reads no data of
 model needs comes from its placements.
 """
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from mistral_chat.errors import CheckpointError, named, shown
 from mistral_chat.files import is_there, read_json_object
 from mistral_chat.model import hf
+from mistral_chat.model.formats.values import wrong_values
 from mistral_chat.model.sharding import Placement, Shard, Table, placements
-from mistral_chat.model.stored import FLOATS, StoredTensor, read_header
+from mistral_chat.model.stored import FLOATS, TYPES, StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -155,11 +155,16 @@ class Headers:
             for name in sorted(tensors.keys() - index.keys()):
                 holds = f"{tensors[name].path.name} holds {named(name)}"
                 faults.append(f"{holds}, which {index_name} omits")
-        for name in table:
-            may_be_unread = index.get(name) in unread if index else bool(unread)
-            if name not in tensors and not may_be_unread:
-                faults.append(f"{name} is missing")
-        faults += _wrong_tensors(tensors, table, files.layout)
+        if other_kind := _other_kind(tensors, table, files.layout):
+            faults.append(other_kind)  # all else would follow from it
+        else:
+            for name, placement in table.items():
+                may_be_unread = index.get(name) in unread if index else bool(unread)
+                if name not in tensors and not may_be_unread and not placement.optional:
+                    faults.append(f"{name} is missing")
+            faults += _wrong_tensors(tensors, table, files.layout)
+        if not faults:
+            faults += wrong_values(tensors, table)
         if faults:
             n_more = len(faults) - MOST_FAULTS
             more = f"; and {n_more} more" if n_more > 0 else ""
@@ -167,8 +172,8 @@ class Headers:
         return cls(files.layout, tensors)
 
     def placements(self, shard: Shard) -> Table:
-        """Where each tensor goes on one rank, by the names that they are stored under."""
-        return placements(shard, self.layout)
+        """Where each tensor that is read goes on one rank, by the names in the files."""
+        return {n: p for n, p in placements(shard, self.layout).items() if p.target}
 
     def to_json(self) -> dict[str, Any]:
         """The same as lists, texts and numbers, for another process."""
@@ -238,6 +243,34 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def _other_kind(tensors: dict[str, StoredTensor], table: Table, layout: hf.Layout) -> str | None:
+    """What is wrong where a matrix is quantized and the configuration says floats, or the reverse.
+
+    It knows no formats: a float matrix is `.weight`, and numbers of others have other types.
+    """
+    config = hf.SHAPE_FILES[layout]
+    for name, placement in table.items():
+        if placement.kind not in ("column", "row") or not placement.target:
+            continue
+        stem = name.rpartition(".")[0]
+        weight = tensors.get(f"{stem}.weight")
+        if placement.target.endswith(".data") and weight and weight.dtype in FLOATS:
+            holds = f"{stem}.weight in {weight.path.name} holds {weight.dtype}"
+            return f"{config} says that matrices are quantized, but {holds}: expected one kind"
+        is_float = name.endswith(".weight") and placement.types == tuple(FLOATS)
+        if is_float and (weight is None or weight.dtype not in FLOATS):
+            numbers = [
+                f"{other} in {tensor.path.name} holds {tensor.dtype}"
+                for other, tensor in tensors.items()
+                if other.rpartition(".")[0] == stem and tensor.dtype in TYPES.keys() - FLOATS.keys()
+            ]
+            if numbers:
+                return (
+                    f"{config} says that matrices are floats, but {numbers[0]}: expected one kind"
+                )
+    return None
+
+
 def _wrong_tensors(tensors: dict[str, StoredTensor], table: Table, layout: hf.Layout) -> list[str]:
     """The faults of tensors that were found."""
     faults = []
@@ -249,12 +282,13 @@ def _wrong_tensors(tensors: dict[str, StoredTensor], table: Table, layout: hf.La
             elif layout != "hf" or not hf.is_unused(name):
                 faults.append(f"{named(name)} in {tensor.path.name} is not a tensor of this model")
             continue
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in table[name].types:
+            one_of = "one of " if len(table[name].types) > 1 else ""
             faults.append(
                 f"{name} in {tensor.path.name} has type {named(tensor.dtype)}; "
-                f"expected one of {', '.join(FLOATS)}"
+                f"expected {one_of}{', '.join(table[name].types)}"
             )
-        if tensor.shape != table[name].shape:
+        if tensor.shape not in (table[name].shape, *table[name].other_shapes):
             faults.append(
                 f"{name} in {tensor.path.name} has shape {list(tensor.shape)}; "
                 f"expected {list(table[name].shape)} from {hf.SHAPE_FILES[layout]}"
@@ -263,5 +297,5 @@ def _wrong_tensors(tensors: dict[str, StoredTensor], table: Table, layout: hf.La
 
 
 def local_bytes(table: Iterable[Placement], dtype: "torch.dtype") -> int:
-    """Bytes of one rank's weights in a type."""
-    return sum(math.prod(p.local_shape) for p in table) * dtype.itemsize
+    """Bytes of one rank's weights, floats in a type."""
+    return sum(p.local_bytes(dtype.itemsize) for p in table)

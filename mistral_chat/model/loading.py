@@ -22,6 +22,9 @@ from torch import Tensor
 
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.checkpoint import Headers, StoredTensor
+from mistral_chat.model.formats.decode import decode
+from mistral_chat.model.formats.values import BAD_SCALE
+from mistral_chat.model.placement import Packing
 from mistral_chat.model.sharding import Table
 from mistral_chat.model.transformer import Transformer
 
@@ -31,6 +34,7 @@ __all__ = ["Reading"]
 # until they are converted.
 GPU_PIECE_BYTES = 8 * 2**20
 CPU_PIECE_BYTES = 2 * 2**20
+UNPACKED = 4  # times as much memory passes through where numbers are unpacked
 MOST_RANGES = 1024  # of one preadv (IOV_MAX)
 TRUNCATED = "the file ended early: it shrank since its header was read"
 JOIN_S = 1.0  # to wait for the other threads after a failure; one may hang
@@ -48,8 +52,10 @@ class _Piece:
         n_rows: rows of the file; a vector's elements are rows of one.
         kept: bytes of a row that are kept.
         skipped: bytes between them and those of the next row.
-        into: (n_rows, columns) of a parameter.
-        half_split: head_dim where a head's rows change places, else None.
+        into: (n_rows, columns) of a parameter, or what the packing makes of them.
+        half_split: head_dim where a head's rows change places, else 0.
+        packing: how stored numbers become ours, where they are not ours already.
+        are_scales: they must be positive and finite.
     """
 
     name: str
@@ -60,7 +66,9 @@ class _Piece:
     kept: int
     skipped: int
     into: Tensor
-    half_split: int | None
+    half_split: int
+    packing: Packing | None
+    are_scales: bool
 
     @property
     def tensor_end(self) -> int:
@@ -232,25 +240,29 @@ def _divide(
         n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
         cols, itemsize = placement.cols or range(1), tensor.torch_dtype.itemsize
         row, kept = n_cols * itemsize, len(cols) * itemsize
-        into = model.destination(placement).view(len(placement.rows), len(cols))
+        into = model.destination(placement)
+        into = into.view(len(into), -1)
         begin = tensor.offset + placement.rows.start * row + cols.start * itemsize
-        unit = placement.half_split or 1  # rows that must be read together
-        rows_each = max(1, piece_bytes // (kept * unit)) * unit
+        unit = placement.unit
+        most = piece_bytes // UNPACKED if placement.packing else piece_bytes
+        rows_each = max(1, most // (kept * unit)) * unit
         if kept < row:
-            assert unit == 1
-            rows_each = min(rows_each, MOST_RANGES // 2)
-        for first in range(0, len(into), rows_each):
-            part = into[first : first + rows_each]
+            assert unit <= MOST_RANGES // 2
+            rows_each = min(rows_each, MOST_RANGES // 2 // unit * unit)
+        for first in range(0, len(placement.rows), rows_each):
+            n_rows = min(rows_each, len(placement.rows) - first)
             yield _Piece(
                 name=name,
                 tensor=tensor,
                 offset=begin + first * row,
-                size=len(part) * kept,
-                n_rows=len(part),
+                size=n_rows * kept,
+                n_rows=n_rows,
                 kept=kept,
                 skipped=row - kept,
-                into=part,
+                into=into.narrow(*placement.region(first, n_rows)),
                 half_split=placement.half_split,
+                packing=placement.packing,
+                are_scales=placement.check == "scale",
             )
 
 
@@ -288,6 +300,7 @@ class _Reader:
         # Two, so that the file is read into one while the GPU copies the other.
         self._buffers: list[_Buffer | None] = [None, None]
         self._staging: Tensor | None = None
+        self._judged: list[tuple[_Piece, Tensor]] = []
         self.at_work: Any = nullcontext()
         if self._on_gpu:
             torch.cuda.set_device(device)
@@ -297,9 +310,10 @@ class _Reader:
     def read(self, fd: int, piece: _Piece) -> None:
         """Read a piece, and put it where it belongs or on its way there."""
         into, dtype = piece.into, piece.tensor.torch_dtype
-        as_stored = into.dtype == dtype and not piece.half_split
+        as_stored = into.dtype == dtype and not piece.half_split and piece.packing is None
         if as_stored and not self._on_gpu:
             _read_ranges(fd, piece, _ranges(piece, into.view(torch.uint8).view(-1)))
+            self._judge(piece)
             return
         buffer = self._free_buffer(piece.size)
         _read_ranges(fd, piece, buffer.ranges_of(piece))
@@ -311,17 +325,33 @@ class _Reader:
                 if self._staging is None or len(self._staging) < piece.size:
                     self._staging = torch.empty_like(buffer.bytes, device=self._device)
                 read = self._staging[: piece.size].copy_(read, non_blocking=True)
-            values = read.view(dtype).view(into.shape)
+            values = read.view(dtype).view(piece.n_rows, -1)
+            if piece.packing is not None:
+                values = decode(values, piece.packing)
             if unit := piece.half_split:
-                into, values = _in_halves(into, unit), values.view(-1, 2, unit // 2, into.shape[1])
+                n_cols = into.shape[1]
+                into, values = _in_halves(into, unit), values.reshape(-1, 2, unit // 2, n_cols)
             into.copy_(values)
+        self._judge(piece)
         if buffer.copied is not None:
             buffer.copied.record(self._stream)
 
     def finish(self) -> None:
-        """Until all copies have arrived."""
+        """Until all copies have arrived.
+
+        Raises:
+            CheckpointError: scales that no matrix has.
+        """
         if self._on_gpu:
             self._stream.synchronize()
+        for piece, sound in self._judged:
+            if not sound:
+                raise CheckpointError(f"{piece.name} in {piece.tensor.path.name}: {BAD_SCALE}")
+
+    def _judge(self, piece: _Piece) -> None:
+        """Note whether scales that have arrived are sound; `finish` looks, so that none waits."""
+        if piece.are_scales:
+            self._judged.append((piece, ((piece.into > 0) & (piece.into < torch.inf)).all()))
 
     def _free_buffer(self, size: int) -> _Buffer:
         """The buffer that was not used last, once it may be written."""

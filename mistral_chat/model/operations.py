@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels import ops, reference
+from mistral_chat.kernels.reference import Rope, Rotations
+from mistral_chat.kernels.weight import Weight
 from mistral_chat.model.cache import KVCache
 
 __all__ = [
@@ -129,13 +131,13 @@ class Operations(Protocol):
     def embed(self, tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
         """`reference.embed`: (R,) ids -> (R, dim), zeros for ids that other ranks hold."""
 
-    def rotations(self, frequencies: Tensor) -> Tensor:
+    def rotations(self, rope: Rope) -> Rotations:
         """Rotations of each row's position, in the form that `attend` takes."""
 
-    def linear(self, x: Rows, weight: Tensor) -> Tensor:
+    def linear(self, x: Rows, weight: Weight) -> Tensor:
         """`x @ weight.T`."""
 
-    def attend(self, qkv: Tensor, heads: Heads, rotations: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, heads: Heads, rotations: Rotations) -> Tensor:
         """Rotate queries and keys, store keys and values, attend to all that is cached.
 
         Args:
@@ -147,7 +149,7 @@ class Operations(Protocol):
             (R, H * head_dim).
         """
 
-    def gated(self, x: Rows, weight: Tensor) -> Tensor:
+    def gated(self, x: Rows, weight: Weight) -> Tensor:
         """SwiGLU: SiLU of `x @ weight.T`'s first half of columns times the second half."""
 
     def logits(self, x: Rows, weight: Tensor) -> Tensor | None:
@@ -165,7 +167,7 @@ class ManyRows:
     """
 
     embed = staticmethod(ops.embed)
-    linear = staticmethod(reference.linear)
+    linear = staticmethod(ops.linear)
 
     def __init__(
         self,
@@ -179,18 +181,17 @@ class ManyRows:
         self._cache = cache
         self._scored = scored
 
-    def rotations(self, frequencies: Tensor) -> Tensor:
-        """`reference.rope_rotations`: (R, head_dim / 2) complex64."""
+    def rotations(self, rope: Rope) -> Rotations:
+        """`reference.rope_rotations`: (R, head_dim / 2) complex64 each."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in self._spans])
-        return reference.rope_rotations(positions.to(frequencies.device), frequencies)
+        return reference.rope_rotations(positions.to(rope.frequencies.device), rope)
 
-    def attend(self, qkv: Tensor, heads: Heads, rotations: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, heads: Heads, rotations: Rotations) -> Tensor:
         """`ops.rope_store` and `reference.attention` of each span."""
         out = []
         lengths = [span.length for span in self._spans]
-        for span, new, rotation in zip(
-            self._spans, qkv.split(lengths), rotations.split(lengths), strict=True
-        ):
+        turns = zip(*(rotation.split(lengths) for rotation in rotations), strict=True)
+        for span, new, rotation in zip(self._spans, qkv.split(lengths), turns, strict=True):
             keys, values = self._cache.of(heads.layer, span.slot)
             q = ops.rope_store(new, keys, values, span.start, heads.n_heads, rotation)
             end = span.start + span.length
@@ -203,9 +204,9 @@ class ManyRows:
         whole = out[0] if len(out) == 1 else torch.cat(out)  # (R, H, head_dim)
         return whole.reshape(len(qkv), -1)
 
-    def gated(self, x: Tensor, weight: Tensor) -> Tensor:
+    def gated(self, x: Tensor, weight: Weight) -> Tensor:
         """`ops.silu_mul` of the matmul."""
-        return ops.silu_mul(reference.linear(x, weight))
+        return ops.silu_mul(ops.linear(x, weight))
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor | None:
         """`reference.logits` of the rows that are asked for."""

@@ -21,19 +21,26 @@ from mistral_chat.files import decode_text, open_regular, parse_json
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLOATS", "StoredTensor", "read_header"]
+__all__ = ["FLOATS", "TYPES", "StoredTensor", "read_header"]
 
 MAX_HEADER_BYTES = 1 << 24  # ten times a thousand layers' header; safetensors stops at 100 MB
 MOST_DIMENSIONS = 8
 MOST_RECORDS = 100_000  # of a torch.save file, whose pickle has at most 256 bytes for each
 LOCAL_HEADER_BYTES = 30  # of a zip file's record, before its name
 
-# Types that weights may be stored in: torch's name and the bytes of an element.
+# Types that matrices, norms and scales may be stored in: torch's name, the bytes of an element.
 FLOATS = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
+}
+# With those of quantized matrices.
+TYPES = FLOATS | {
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "I8": ("int8", 1),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
 }
 
 
@@ -55,10 +62,10 @@ class StoredTensor:
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        """The type in torch; raises KeyError if it is not a float."""
+        """The type in torch; raises KeyError if no weights have it."""
         import torch
 
-        dtype = getattr(torch, FLOATS[self.dtype][0])
+        dtype = getattr(torch, TYPES[self.dtype][0])
         assert isinstance(dtype, torch.dtype)
         return dtype
 
@@ -102,7 +109,7 @@ def _safetensors_header(path: Path, fd: int, size: int) -> Found:
             continue
         tensor, n_bytes = _entry(path, name, entry, 8 + length)
         tensors[name] = tensor
-        known = FLOATS.get(tensor.dtype)
+        known = TYPES.get(tensor.dtype)
         if known is not None and n_bytes != math.prod(tensor.shape) * known[1]:
             faults.append(
                 f"{path.name}: {named(name)} has {n_bytes:,} bytes, which is not its shape "
@@ -178,7 +185,7 @@ def _placed(path: Path, state: Any, places: dict[int | None, "_Record"]) -> Foun
         raise CheckpointError(f"{path.name}: found a {type(state).__name__}, expected a dict")
     import torch
 
-    names = {getattr(torch, dtype): name for name, (dtype, _) in FLOATS.items()}
+    names = {getattr(torch, dtype): name for name, (dtype, _) in TYPES.items()}
     tensors = {}
     faults = []
     for name, tensor in state.items():

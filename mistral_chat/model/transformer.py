@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mistral_chat.kernels import reference
+from mistral_chat.kernels.reference import Rope, Rotations
+from mistral_chat.kernels.weight import Quantized
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.operations import (
@@ -23,13 +24,11 @@ from mistral_chat.model.operations import (
     Span,
     WhichLogits,
 )
+from mistral_chat.model.rope import frequencies
 from mistral_chat.model.sharding import Placement, Shard, placements
+from mistral_chat.model.weight import QuantizedMatrix, empty, empty_matrix, weight_of
 
 __all__ = ["Transformer", "TransformerBlock"]
-
-
-def _empty(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
 class Attention(nn.Module):
@@ -45,26 +44,29 @@ class Attention(nn.Module):
             queries_by_kv_head=shard.queries_by_kv_head,
             window=args.window_by_layer[layer],
         )
-        self.wqkv = _empty((len(shard.heads) + 2 * len(shard.kv_heads)) * args.head_dim, args.dim)
-        self.wo = _empty(args.dim, len(shard.heads) * args.head_dim)
+        held = shard.held(layer)
+        n_rows = (len(shard.heads) + 2 * len(shard.kv_heads)) * args.head_dim
+        self.wqkv = empty_matrix(held["attention.wqkv"], n_rows, args.dim)
+        self.wo = empty_matrix(held["attention.wo"], args.dim, len(shard.heads) * args.head_dim)
 
-    def forward(self, x: Rows, rotations: Tensor, run: Operations) -> Tensor:
+    def forward(self, x: Rows, rotations: Rotations, run: Operations) -> Tensor:
         """(R, dim) -> (R, dim), a partial result that ranks must sum."""
-        qkv = run.linear(x, self.wqkv).unflatten(1, (-1, self.heads.head_dim))
-        return run.linear(run.attend(qkv, self.heads, rotations), self.wo)
+        qkv = run.linear(x, weight_of(self.wqkv)).unflatten(1, (-1, self.heads.head_dim))
+        return run.linear(run.attend(qkv, self.heads, rotations), weight_of(self.wo))
 
 
 class FeedForward(nn.Module):
     """SwiGLU over this rank's hidden units."""
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, layer: int) -> None:
         super().__init__()
-        self.w13 = _empty(2 * len(shard.hidden), shard.args.dim)
-        self.w2 = _empty(shard.args.dim, len(shard.hidden))
+        held = shard.held(layer)
+        self.w13 = empty_matrix(held["feed_forward.w13"], 2 * len(shard.hidden), shard.args.dim)
+        self.w2 = empty_matrix(held["feed_forward.w2"], shard.args.dim, len(shard.hidden))
 
     def forward(self, x: Rows, run: Operations) -> Tensor:
         """(R, dim) -> (R, dim), a partial result that ranks must sum."""
-        return run.linear(run.gated(x, self.w13), self.w2)
+        return run.linear(run.gated(x, weight_of(self.w13)), weight_of(self.w2))
 
 
 class TransformerBlock(nn.Module):
@@ -73,13 +75,18 @@ class TransformerBlock(nn.Module):
     def __init__(self, shard: Shard, layer: int) -> None:
         super().__init__()
         self.eps = shard.args.norm_eps
-        self.attention_norm = _empty(shard.args.dim)
+        self.attention_norm = empty(shard.args.dim)
         self.attention = Attention(shard, layer)
-        self.ffn_norm = _empty(shard.args.dim)
-        self.feed_forward = FeedForward(shard)
+        self.ffn_norm = empty(shard.args.dim)
+        self.feed_forward = FeedForward(shard, layer)
 
     def forward(
-        self, normed: Rows, residual: Tensor, next_norm: Tensor, rotations: Tensor, run: Operations
+        self,
+        normed: Rows,
+        residual: Tensor,
+        next_norm: Tensor,
+        rotations: Rotations,
+        run: Operations,
     ) -> tuple[Rows, Tensor]:
         """Take the normed rows and the residual stream, both (R, dim); give the next block's."""
         ranks = run.collective
@@ -112,13 +119,13 @@ class Transformer(nn.Module):
         self.shard = shard or Shard(args)
         self.collective: Collective = collective or Alone()
         assert self.shard.world_size == 1 or collective is not None
-        self._frequencies: Tensor | None = None
+        self._rope: Rope | None = None
         n_vocab = len(self.shard.vocab)
-        self.tok_embeddings = _empty(n_vocab, args.dim)
+        self.tok_embeddings = empty(n_vocab, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(self.shard, i) for i in range(args.n_layers))
-        self.norm = _empty(args.dim)
+        self.norm = empty(args.dim)
         # No second name for a tied matrix: moving a module to a device would part the two.
-        self.output = None if args.tied_embeddings else _empty(n_vocab, args.dim)
+        self.output = None if args.tied_embeddings else empty(n_vocab, args.dim)
 
     @property
     def blocks(self) -> list[TransformerBlock]:
@@ -141,13 +148,19 @@ class Transformer(nn.Module):
         return self.norm.device
 
     def placements(self) -> dict[str, Placement]:
-        """Where each tensor of a checkpoint goes on this rank."""
+        """Which part of each matrix and norm this rank has, and where, by Mistral's names."""
         return placements(self.shard)
 
     def destination(self, placement: Placement) -> Tensor:
-        """The part of a parameter that a placement fills, of its `local_shape`."""
+        """The part of a parameter that a placement fills: all columns of its rows."""
         parameter = self.get_parameter(placement.target).data
-        return parameter.narrow(0, placement.target_row, len(placement.rows))
+        return parameter.narrow(0, placement.target_row, placement.target_rows)
+
+    def quantized(self, placement: Placement) -> Quantized:
+        """The part of a quantized matrix that a placement of `placements` fills."""
+        matrix = self.get_submodule(placement.target)
+        assert isinstance(matrix, QuantizedMatrix)
+        return matrix.quantized.rows(placement.target_row, placement.target_rows)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -155,29 +168,39 @@ class Transformer(nn.Module):
 
         Each whole tensor is drawn from its own stream and then sliced, so that shards agree.
         Matrices have a standard deviation of 1 / sqrt(columns), which keeps activations near 1;
-        embeddings 1; norms are 1.
+        embeddings 1; norms are 1. Quantized matrices have one scale, so that ranks agree.
         """
         generator = torch.Generator(self.device)
         for index, (name, placement) in enumerate(self.placements().items()):
-            into = self.destination(placement)
             if placement.cols is None:
-                into.fill_(1)
+                self.destination(placement).fill_(1)
                 continue
             generator.manual_seed(seed + 1_000_003 * index)
             whole = torch.empty(placement.shape, dtype=self.dtype, device=self.device)
             whole.normal_(generator=generator)
-            if not name.startswith("tok_embeddings"):
-                whole *= placement.shape[1] ** -0.5
             rows, cols = placement.rows, placement.cols
-            into.copy_(whole[rows.start : rows.stop, cols.start : cols.stop])
+            part = whole[rows.start : rows.stop, cols.start : cols.stop]
+            deviation = placement.shape[1] ** -0.5
+            if placement.held is not None:
+                self.quantized(placement).fill_normal(part, deviation)
+            elif name.startswith("tok_embeddings"):
+                self.destination(placement).copy_(part)
+            else:
+                self.destination(placement).copy_(part * deviation)
 
     @property
-    def frequencies(self) -> Tensor:
-        """Radians that each pair of a head rotates per position: (head_dim / 2,) float32."""
-        if self._frequencies is None or self._frequencies.device != self.device:
-            args = self.args
-            self._frequencies = reference.rope_frequencies(args.head_dim, args.theta, self.device)
-        return self._frequencies
+    def rope(self) -> Rope:
+        """How positions turn this model's heads."""
+        if self._rope is None or self._rope.frequencies.device != self.device:
+            args, scaling = self.args, self.args.llama_4_scaling
+            turns = frequencies(args.head_dim, args.theta, args.yarn)
+            self._rope = Rope(
+                torch.tensor(turns, dtype=torch.float32, device=self.device),
+                magnitude=args.yarn.magnitude if args.yarn else 1.0,
+                beta=scaling.beta if scaling else 0.0,
+                original=scaling.original_max_position_embeddings if scaling else 1,
+            )
+        return self._rope
 
     @torch.inference_mode()
     def forward(
@@ -216,7 +239,7 @@ class Transformer(nn.Module):
         normed, residual = run.collective.reduce_add_norm(
             embedded, None, norms[0], self.args.norm_eps
         )
-        rotations = run.rotations(self.frequencies)
+        rotations = run.rotations(self.rope)
         for block, next_norm in zip(self.blocks, norms[1:], strict=True):
             normed, residual = block(normed, residual, next_norm, rotations, run)
         return run.logits(normed, self.output_weight)

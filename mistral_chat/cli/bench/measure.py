@@ -16,6 +16,8 @@ from mistral_chat.engine.ranks.group import Group
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.kernels import ops
+from mistral_chat.kernels.weight import Quantized
+from mistral_chat.model.weight import weight_of
 
 __all__ = [
     "bytes_per_step",
@@ -80,7 +82,8 @@ def read_bandwidth(device: torch.device) -> float:
 
 def matmul_flops(runner: Runner) -> float:
     """Floating-point operations a second of the feed-forward's first matmul, 2,048 rows."""
-    weight = runner.model.blocks[0].feed_forward.w13
+    held = weight_of(runner.model.blocks[0].feed_forward.w13)
+    weight = held.dequantize(runner.model.dtype) if isinstance(held, Quantized) else held
     n_rows = MATMUL_ROWS if weight.device.type == "cuda" else 256
     x = torch.randn(n_rows, weight.shape[1], device=weight.device).to(weight.dtype)
     work = _several(lambda: x @ weight.t(), 10)
