@@ -36,14 +36,14 @@ class DimRows:
 
     def add(self, text: str) -> None:
         """Take the next piece; show the lines that it finishes."""
-        *lines, self._rest = (self._rest + clean(text)).split("\n")
-        if is_terminal(sys.stderr):
+        at_terminal = is_terminal(sys.stderr)
+        *lines, self._rest = (self._rest + (clean(text) if at_terminal else text)).split("\n")
+        if at_terminal:
             columns = columns_of(sys.stderr)
             lines = [row for line in lines for row in wrap(line, columns)]
-            *rows, last = wrap(self._rest, columns)
-            if rows:
-                spaces = len(self._rest) - len(self._rest.rstrip(" "))
-                lines, self._rest = lines + rows, last + " " * spaces
+            words = self._rest.rstrip(" ")  # spaces may end a row or stand before a word
+            *rows, last = wrap(words, columns)
+            lines, self._rest = lines + rows, last + self._rest[len(words) :]
         if lines:
             self._show(lines)
 
