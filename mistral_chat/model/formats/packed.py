@@ -113,7 +113,7 @@ def gptq(stem: str, placement: Placement, quantization: Quantization) -> Table:
             cols=_divided(placement.rows, per),
             target=f"{plain.target}.zero",
             types=("I32",),
-            packing=Packing(bits=bits, transposed=True, add=1),
+            packing=Packing(bits=bits, transposed=True, add=int(quantization.method == "gptq")),
         ),
         f"{stem}.g_idx": replace(
             plain,
