@@ -95,6 +95,8 @@ def last_turn(conversation: Conversation) -> Iterator[str]:
         elif isinstance(message, AssistantMessage):
             if text := text_of(message):
                 yield shorten(text, 400)
+            elif thinking_of(message) and not message.tool_calls:
+                yield "(an answer that ended within its thinking)"
             for call in calls_of(message):
                 yield f"calls {shorten(call_line(call), 200)}"
 

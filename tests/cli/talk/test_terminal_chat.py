@@ -718,7 +718,9 @@ def test_chat_goes_on_with_a_model_whose_template_knows_less(
     session.release()
     capsys.readouterr()
     other = Desk("v7", resume=session.id)
-    assert "this model's template has no reasoning high" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "this model's template has no reasoning high" in said
+    assert "(an answer that ended within its thinking)" in said
     shown = other.model.tokenizer.raw.decode(other.prompt)
     assert "one" in shown
     assert "Hm." not in shown
