@@ -19,6 +19,7 @@ from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.ranks.launcher import cores_each
 from mistral_chat.engine.runner import Runner, StartUp, why_no_decoder
 from mistral_chat.errors import DeviceError
+from mistral_chat.model import formats
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs
 from mistral_chat.model.checkpoint import Headers
 from mistral_chat.model.folder import ModelFolder
@@ -100,7 +101,8 @@ def _begin(
     """Check, plan, make the empty model, and start reading its weights or draw random ones."""
     with group.together():
         folder = folder or ModelFolder.open(config)
-        args = replace(folder.args, max_batch_size=config.max_batch_size)
+        args = formats.as_asked(folder.args, config.quantization)
+        args = replace(args, max_batch_size=config.max_batch_size)
         shard = Shard(args, shard_of or group.world_size, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)

@@ -9,7 +9,8 @@ from typing import Literal
 
 __all__ = ["Method", "Quantization", "WeightKind"]
 
-Method = Literal["native-fp8", "hf-fp8", "compressed-tensors", "awq", "gptq"]
+# while-loading: floats in the files, which a rank quantizes as it reads them
+Method = Literal["native-fp8", "hf-fp8", "compressed-tensors", "awq", "gptq", "while-loading"]
 WeightKind = Literal["fp8", "int8", "int4"]
 
 
