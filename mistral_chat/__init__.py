@@ -11,16 +11,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mistral_chat.chat.answer import Answer, Delta
     from mistral_chat.chat.llm import LLM
+    from mistral_chat.chat.thinking import Thinking
     from mistral_chat.config import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Answer", "Delta", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Answer", "Delta", "SamplingParams", "Thinking", "__version__"]
 
 _HOMES = {
     "Answer": "mistral_chat.chat.answer",
     "Delta": "mistral_chat.chat.answer",
     "LLM": "mistral_chat.chat.llm",
     "SamplingParams": "mistral_chat.config",
+    "Thinking": "mistral_chat.chat.thinking",
 }
 
 

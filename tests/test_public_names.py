@@ -27,7 +27,7 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_package_has_these_names_and_no_others() -> None:
-    names = ["Answer", "Delta", "LLM", "SamplingParams", "__version__"]
+    names = ["Answer", "Delta", "LLM", "SamplingParams", "Thinking", "__version__"]
     assert sorted(mistral_chat.__all__) == names
     for name in mistral_chat.__all__:
         assert getattr(mistral_chat, name) is not None
@@ -36,12 +36,14 @@ def test_package_has_these_names_and_no_others() -> None:
 def test_package_names_are_the_classes_at_their_homes() -> None:
     from mistral_chat.chat.answer import Answer, Delta
     from mistral_chat.chat.llm import LLM
+    from mistral_chat.chat.thinking import Thinking
     from mistral_chat.config import SamplingParams
 
     assert mistral_chat.Answer is Answer
     assert mistral_chat.Delta is Delta
     assert mistral_chat.LLM is LLM
     assert mistral_chat.SamplingParams is SamplingParams
+    assert mistral_chat.Thinking is Thinking
 
 
 def test_package_gives_all_its_names_to_a_star() -> None:

@@ -38,6 +38,7 @@ class Question:
         json_schema: an answer that is not cut short is JSON, valid against this schema.
         json_object: the same for any JSON object; False is free text, None the batch's
             setting.
+        reasoning: none or high, where the template knows it; None leaves it to the model.
         params: sampling settings.
     """
 
@@ -47,6 +48,7 @@ class Question:
     tools: "Sequence[Mapping[str, Any] | Tool] | None" = None
     json_schema: Mapping[str, Any] | None = None
     json_object: bool | None = None
+    reasoning: str | None = None
     params: SamplingParams
 
     def __post_init__(self) -> None:
@@ -191,7 +193,9 @@ def prepare(
         ids = tokenizer.encode(question.prompt)
         continues = True
     else:
-        ids = encode_messages(tokenizer, question.messages, tools, question.system)
+        ids = encode_messages(
+            tokenizer, question.messages, tools, question.system, question.reasoning
+        )
         continues = ends_with_prefix(question.messages)
         if continues and grammar is not None:
             raise UsageError("prefix and a JSON schema: expected one of them")
@@ -204,4 +208,5 @@ def prepare(
         tools=instruct and bool(tools),
         grammar=grammar,
     )
-    return request, AnswerBuilder(tokenizer, request, seed, continues=continues)
+    builder = AnswerBuilder(tokenizer, request, seed, instruct=instruct, continues=continues)
+    return request, builder

@@ -15,13 +15,15 @@ from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_chat.chat.answer import Answer, AnswerBuilder, AnswerStream, Delta
 from mistral_chat.chat.conversation import NOT_RUN, Conversation
 from mistral_chat.chat.schema.grammar import Grammar, choose_grammar
+from mistral_chat.chat.thinking import Thinking
+from mistral_chat.chat.thinking_mask import ThinkingMask
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import UNREADABLE, ToolCall, make_id
 from mistral_chat.config import COMPLETION_MAX_TOKENS, SamplingParams
-from mistral_chat.engine.engine import Engine, Prefill, Request
+from mistral_chat.engine.engine import Engine, Prefill, Request, TokenMask
 from mistral_chat.errors import UsageError
 
-__all__ = ["Answer", "Chat", "ChatStream", "Delta", "check_no_tools", "make_request"]
+__all__ = ["Answer", "Chat", "ChatStream", "Delta", "Thinking", "check_no_tools", "make_request"]
 
 
 class Chat:
@@ -34,8 +36,11 @@ class Chat:
         system: system prompt.
         tools: functions offered to the model.
         grammar: what every answer must be, unless `send` says otherwise; None is free text.
+            Thinking before the answer is always free.
+        reasoning: effort, none or high; None leaves it to the model.
 
     Raises:
+        PromptError: the template does not know the reasoning effort.
         UsageError: both tools and a grammar.
     """
 
@@ -48,13 +53,16 @@ class Chat:
         system: str | None = None,
         tools: Sequence[Tool] = (),
         grammar: Grammar | None = None,
+        reasoning: str | None = None,
     ) -> None:
         check_no_tools(tools, grammar)
+        if reasoning is not None:
+            tokenizer.check_effort(reasoning)
         self.engine = engine
         self.tokenizer = tokenizer
         self.instruct = instruct
         self.grammar = grammar
-        self.conversation = Conversation(system, tools)
+        self.conversation = Conversation(system, tools, reasoning)
         self._n_answers = 0
 
     def clear(self) -> None:
@@ -72,13 +80,15 @@ class Chat:
     ) -> "ChatStream":
         """Send a message and stream the answer, which joins the history when the stream ends.
 
-        Calls of the last answer that still lack a result (`send_results`) get one that says so.
+        The stream yields what the model thinks as `Thinking` and its answer as `Delta`. Calls of
+        the last answer that still lack a result (`send_results`) get one that says so.
 
         Args:
             text: the next message, or a plain prompt.
             params: sampling settings; without a seed a random one is used. Later answers of a chat
                 add their number to the seed, so one seed repeats the whole chat.
-            json_schema: an answer that is not cut short is JSON, valid against this schema.
+            json_schema: an answer that is not cut short is JSON, valid against this schema;
+                thinking before it is free.
             json_object: the same for any JSON object.
             replace_last: replace the last turn, which is kept if this one gets no answer.
 
@@ -165,7 +175,9 @@ class Chat:
             tools=bool(self.conversation.tools),
             grammar=grammar,
         )
-        builder = AnswerBuilder(self.tokenizer, request, seed, continues=not self.instruct)
+        builder = AnswerBuilder(
+            self.tokenizer, request, seed, instruct=self.instruct, continues=not self.instruct
+        )
         return ChatStream(self, text, request, builder, replace_last=replace_last)
 
     def keep(self, text: str | None, answer: Answer, *, replace_last: bool = False) -> bool:
@@ -187,7 +199,8 @@ class Chat:
         if own and own[-1] in self.tokenizer.end_ids:
             own = own[:-1]
         calls = self._calls_to_keep(answer)
-        if not calls and not answer.said:
+        thought = answer.thought if self.tokenizer.takes_thinking else None
+        if not calls and not answer.said and thought is None:
             return False
         if replace_last:
             self.conversation.undo()
@@ -197,13 +210,12 @@ class Chat:
             # Some template versions write ids, which results refer to. If the model omitted them,
             # let the template write the calls instead of using the model's own tokens.
             has_ids = calls[0].name == UNREADABLE or all(call.id in answer.text for call in calls)
-            is_whole = has_ids or not self.tokenizer.calls_have_ids
+            is_whole = has_ids or not self.tokenizer.template.calls_have_ids
             is_whole = is_whole and not answer.stopped_by_text
-            self.conversation.add_calls(answer.said, calls, own if is_whole else None)
+            self.conversation.add_calls(answer.said, calls, own if is_whole else None, thought)
         else:
-            if answer.stopped_by_text or any(map(self.tokenizer.is_special, own or ())):
-                own = None
-            self.conversation.add_answer(answer.said, own)
+            is_whole = not answer.stopped_by_text and answer.call_at is None
+            self.conversation.add_answer(answer.said, own if is_whole else None, thought)
         return True
 
     def _calls_to_keep(self, answer: Answer) -> tuple[ToolCall, ...]:
@@ -236,7 +248,7 @@ class ChatStream(AnswerStream):
         self._replace_last = replace_last
         self.is_kept = False
 
-    def __iter__(self) -> Iterator[Prefill | Delta | Answer]:
+    def __iter__(self) -> Iterator[Prefill | Thinking | Delta | Answer]:
         for event in super().__iter__():
             if isinstance(event, Answer):
                 self.is_kept = self._chat.keep(self._text, event, replace_last=self._replace_last)
@@ -290,12 +302,17 @@ def make_request(
     if max_tokens is None and not instruct:
         max_tokens = COMPLETION_MAX_TOKENS
     used = (seed + seed_offset) % 2**63
+    mask: TokenMask | None = None
+    if grammar is not None:
+        mask = grammar.mask(tokenizer, vocab_size)
+        if instruct and tokenizer.has_think_marks:
+            mask = ThinkingMask(mask, tokenizer, vocab_size)
     request = Request(
         ids=ids,
         params=replace(params, seed=used, max_tokens=max_tokens),
         stop_ids=tokenizer.end_ids,
         banned_ids=tokenizer.banned_ids(vocab_size, tools=tools),
-        mask=None if grammar is None else grammar.mask(tokenizer, vocab_size),
+        mask=mask,
     )
     engine.check(request)
     return request, used

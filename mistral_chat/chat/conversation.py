@@ -8,22 +8,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mistral_common.protocol.instruct.chunk import TextChunk, ThinkChunk
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
     SystemMessage,
     ToolMessage,
     UserMessage,
 )
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool
 from mistral_common.protocol.instruct.tool_calls import ToolCall as CallOfTemplate
 
+from mistral_chat.chat.thinking import Thought
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import MAX_DEPTH, ToolCall, nests_at_most
 
-__all__ = ["NOT_RUN", "Conversation", "Message", "calls_of"]
+__all__ = ["NOT_RUN", "Conversation", "Message", "calls_of", "text_of", "thinking_of"]
 
 NOT_RUN = "error: this call was not run"
+ONLY_THOUGHT = "\u2026"  # an answer cut short in its thinking, for templates without thinking
 
 Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 
@@ -31,13 +33,23 @@ Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 class Conversation:
     """Messages, with the token ids that the model chose for its answers.
 
+    Thinking of earlier answers is given back to the model where its template has a place for it,
+    as mistral-common does: that of every answer, not only of the last.
+
     Args:
         system: system prompt, or None.
         tools: functions offered to the model.
+        reasoning: the effort asked for; None leaves it to the model.
     """
 
-    def __init__(self, system: str | None = None, tools: Sequence[Tool] = ()) -> None:
+    def __init__(
+        self,
+        system: str | None = None,
+        tools: Sequence[Tool] = (),
+        reasoning: str | None = None,
+    ) -> None:
         self.tools = list(tools)
+        self.reasoning = reasoning
         self.messages: list[Message] = []
         self._written: dict[int, tuple[int, ...]] = {}  # message index -> its ids
         if system is not None:
@@ -51,15 +63,10 @@ class Conversation:
         ids replace them; the model sees what it wrote, and the cache stays valid up to there.
 
         Raises:
-            PromptError: the template refuses the conversation.
+            PromptError: the template refuses the conversation, or its reasoning effort.
         """
-        messages: list[Any] = [*self.messages, *new]
-        if not tokenizer.calls_have_text:
-            messages = [_without_text_beside_calls(message) for message in messages]
-        request: ChatCompletionRequest[Any] = ChatCompletionRequest(
-            messages=messages, tools=self.tools or None
-        )
-        ids = tokenizer.encode_chat(request)
+        messages = [_as_template_has_it(message, tokenizer) for message in (*self.messages, *new)]
+        ids = tokenizer.encode_conversation(messages, self.tools, self.reasoning)
         answers = [i for i, m in enumerate(messages) if isinstance(m, AssistantMessage)]
         return _put_back(ids, [self._written.get(i) for i in answers], tokenizer)
 
@@ -68,24 +75,34 @@ class Conversation:
         self.close_calls(NOT_RUN)
         self.messages.append(UserMessage(content=text))
 
-    def add_answer(self, text: str, ids: Sequence[int] | None) -> None:
+    def add_answer(
+        self, text: str, ids: Sequence[int] | None, thought: Thought | None = None
+    ) -> None:
         """Add the model's answer.
 
         Args:
             text: the answer.
             ids: its tokens without the end token; None if they encode more than this text.
+            thought: what the model thought before it.
         """
         if ids is not None:
             self._written[len(self.messages)] = tuple(ids)
-        self.messages.append(AssistantMessage(content=text))
+        self.messages.append(AssistantMessage(content=_content(text, thought)))
 
-    def add_calls(self, text: str, calls: Sequence[ToolCall], ids: Sequence[int] | None) -> None:
+    def add_calls(
+        self,
+        text: str,
+        calls: Sequence[ToolCall],
+        ids: Sequence[int] | None,
+        thought: Thought | None = None,
+    ) -> None:
         """Add the model's tool calls; each of them needs a result later.
 
         Args:
             text: what the model said before them.
             calls: the calls, in the model's order.
             ids: its tokens without the end token; None lets the template write the calls.
+            thought: what the model thought before them.
         """
         if ids is not None:
             self._written[len(self.messages)] = tuple(ids)
@@ -98,7 +115,8 @@ class Conversation:
             )
             for call in calls
         ]
-        self.messages.append(AssistantMessage(content=text or None, tool_calls=listed))
+        content = _content(text, thought) or None
+        self.messages.append(AssistantMessage(content=content, tool_calls=listed))
 
     def add_result(self, call: ToolCall, text: str) -> None:
         """Add the result of a call. Text that some template cannot encode becomes an error."""
@@ -178,7 +196,7 @@ class Conversation:
 
     def copy(self) -> "Conversation":
         """Return an independent copy."""
-        other = Conversation(tools=self.tools)
+        other = Conversation(tools=self.tools, reasoning=self.reasoning)
         other.messages, other._written = list(self.messages), dict(self._written)
         return other
 
@@ -203,9 +221,39 @@ def calls_of(message: Message) -> list[ToolCall]:
     ]
 
 
-def _without_text_beside_calls(message: Any) -> Any:
-    if isinstance(message, AssistantMessage) and message.tool_calls and message.content:
+def text_of(message: Message) -> str:
+    """Return what a message says, without thinking; empty for calls alone."""
+    content = message.content or ""
+    if isinstance(content, str):
+        return content
+    return "".join(chunk.text for chunk in content if isinstance(chunk, TextChunk))
+
+
+def thinking_of(message: Message) -> str:
+    """Return what the model thought before it answered; empty for nothing."""
+    content = message.content if isinstance(message, AssistantMessage) else None
+    chunks = content if isinstance(content, list) else []
+    return "".join(chunk.thinking for chunk in chunks if isinstance(chunk, ThinkChunk))
+
+
+def _content(text: str, thought: Thought | None) -> str | list[Any]:
+    if thought is None:
+        return text
+    thinking = ThinkChunk(thinking=thought.text, closed=thought.is_closed)
+    return [thinking, TextChunk(text=text)] if text else [thinking]
+
+
+def _as_template_has_it(message: Message, tokenizer: Tokenizer) -> Message:
+    """Return a message without what the template has no place for."""
+    if isinstance(message, SystemMessage):
+        return tokenizer.system_message(text_of(message))
+    if not isinstance(message, AssistantMessage):
+        return message
+    if message.tool_calls and message.content and not tokenizer.template.calls_have_text:
         return message.model_copy(update={"content": None})
+    if isinstance(message.content, list) and not tokenizer.takes_thinking:
+        text = text_of(message) or (None if message.tool_calls else ONLY_THOUGHT)
+        return message.model_copy(update={"content": text})
     return message
 
 

@@ -138,6 +138,7 @@ class LLM:
         *,
         json_schema: Mapping[str, Any] | None = None,
         json_object: bool = False,
+        reasoning: str | None = None,
     ) -> Answer:
         """Answer a conversation; only the cache is kept between calls.
 
@@ -146,12 +147,14 @@ class LLM:
                 last assistant message the answer continues its text, without repeating it.
             params: sampling settings.
             tools: function schemas.
-            json_schema: an answer that is not cut short is JSON, valid against this schema.
+            json_schema: an answer that is not cut short is JSON, valid against this schema;
+                thinking before it is free.
             json_object: the same for any JSON object.
+            reasoning: none or high, where the template knows it; None leaves it to the model.
 
         Raises:
             PromptError: the template does not support the conversation (the message at fault is
-                named), or the schema is not supported.
+                named) or the reasoning effort, or the schema is not supported.
             ContextLengthError: the conversation leaves no room for an answer.
             UsageError: a schema together with tools, stop texts or a prefix.
         """
@@ -160,23 +163,36 @@ class LLM:
             tools=tools,
             json_schema=json_schema,
             json_object=json_object or None,
+            reasoning=reasoning,
             params=params or SamplingParams(),
         )
         return self._run([prepare(self.engine, self.tokenizer, question)])[0]
 
     def conversation(
-        self, system: str | None = None, tools: Sequence[Mapping[str, Any] | Tool] = ()
+        self,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any] | Tool] = (),
+        *,
+        reasoning: str | None = None,
     ) -> Chat:
         """Start a chat that keeps its history; `for event in chat.send(text)` streams an answer.
 
         Args:
             system: system prompt.
             tools: function schemas; results of calls are sent with `chat.send_results`.
+            reasoning: none or high, where the template knows it; None leaves it to the model.
 
         Raises:
-            PromptError: not a function schema.
+            PromptError: not a function schema, or a reasoning effort that the template does not
+                know.
         """
-        return Chat(self.engine, self.tokenizer, system=system, tools=make_tools(tools))
+        return Chat(
+            self.engine,
+            self.tokenizer,
+            system=system,
+            tools=make_tools(tools),
+            reasoning=reasoning,
+        )
 
     def _complete(
         self,
@@ -201,7 +217,8 @@ class LLM:
                 tools=False,
                 grammar=grammar,
             )
-            prepared.append((request, AnswerBuilder(self.tokenizer, request, seed, continues=True)))
+            builder = AnswerBuilder(self.tokenizer, request, seed, instruct=False, continues=True)
+            prepared.append((request, builder))
         return self._run(prepared)
 
     def _run(self, prepared: Sequence[tuple[Request, AnswerBuilder]]) -> list[Answer]:

@@ -69,7 +69,11 @@ def ends_with_prefix(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def encode_messages(
-    tokenizer: "Tokenizer", messages: object, tools: Sequence["Tool"], system: str | None = None
+    tokenizer: "Tokenizer",
+    messages: object,
+    tools: Sequence["Tool"],
+    system: str | None = None,
+    reasoning: str | None = None,
 ) -> list[int]:
     """Encode a conversation in OpenAI's form with the model's template.
 
@@ -78,21 +82,18 @@ def encode_messages(
         messages: the conversation, as `read_messages` takes it.
         tools: functions offered to the model.
         system: system prompt, if the conversation has no system or developer message.
+        reasoning: effort; None leaves it to the model.
 
     Raises:
         PromptError: not a valid conversation, or one that the template does not support.
     """
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-
     read = read_messages(messages)
     for number, message in enumerate(read, 1):
         _check_template(tokenizer, message, f"message {number}")
+    made: list[Any] = [_as_mistral_has_it(message) for message in read]
     if system is not None and all(message["role"] != "system" for message in read):
-        read.insert(0, {"role": "system", "content": system})
-    request: ChatCompletionRequest[Any] = ChatCompletionRequest(
-        messages=[_as_mistral_has_it(message) for message in read], tools=list(tools) or None
-    )
-    return tokenizer.encode_chat(request)
+        made.insert(0, tokenizer.system_message(system))
+    return tokenizer.encode_conversation(made, tools, reasoning)
 
 
 def _as_mistral_has_it(message: dict[str, Any]) -> "ChatMessage":
@@ -303,7 +304,7 @@ def _check_template(tokenizer: "Tokenizer", message: dict[str, Any], where: str)
     """Refuse what this template does not support, as far as one message shows it."""
     template = f"the {tokenizer.version} template"
     calls, content = message.get("tool_calls", ()), message.get("content")
-    if tokenizer.calls_have_ids:
+    if tokenizer.template.calls_have_ids:
         ids = [(f"call {n}: id", call["id"]) for n, call in enumerate(calls, 1)]
         if message["role"] == "tool":
             ids.append(("tool_call_id", message["tool_call_id"]))
@@ -315,14 +316,16 @@ def _check_template(tokenizer: "Tokenizer", message: dict[str, Any], where: str)
                 )
     if tokenizer.tool_calls_id is None and (calls or message["role"] == "tool"):
         raise PromptError(f"{where}: {template} knows no calls of functions: expected text alone")
-    if calls and content and not tokenizer.calls_have_text:
+    if calls and content and not tokenizer.template.calls_have_text:
         raise PromptError(
             f"{where}: content and tool_calls: {template} takes one of them: leave content out"
         )
-    if not tokenizer.takes_thinking and isinstance(content, list):
+    is_system = message["role"] == "system"
+    takes_thinking = tokenizer.takes_system_thinking if is_system else tokenizer.takes_thinking
+    if not takes_thinking and isinstance(content, list):
         for n, part in enumerate(content, 1):
             if part["type"] == "thinking":
                 raise PromptError(
-                    f"{where}: part {n} of content is thinking, which {template} does not know: "
-                    f"leave it out"
+                    f"{where}: part {n} of content is thinking, which {template} does not know"
+                    f"{' in a system prompt' * is_system}: leave it out"
                 )

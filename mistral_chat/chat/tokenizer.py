@@ -6,27 +6,36 @@ sampling or terminals.
 
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from mistral_common.exceptions import MistralCommonException
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.chunk import TextChunk, ThinkChunk
+from mistral_common.protocol.instruct.messages import SystemMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest, ReasoningEffort
+from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.tokens.tokenizers.base import Tokenizer as RawTokenizer
-from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
+from mistral_chat.chat.template import (
+    ARGS,
+    BEGIN_THINK,
+    CALL_ID,
+    END_THINK,
+    TEMPLATES,
+    TOOL_CALLS,
+    check_effort,
+)
 from mistral_chat.chat.tokenizer_file import read_tokenizer
 from mistral_chat.errors import PromptError, TokenizerError, one_line
 from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
-TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
-# Control tokens that models write themselves: the parts of a call, and marks of reasoning.
-_WRITTEN = (TOOL_CALLS, ARGS, CALL_ID, "[THINK]", "[/THINK]")
+_THINK_MARKS = (BEGIN_THINK, END_THINK)
 _SPACE = "\u2581"  # SentencePiece's mark for a space
 # Terminal input that is not UTF-8 arrives as lone surrogates; SentencePiece raises RuntimeError.
 _NO_TEXT = "found half of a surrogate pair, which is no text: expected UTF-8"
@@ -39,7 +48,9 @@ class Tokenizer:
         path: a tekken.json or a SentencePiece model of Mistral's.
         end_ids: ids that end an answer, in addition to the tokenizer's own.
 
-    `fingerprint` is the same for two files with the same content.
+    `fingerprint` is the same for two files with the same content, `template` is what the template's
+    version knows, and `efforts` are the reasoning efforts that can be asked for. Control tokens
+    that the vocabulary lacks have the id None.
 
     Raises:
         TokenizerError: the file is not a tokenizer, or an end id is a token that begins part of an
@@ -52,10 +63,18 @@ class Tokenizer:
         assert isinstance(raw, (Tekkenizer, SentencePieceTokenizer))
         self.raw: Tekkenizer | SentencePieceTokenizer = raw
         self.eos_id = int(raw.eos_id)
-        written = {text: _special_id(raw, text) for text in _WRITTEN}
-        self._written = {id_: text for text, id_ in written.items() if id_ is not None}
-        self.tool_calls_id = written[TOOL_CALLS]
-        self.args_id, self.call_id_id = written[ARGS], written[CALL_ID]
+        self.template = TEMPLATES[self.mistral.version.value]
+        self.tool_calls_id = _special_id(raw, TOOL_CALLS)
+        self.args_id, self.call_id_id = _special_id(raw, ARGS), _special_id(raw, CALL_ID)
+        self.begin_think_id, self.end_think_id = (_special_id(raw, mark) for mark in _THINK_MARKS)
+        # Control tokens that models write themselves: the parts of a call, marks of thinking.
+        marks = {
+            mark: _special_id(raw, mark) for mark in (*self.template.call_marks, *_THINK_MARKS)
+        }
+        self._written = {id_: mark for mark, id_ in marks.items() if id_ is not None}
+        settings = raw.model_settings_builder
+        effort = settings.reasoning_effort if settings is not None else None
+        self.efforts = () if effort is None else tuple(map(str, effort.values))
         self.end_ids = frozenset((self.eos_id, *end_ids))
         for id_ in self.end_ids & self._written.keys():
             raise TokenizerError(
@@ -127,7 +146,7 @@ class Tokenizer:
             vocab_size: the model's vocabulary size.
             tools: whether tools are offered.
         """
-        allowed = {id_ for id_, text in self._written.items() if tools or "THINK" in text}
+        allowed = {id_ for id_, text in self._written.items() if tools or text in _THINK_MARKS}
         banned = {id_ for id_ in self.raw.special_ids if id_ not in allowed}
         if isinstance(self.raw, SentencePieceTokenizer):
             banned.add(self.raw._model.unk_id())
@@ -144,6 +163,40 @@ class Tokenizer:
             return self.raw.encode(text, bos=True, eos=False)
         except RuntimeError as error:
             raise PromptError(_NO_TEXT) from error
+
+    def encode_conversation(
+        self, messages: Sequence[Any], tools: Sequence[Tool] = (), reasoning: str | None = None
+    ) -> list[int]:
+        """Encode messages with the model's template.
+
+        Args:
+            messages: mistral-common's.
+            tools: functions offered to the model.
+            reasoning: effort; None leaves it to the model.
+
+        Raises:
+            PromptError: the template does not know the effort, or refuses the conversation.
+        """
+        if reasoning is not None:
+            self.check_effort(reasoning)
+        effort = None if reasoning is None else ReasoningEffort(reasoning)
+        request: ChatCompletionRequest[Any] = ChatCompletionRequest(
+            messages=list(messages), tools=list(tools) or None, reasoning_effort=effort
+        )
+        return self.encode_chat(request)
+
+    def system_message(self, text: str) -> SystemMessage:
+        """Return a system prompt as the template takes it.
+
+        Where a template may show in it how to think, the text's first [THINK]...[/THINK] becomes
+        these control tokens, as in Mistral's instructions for SYSTEM_PROMPT.txt.
+        """
+        before, begin, rest = text.partition(BEGIN_THINK)
+        pattern, end, after = rest.partition(END_THINK)
+        if not (self.takes_system_thinking and begin and end):
+            return SystemMessage(content=text)
+        parts = (TextChunk(text=before), ThinkChunk(thinking=pattern), TextChunk(text=after))
+        return SystemMessage(content=[part for part in parts if part != TextChunk(text="")])
 
     def encode_chat(self, request: ChatCompletionRequest[Any]) -> list[int]:
         """Encode a conversation with the model's template.
@@ -171,20 +224,36 @@ class Tokenizer:
         return token in self._written
 
     @property
-    def calls_have_ids(self) -> bool:
-        """Whether the template writes an id beside a call: v3 to v11."""
-        version = self.mistral.version
-        return TokenizerVersion.v3 <= version <= TokenizerVersion.v11
-
-    @property
-    def calls_have_text(self) -> bool:
-        """Whether the template allows text and calls in one answer: from v7 on."""
-        return self.mistral.version >= TokenizerVersion.v7
-
-    @property
     def takes_thinking(self) -> bool:
-        """Whether the template can encode the thinking of earlier answers: from v13 on."""
-        return self.mistral.version >= TokenizerVersion.v13
+        """Whether the template can encode the thinking of earlier answers."""
+        return self.template.thinking and self.has_think_marks
+
+    @property
+    def takes_system_thinking(self) -> bool:
+        """Whether a system prompt may show how to think."""
+        return self.template.system_thinking and self.has_think_marks
+
+    @property
+    def has_think_marks(self) -> bool:
+        """Whether a model can mark what it thinks, whatever the template says of that."""
+        return self.begin_think_id is not None and self.end_think_id is not None
+
+    def ends_within_thinking(self, ids: Sequence[int]) -> bool:
+        """Return whether a prompt ends after [THINK], so that the answer begins with thinking."""
+        last = next((token for token in reversed(ids) if self.is_special(token)), None)
+        return last is not None and last == self.begin_think_id
+
+    def check_effort(self, effort: str, name: str = "reasoning") -> None:
+        """Refuse a reasoning effort that this tokenizer does not know.
+
+        Args:
+            effort: none or high.
+            name: what the error calls the setting.
+
+        Raises:
+            PromptError: it does not know it.
+        """
+        check_effort(effort, self.efforts, f"the {self.version} template", name)
 
     def begins_with_mark(self, token: int) -> bool:
         """Return whether a SentencePiece token starts with the mark for a space, not the byte."""

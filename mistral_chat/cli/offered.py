@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mistral_chat.cli.console.printing import note
 from mistral_chat.cli.console.texts import read_text_file
 from mistral_chat.cli.requests import AnswersRequest
+from mistral_chat.cli.system_prompt import DEFAULT, default_system, has_default
 from mistral_chat.errors import PromptError
 from mistral_chat.files import read_json, read_small_file
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from mistral_chat.chat.schema.grammar import Grammar
 
-__all__ = ["Offered", "read_offered", "require_text"]
+__all__ = ["Offered", "read_offered", "require_text", "say_of_default"]
 
 MOST_PYTHON_BYTES = 4 << 20  # it is compiled, at a second or two a megabyte
 
@@ -48,6 +50,8 @@ def read_offered(request: AnswersRequest) -> Offered:
     """
     require_text(system=[request.system], stop=request.sampling.stop)
     system = request.system
+    if system == DEFAULT:
+        system = default_system(request.engine.model)
     if request.system_file is not None:
         system = read_text_file(request.system_file)
     python, schemas = (request.tools, None) if request.has_python else (None, request.tools)
@@ -69,6 +73,16 @@ def read_offered(request: AnswersRequest) -> Offered:
         path = request.json_schema
         grammar = read_grammar(path) if path else choose_grammar(None, json_object=True)
     return Offered(system=system, tools=tools, grammar=grammar)
+
+
+def say_of_default(request: AnswersRequest) -> None:
+    """Say that the model has a system prompt of its own, if answers are given without any."""
+    is_without = request.system is None and request.system_file is None
+    if request.instruct and is_without and not request.quiet and has_default(request.engine.model):
+        note(
+            "mistral-chat: the model comes with a system prompt, SYSTEM_PROMPT.txt, which is not "
+            "used: --system default does"
+        )
 
 
 def require_text(**texts: Sequence[str | None]) -> None:

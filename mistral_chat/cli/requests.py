@@ -124,8 +124,10 @@ class AnswersRequest(Schema, ModelRequest):
 
     What to answer:
         instruct: use the model's chat template; off is plain completion.
-        system: system prompt.
+        system: system prompt; the word default is the SYSTEM_PROMPT.txt beside the weights, with
+            the model's name and today's date filled in (for that word itself: --system_file).
         system_file: system prompt from a file.
+        reasoning: how much to think before the answer, where the template knows it (the model's).
         tools: functions to offer: schemas (.json), or Python to run (.py).
 
     How to choose words:
@@ -140,6 +142,7 @@ class AnswersRequest(Schema, ModelRequest):
     instruct: bool = flag(False, table="run")
     system: str | None = flag(None)
     system_file: Path | None = flag(None)
+    reasoning: Literal["none", "high"] | None = flag(None, table="generation")
     tools: Path | None = flag(None)
     json_object: bool = flag(False)
     quiet: bool = flag(False, table="run")
@@ -153,7 +156,7 @@ class AnswersRequest(Schema, ModelRequest):
         super().__post_init__()
         if self.system is not None and self.system_file is not None:
             raise UsageError("--system and --system_file: expected one of them")
-        _require_instruct(self, "system", "system_file", "tools")
+        _require_instruct(self, "system", "system_file", "reasoning", "tools")
         given = {**vars(self), "stop": self.sampling.stop}
         kept_to, others = ("json_schema", "json_object"), ("tools", "stop", "json_schema")
         for name, other in product(kept_to, others):
@@ -181,6 +184,7 @@ class ChatRequest(Json, AnswersRequest):
 
     What to print:
         stats: figures on stderr after each answer.
+        show_thinking: what the model thinks before it answers, whole, on stderr.
 
     The chat:
         plain: answers of a chat as raw text, not as Markdown.
@@ -194,6 +198,7 @@ class ChatRequest(Json, AnswersRequest):
     tools_env: tuple[str, ...] = flag((), metavar="NAME")
     tool_timeout: float | None = flag(None, metavar="SECONDS")
     stats: bool = flag(False, table="run")
+    show_thinking: bool = flag(False, table="run")
     plain: bool = flag(False, table="run")
     resume: str | None = flag(None, metavar="ID", or_else=(SESSION_ID, LATEST_SESSION))
     no_save: bool = flag(False, table="run")
@@ -214,8 +219,9 @@ class ChatRequest(Json, AnswersRequest):
             raise UsageError(
                 f"--tool_timeout is {self.tool_timeout!r}: expected a number above 0, of seconds"
             )
-        if self.stats and self.quiet:
-            raise UsageError("--stats and --quiet: expected one of them")
+        for name in ("stats", "show_thinking"):
+            if getattr(self, name) and self.quiet:
+                raise UsageError(f"--{name} and --quiet: expected one of them")
 
 
 def _require_instruct(request: AnswersRequest, *names: str) -> None:
@@ -291,6 +297,11 @@ class BenchRequest(Schema, Json, ModelRequest):
         loading: measure how fast the folder's weights are read, and nothing else.
         cold: with --loading: have the system forget the files before each reading.
         json_schema: measure answers kept to this schema beside free text, too.
+        quality: measure how well the model predicts this text (its first 16,384 tokens), and
+            nothing else.
+        window: with --quality: tokens of each piece of the text that is scored on its own (2048).
+        write_logprobs: with --quality: keep what was predicted in this file (.safetensors).
+        against: with --quality: compare with what another run has kept so.
         plot: draw the figures (.svg, .png; needs matplotlib).
         json: one JSON object on stdout instead of tables.
     """
@@ -304,10 +315,20 @@ class BenchRequest(Schema, Json, ModelRequest):
     )
     loading: bool = flag(False)
     cold: bool = flag(False)
+    quality: Path | None = flag(None)
+    window: int | None = flag(None, metavar="N", **_whole_from(2))
+    write_logprobs: Path | None = flag(None)
+    against: Path | None = flag(None)
     plot: str | None = flag(None, metavar="FILE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("window", "write_logprobs", "against"):
+            if getattr(self, name) is not None and self.quality is None:
+                raise UsageError(f"--{name} belongs to --quality")
+        for name in ("loading", "peer", "plot", "json_schema", "shard_of"):
+            if getattr(self, name) and self.quality is not None:
+                raise UsageError(f"--{name} and --quality: expected one of them")
         if self.cold and not self.loading:
             raise UsageError("--cold belongs to --loading")
         if self.peer and self.loading != (self.peer == "safetensors"):

@@ -286,8 +286,11 @@ def load(
         group.lifeline.expect_end()
         raise
     load_s = time.monotonic() - started
-    if runner.notice and not quiet:
-        render.note(f"mistral-chat: {runner.notice}")
+    if not quiet:
+        pictures = "pictures are not understood: the text side of this model runs"
+        for notice in (runner.notice, pictures if folder.args.vision_encoder else None):
+            if notice:
+                render.note(f"mistral-chat: {notice}")
     if stats and not quiet:
         render.note(f"mistral-chat: {render.start_line(runner, load_s)}")
     return Loaded(runner=runner, tokenizer=tokenizers[0], load_s=load_s)

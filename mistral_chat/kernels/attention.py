@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mistral_chat.kernels.reference import Rotations
 from mistral_chat.kernels.tuning import attend_config, early_launch, splits
 
 __all__ = ["attend"]
@@ -23,7 +24,7 @@ MOST_TILE_ROWS = 64
 
 @triton.jit
 def _part(
-    qkv_ptr, keys_ptr, values_ptr, rotations_ptr, slots_ptr, starts_ptr, lengths_ptr,
+    qkv_ptr, keys_ptr, values_ptr, q_turns_ptr, k_turns_ptr, slots_ptr, starts_ptr, lengths_ptr,
     heads_ptr, sums_ptr, scales_ptr, slot_stride, head_stride, window, softmax_scale,
     N_HEADS: tl.constexpr, N_KV: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
     M: tl.constexpr, M_ALL: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -66,7 +67,7 @@ def _part(
         new_at = start + new
         mine = (new < length) & (new_at >= low) & (new_at < high)
         row = (span * T + new).to(tl.int64)
-        rotation = rotations_ptr + row[:, None] * D + pairs[None, :]
+        rotation = k_turns_ptr + row[:, None] * D + pairs[None, :]
         cos = tl.load(rotation, mask=mine[:, None], other=0.0)
         sin = tl.load(rotation + half, mask=mine[:, None], other=0.0)
         source = qkv_ptr + (row * n_all + N_HEADS + kv_head)[:, None] * D
@@ -83,7 +84,7 @@ def _part(
         of_group = rows % GROUP
         real = (token < T) & (of_group < n_group)
         q_row = (span * T + token).to(tl.int64)
-        q_turn = rotations_ptr + q_row[:, None] * D + pairs[None, :]
+        q_turn = q_turns_ptr + q_row[:, None] * D + pairs[None, :]
         q_cos = tl.load(q_turn, mask=real[:, None], other=0.0)
         q_sin = tl.load(q_turn + half, mask=real[:, None], other=0.0)
         q_at = qkv_ptr + (q_row * n_all + first_head + of_group)[:, None] * D
@@ -156,7 +157,7 @@ def attend(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
-    rotations: Tensor,
+    rotations: Rotations,
     slots: Tensor,
     starts: Tensor,
     lengths: Tensor,
@@ -171,7 +172,7 @@ def attend(
         qkv: (N * T, H + 2 K, D), of the new tokens.
         keys: (n_slots, K, max_seq_len, D), one layer's cache; new positions are written.
         values: the same.
-        rotations: (N * T, 2, D / 2), `elementwise.rotations`.
+        rotations: `elementwise.rotations` of the rows, (N * T, 2, D / 2) each.
         slots: (N,) int32, no slot twice among spans that have tokens.
         starts: (N,) int32, position of a span's first token.
         lengths: (N,) int32, how many of a span's T tokens are real; 0 is an empty span.
@@ -201,7 +202,7 @@ def attend(
     early = early_launch(device)
     ieee = qkv.dtype == torch.float32
     _part[(n_splits, n_kv, n_spans * (m_all // m))](
-        qkv, keys, values, rotations, slots, starts, lengths, first_heads, sums, scales,
+        qkv, keys, values, *rotations, slots, starts, lengths, first_heads, sums, scales,
         keys.stride(0), keys.stride(1), window or 1 << 30,
         head_dim**-0.5 * 1.4426950408889634,  # log2(e): powers of two are what the chip has
         N_HEADS=n_heads, N_KV=n_kv, T=length, GROUP=group, M=m, M_ALL=m_all, D=head_dim,

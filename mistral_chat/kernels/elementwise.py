@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mistral_chat.kernels.reference import Rope, Rotations
 from mistral_chat.kernels.tuning import early_launch
 
 __all__ = [
@@ -60,8 +61,9 @@ def embed(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
 
 @triton.jit
 def _rotations(
-    starts_ptr, frequencies_ptr, out_ptr,
-    LENGTH: tl.constexpr, HALF: tl.constexpr, HALF_DIM: tl.constexpr, PDL: tl.constexpr,
+    starts_ptr, frequencies_ptr, queries_ptr, keys_ptr, magnitude, beta, original,
+    LENGTH: tl.constexpr, HALF: tl.constexpr, HALF_DIM: tl.constexpr, SCALED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -69,34 +71,43 @@ def _rotations(
     row = tl.program_id(0)
     position = tl.load(starts_ptr + row // LENGTH) + row % LENGTH
     pair = tl.arange(0, HALF)
-    frequency = tl.load(frequencies_ptr + pair, mask=pair < HALF_DIM, other=0.0)
+    mask = pair < HALF_DIM
+    frequency = tl.load(frequencies_ptr + pair, mask=mask, other=0.0)
     angle = position.to(tl.float32) * frequency
-    at = out_ptr + row * 2 * HALF_DIM + pair
-    tl.store(at, tl.cos(angle), mask=pair < HALF_DIM)
-    tl.store(at + HALF_DIM, tl.sin(angle), mask=pair < HALF_DIM)
+    cos = tl.cos(angle) * magnitude
+    sin = tl.sin(angle) * magnitude
+    at = row * 2 * HALF_DIM + pair
+    tl.store(keys_ptr + at, cos, mask=mask)
+    tl.store(keys_ptr + at + HALF_DIM, sin, mask=mask)
+    if SCALED:
+        scale = 1.0 + beta * tl.log((1 + position // original).to(tl.float32))
+        tl.store(queries_ptr + at, cos * scale, mask=mask)
+        tl.store(queries_ptr + at + HALF_DIM, sin * scale, mask=mask)
 
 
-def rotations(starts: Tensor, length: int, frequencies: Tensor) -> Tensor:
+def rotations(starts: Tensor, length: int, rope: Rope) -> Rotations:
     """Cosines and sines of the rotary embedding.
 
     Args:
         starts: (n_spans,) int32, position of each span's first token.
         length: tokens of a span.
-        frequencies: (D / 2,) float32, `reference.rope_frequencies`.
+        rope: how positions turn heads.
 
     Returns:
-        (n_spans * length, 2, D / 2) float32: cosines, then sines, of `reference.rope_rotations`.
+        of queries and of keys, each (n_spans * length, 2, D / 2) float32: cosines, then sines, of
+        `reference.rope_rotations`.
     """
     n_rows = len(starts) * length
-    half = len(frequencies)
-    out = torch.empty(n_rows, 2, half, dtype=torch.float32, device=starts.device)
+    half = len(rope.frequencies)
+    keys = torch.empty(n_rows, 2, half, dtype=torch.float32, device=starts.device)
+    queries = torch.empty_like(keys) if rope.beta else keys
     early = early_launch(starts.device)
     _rotations[(n_rows,)](
-        starts, frequencies, out,
-        LENGTH=length, HALF=triton.next_power_of_2(half), HALF_DIM=half,
+        starts, rope.frequencies, queries, keys, rope.magnitude, rope.beta, rope.original,
+        LENGTH=length, HALF=triton.next_power_of_2(half), HALF_DIM=half, SCALED=rope.beta != 0,
         PDL=bool(early), num_warps=1, **early,
     )  # fmt: skip
-    return out
+    return queries, keys
 
 
 @triton.jit
@@ -243,7 +254,7 @@ def silu_mul(both: Tensor) -> Tensor:
 
 @triton.jit
 def _rope_store(
-    qkv_ptr, keys_ptr, values_ptr, rotations_ptr, start, key_stride,
+    qkv_ptr, keys_ptr, values_ptr, q_turns_ptr, k_turns_ptr, start, key_stride,
     N_Q: tl.constexpr, N_KV: tl.constexpr, HALF: tl.constexpr, HALF_DIM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -258,7 +269,10 @@ def _rope_store(
     even = tl.load(at, mask=mask, other=0.0)
     odd = tl.load(at + 1, mask=mask, other=0.0)
     if head < N_Q + N_KV:
-        rotation = rotations_ptr + token * 2 * HALF_DIM + 2 * pair
+        turns_ptr = q_turns_ptr
+        if head >= N_Q:
+            turns_ptr = k_turns_ptr
+        rotation = turns_ptr + token * 2 * HALF_DIM + 2 * pair
         cos = tl.load(rotation, mask=mask, other=0.0)
         sin = tl.load(rotation + 1, mask=mask, other=0.0)
         a = even.to(tl.float32)
@@ -279,7 +293,7 @@ def _rope_store(
 
 
 def rope_store(
-    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Tensor
+    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Rotations
 ) -> None:
     """`reference.rope_store`, with the queries rotated in place."""
     n_new, n_all, head_dim = qkv.shape
@@ -289,7 +303,7 @@ def rope_store(
     half = head_dim // 2
     early = early_launch(qkv.device)
     _rope_store[(n_new, n_all)](
-        qkv, keys, values, torch.view_as_real(rotations), start, keys.stride(0),
+        qkv, keys, values, *map(torch.view_as_real, rotations), start, keys.stride(0),
         N_Q=n_heads, N_KV=(n_all - n_heads) // 2, HALF=triton.next_power_of_2(half),
         HALF_DIM=half, PDL=bool(early), num_warps=1, **early,
     )  # fmt: skip

@@ -6,6 +6,7 @@ K = local KV heads, D = head_dim.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from mistral_chat.kernels.weight import Quantized, Weight
 
 __all__ = [
+    "Rope",
+    "Rotations",
     "add_norm",
     "apply_rope",
     "attend",
@@ -23,7 +26,6 @@ __all__ = [
     "linear",
     "logits",
     "rms_norm",
-    "rope_frequencies",
     "rope_rotations",
     "rope_store",
     "rotations",
@@ -74,26 +76,51 @@ def embed(tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
     return rows.masked_fill_(~inside.unsqueeze(-1), 0)
 
 
-def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Radians that each pair of a head rotates by per position: (D / 2,) float32."""
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    return theta ** (exponents / -head_dim)
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """How positions turn the heads of a model.
+
+    Args:
+        frequencies: (D / 2,) float32, radians that each pair turns by per position.
+        magnitude: what queries and keys are multiplied by besides (YaRN).
+        beta: queries at `position` are multiplied by 1 + beta ln(1 + floor(position / original)),
+            too (llama 4); 0 for none.
+        original: positions that one step of that has.
+    """
+
+    frequencies: Tensor
+    magnitude: float = 1.0
+    beta: float = 0.0
+    original: int = 1
 
 
-def rope_rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
+# Of queries and of keys: the same tensor where queries have no scaling of their own.
+Rotations = tuple[Tensor, Tensor]
+
+
+def query_scales(positions: Tensor, rope: Rope) -> Tensor:
+    """What a rope with a `beta` multiplies queries by: (T,) integers -> (T,) float32."""
+    steps = torch.div(positions, rope.original, rounding_mode="floor")
+    return 1 + rope.beta * torch.log1p(steps.float())
+
+
+def rope_rotations(positions: Tensor, rope: Rope) -> Rotations:
     """Rotations of the rotary embedding at given positions.
 
     Source: Su et al. 2021, arXiv 2104.09864.
 
     Args:
         positions: (T,) integers.
-        frequencies: (D / 2,) float32 radians per position.
+        rope: how they turn heads.
 
     Returns:
-        (T, D / 2) complex64 of absolute value 1.
+        of queries and of keys, each (T, D / 2) complex64.
     """
-    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies  # (T, D / 2)
-    return torch.polar(torch.ones_like(angles), angles)
+    angles = positions.to(torch.float32).unsqueeze(-1) * rope.frequencies  # (T, D / 2)
+    keys = torch.polar(torch.full_like(angles, rope.magnitude), angles)
+    if not rope.beta:
+        return keys, keys
+    return keys * query_scales(positions, rope).unsqueeze(-1), keys
 
 
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
@@ -112,7 +139,7 @@ def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def rope_store(
-    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Tensor
+    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Rotations
 ) -> Tensor:
     """Rotate queries and keys of one sequence's new tokens; store the keys and the values.
 
@@ -122,17 +149,16 @@ def rope_store(
         values: the same.
         start: position of the first new token.
         n_heads: H.
-        rotations: (T, D / 2) complex64 of the new positions.
+        rotations: `rope_rotations` of the new positions.
 
     Returns:
         the rotated queries, (T, H, D).
     """
-    n_kv = len(keys)
-    rotated = apply_rope(qkv[:, : n_heads + n_kv], rotations)
+    q, k, v = qkv.split([n_heads, len(keys), len(keys)], dim=1)
     end = start + len(qkv)
-    keys[:, start:end].copy_(rotated[:, n_heads:].transpose(0, 1))
-    values[:, start:end].copy_(qkv[:, n_heads + n_kv :].transpose(0, 1))
-    return rotated[:, :n_heads]
+    keys[:, start:end].copy_(apply_rope(k, rotations[1]).transpose(0, 1))
+    values[:, start:end].copy_(v.transpose(0, 1))
+    return apply_rope(q, rotations[0])
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -260,11 +286,13 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool)
 # A decode step's operations, whose positions lie in tensors: N = spans, R = N * T rows.
 
 
-def rotations(starts: Tensor, length: int, frequencies: Tensor) -> Tensor:
-    """Cosines and sines of each row's position: (N,) -> (R, 2, D / 2) float32."""
-    positions = starts.unsqueeze(1) + torch.arange(length, device=starts.device)
-    angles = positions.flatten().float().unsqueeze(1) * frequencies
-    return torch.stack((angles.cos(), angles.sin()), dim=1)
+def rotations(starts: Tensor, length: int, rope: Rope) -> Rotations:
+    """Cosines and sines of each row's position, of queries and of keys: (N,) -> (R, 2, D / 2)."""
+    positions = (starts.unsqueeze(1) + torch.arange(length, device=starts.device)).flatten()
+    queries, keys = (
+        torch.stack((turns.real, turns.imag), dim=1) for turns in rope_rotations(positions, rope)
+    )
+    return (queries if rope.beta else keys), keys
 
 
 def gated(x: Tensor, weight: Weight) -> Tensor:
@@ -276,7 +304,7 @@ def attend(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
-    rotations: Tensor,
+    rotations: Rotations,
     slots: Tensor,
     starts: Tensor,
     lengths: Tensor,
@@ -289,20 +317,23 @@ def attend(
     n_heads = len(kv_heads)
     n_kv = len(first_heads) - 1
     per_span = len(qkv) // len(slots)
-    rotation = torch.complex(rotations[:, 0], rotations[:, 1])
-    rotated = apply_rope(qkv[:, : n_heads + n_kv], rotation)
-    out = torch.zeros_like(rotated[:, :n_heads])
+    q, k, v = qkv.split([n_heads, n_kv, n_kv], dim=1)
+    q, k = (
+        apply_rope(part, torch.complex(turns[:, 0], turns[:, 1]))
+        for part, turns in zip((q, k), rotations, strict=True)
+    )
+    out = torch.zeros_like(q)
     by_kv_head = first_heads.diff().tolist()
     for span, (slot, start, length) in enumerate(
         zip(slots.tolist(), starts.tolist(), lengths.tolist(), strict=True)
     ):
         new = slice(span * per_span, span * per_span + length)
         end = start + length
-        keys[slot, :, start:end] = rotated[new, n_heads:].transpose(0, 1)
-        values[slot, :, start:end] = qkv[new, n_heads + n_kv :].transpose(0, 1)
+        keys[slot, :, start:end] = k[new].transpose(0, 1)
+        values[slot, :, start:end] = v[new].transpose(0, 1)
         if length:
             out[new] = attention(
-                rotated[new, :n_heads], keys[slot, :, :end], values[slot, :, :end],
+                q[new], keys[slot, :, :end], values[slot, :, :end],
                 start, window, by_kv_head,
             )  # fmt: skip
     return out.flatten(1)

@@ -3,12 +3,21 @@
 Knows which keys exist and what they mean; knows nothing of files or ranks.
 """
 
-from dataclasses import MISSING, dataclass, fields
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 from mistral_chat.errors import CheckpointError, named, shown
-from mistral_chat.model import hf
+from mistral_chat.model import hf, quantization
 from mistral_chat.model.quantization import Quantization
+from mistral_chat.model.rope import QueryScaling, Yarn
+from mistral_chat.model.values import (
+    MOST_POSITIONS,
+    require_flag,
+    require_number,
+    require_whole,
+)
 
 __all__ = ["TransformerArgs"]
 
@@ -26,10 +35,17 @@ _MOST = {
     "n_kv_heads": 1 << 14,
     "vocab_size": 1 << 22,
 }
-MOST_POSITIONS = 1 << 24  # RoPE's angles are float32, which holds every whole number up to here
 _RANGES = {"norm_eps": (1e-30, 1.0), "rope_theta": (1.0, 1e15)}  # safe in float32
 
-_UNSUPPORTED = ("moe", "vision_encoder", "quantization", "yarn", "llama_4_scaling")
+# Keys of models that are no dense transformers, and what those are.
+_OTHERS = {
+    "moe": "a mixture of experts",
+    **dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+        "multi-head latent attention (MLA)",
+    ),
+}
+_DIGITS = re.compile(r"[0-9]{1,12}")
 _IGNORED = ("use_biases", "causal", "ragged_attention")  # refused only if they ask for a change
 # What mistral-finetune writes about its training. Tensors tell whether adapters are merged.
 _LORA = {"enable", "rank", "dropout", "scaling"}
@@ -56,7 +72,10 @@ class TransformerArgs:
         tied_embeddings: the output matrix is the embedding.
         max_seq_len: positions that the model was trained for; None if the folder does not say.
         model_type: must be "transformer".
+        yarn: how the context was made longer; None is not at all.
+        llama_4_scaling: how queries grow with their position; None is not at all.
         quantization: how the matrices of the layers are stored; None is as floats.
+        vision_encoder: the folder also holds an encoder of pictures, which is not run.
 
     Raises:
         CheckpointError: names a value that no model can have.
@@ -76,24 +95,20 @@ class TransformerArgs:
     tied_embeddings: bool = False
     max_seq_len: int | None = None
     model_type: str = "transformer"
+    yarn: Yarn | None = None
+    llama_4_scaling: QueryScaling | None = None
     quantization: Quantization | None = None
+    vision_encoder: bool = False
 
     def __post_init__(self) -> None:
         for name, most in _MOST.items():
-            _check_whole(name, getattr(self, name), 1, most)
-        for name, (least, most_of_it) in _RANGES.items():
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (value is None and name == "rope_theta") and not (
-                is_number and least <= value <= most_of_it
-            ):
-                raise CheckpointError(
-                    f"{name} is {shown(value)}: expected a number from {least:g} to {most_of_it:g}"
-                )
-        if not isinstance(self.tied_embeddings, bool):
-            raise CheckpointError(
-                f"tied_embeddings is {shown(self.tied_embeddings)}: expected true or false"
-            )
+            require_whole(name, getattr(self, name), 1, most)
+        for name, bounds in _RANGES.items():
+            if name != "rope_theta" or self.rope_theta is not None:
+                require_number(name, getattr(self, name), *bounds)
+        require_flag("tied_embeddings", self.tied_embeddings)
+        if self.yarn is not None and self.theta == 1:
+            raise CheckpointError("rope_theta is 1: expected more, since yarn slows down rotations")
         if self.model_type != "transformer":
             raise CheckpointError(
                 f"model_type {shown(self.model_type)} is not supported: expected 'transformer'"
@@ -107,11 +122,11 @@ class TransformerArgs:
                 f"head_dim is {self.head_dim}: expected an even number (RoPE rotates pairs)"
             )
         if self.max_seq_len is not None:
-            _check_whole("max_seq_len", self.max_seq_len, 2, MOST_POSITIONS)
+            require_whole("max_seq_len", self.max_seq_len, 2, MOST_POSITIONS)
         windows = self.sliding_window
         for window in windows if isinstance(windows, list) else [windows]:
             if window is not None:
-                _check_whole("sliding_window", window, 1, 1 << 30)
+                require_whole("sliding_window", window, 1, 1 << 30)
         if isinstance(windows, list) and (not windows or self.n_layers % len(windows)):
             raise CheckpointError(
                 f"sliding_window lists {len(windows)} layers: expected a number that divides "
@@ -155,10 +170,12 @@ class TransformerArgs:
             raise CheckpointError(
                 f"lora is not supported as {shown(lora)}: expected a merged model"
             )
-        for name in _UNSUPPORTED:
+        for name, kind_of_it in _OTHERS.items():
             value = params.pop(name, None)
             if value and not (isinstance(value, dict) and value.get("enable") is False):
-                raise CheckpointError(f"{name} is not supported: expected a dense text model")
+                raise CheckpointError(
+                    f"{name}: {kind_of_it} is not supported; expected a dense transformer"
+                )
         for name in _IGNORED:
             value = params.pop(name, None)
             if value not in (None, name == "causal"):
@@ -172,6 +189,27 @@ class TransformerArgs:
             params["sliding_window"] = alias
         positions = params.pop("max_position_embeddings", None)
         params.setdefault("max_seq_len", positions)
+        if "sliding_window" in params:
+            params["sliding_window"] = _windows(params["sliding_window"])
+        n_layers = params.get("n_layers")
+        readers: dict[str, Callable[[object], object]] = {
+            "yarn": Yarn.from_params,
+            "llama_4_scaling": QueryScaling.from_params,
+            "quantization": quantization.from_params,
+            "quantization_config": lambda table: quantization.from_config(table, n_layers),
+        }
+        for name, read in readers.items():
+            if name in params and not is_dataclass(params[name]):
+                params[name] = read(params[name])
+        vision = params.pop("vision_encoder", False)
+        if not isinstance(vision, (bool, dict)):
+            raise CheckpointError(f"vision_encoder is {shown(vision)}: expected an object")
+        is_off = isinstance(vision, dict) and vision.get("enable") is False
+        params["vision_encoder"] = bool(vision) and not is_off
+        if "quantization_config" in params:
+            if "quantization" in params:
+                raise CheckpointError("quantization and quantization_config: expected one of them")
+            params["quantization"] = params.pop("quantization_config")
         unknown = sorted(set(params) - {f.name for f in fields(cls)})
         if unknown:
             names = ", ".join(map(named, unknown[:8]))
@@ -183,9 +221,10 @@ class TransformerArgs:
         return cls(**params)
 
 
-def _check_whole(name: str, value: object, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise CheckpointError(
-            f"{name} is {shown(value)}: expected a whole number of at least {least} and at most "
-            f"{most:,}"
-        )
+def _windows(value: object) -> Any:
+    """A sliding window, or a list of them: numbers in quotes too, and "null" for presets (TOML)."""
+    if isinstance(value, list):
+        return [_windows(window) for window in value]
+    if value == "null":
+        return None
+    return int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels import ops, reference
+from mistral_chat.kernels.reference import Rope, Rotations
 from mistral_chat.kernels.tuning import MOST_ROWS
 from mistral_chat.model.cache import KVCache
 from mistral_chat.model.operations import Alone, Collective, Heads, Rows
@@ -94,12 +95,12 @@ class FewRows:
             kernels.rotations, kernels.attend, kernels.logits,
         )  # fmt: skip
 
-    def rotations(self, frequencies: Tensor) -> Tensor:
-        """Cosines and sines: (R, 2, head_dim / 2) float32."""
-        rotations: Tensor = self._rotations(self._places[1], self._per_span, frequencies)
+    def rotations(self, rope: Rope) -> Rotations:
+        """Cosines and sines: (R, 2, head_dim / 2) float32 each."""
+        rotations: Rotations = self._rotations(self._places[1], self._per_span, rope)
         return rotations
 
-    def attend(self, qkv: Tensor, heads: Heads, rotations: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, heads: Heads, rotations: Rotations) -> Tensor:
         """`reference.attend`; rows past a span's length are of no use."""
         keys, values = self._cache.k[heads.layer], self._cache.v[heads.layer]
         table = self._table

@@ -17,9 +17,10 @@ from mistral_chat.config import EngineConfig, LoadFormat
 from mistral_chat.errors import CheckpointError, TokenizerError, shown
 from mistral_chat.files import is_there, read_json, read_json_object
 from mistral_chat.model import hf
-from mistral_chat.model.args import MOST_POSITIONS, TransformerArgs
+from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.checkpoint import Headers, WeightFiles, find_files
 from mistral_chat.model.sharding import Shard, placements
+from mistral_chat.model.values import MOST_POSITIONS
 
 __all__ = ["ModelFolder", "choose_layout"]
 
@@ -202,6 +203,11 @@ def _read_shape(
 ) -> TransformerArgs:
     """The shape in a layout's file, compared with the other layout's file if both are there."""
     path = folder / hf.SHAPE_FILES[layout]
+    if not found and (gguf := sorted(folder.glob("*.gguf"))):
+        raise CheckpointError(
+            f"{folder}: {gguf[0].name} is a GGUF file, which is not supported; expected Mistral's "
+            f"format or Hugging Face's (quantized: FP8, compressed-tensors, AWQ or GPTQ)"
+        )
     if path.name not in found:
         raise CheckpointError(
             f"{folder}: {path.name} is missing (found {', '.join(found) or 'none'}); expected "
@@ -215,7 +221,7 @@ def _read_shape(
     except CheckpointError as error:
         said = hf.in_config_words(str(error)) if layout == "hf" else error
         raise CheckpointError(f"{path}: {said}") from error
-    positions = config.get("max_position_embeddings")
+    positions = hf.text_config(config).get("max_position_embeddings")
     if args.max_seq_len is None and type(positions) is int and 2 <= positions <= MOST_POSITIONS:
         args = replace(args, max_seq_len=positions)
     if len(found) == 2 and (faults := hf.disagreements(found["params.json"], config)):

@@ -9,22 +9,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mistral_chat.errors import CheckpointError, named, shown
+from mistral_chat.model.rope import QueryScaling, Yarn, yarn_magnitude
+from mistral_chat.model.values import read_table, require_number
 
 __all__ = [
+    "MATRICES",
+    "PREFIXES",
     "Layout",
     "default_theta",
     "disagreements",
     "in_config_words",
     "is_unused",
     "stored_name",
+    "text_config",
     "to_params",
 ]
 
 Layout = Literal["consolidated", "hf"]
 SHAPE_FILES: dict[Layout, str] = {"consolidated": "params.json", "hf": "config.json"}
 
-ARCHITECTURE = "MistralForCausalLM"
-DEFAULT_SLIDING_WINDOW = 4096  # MistralConfig's, for a config.json without the key
+ARCHITECTURES = (
+    "MistralForCausalLM",
+    "MinistralForCausalLM",
+    "Ministral3ForCausalLM",
+    "Mistral3ForConditionalGeneration",  # with an encoder of pictures
+)
+# MistralConfig's window, for a config.json without the key. The classes after it have none.
+DEFAULT_SLIDING_WINDOW = {"MistralForCausalLM": 4096, "mistral": 4096}
+# What texts in a model with pictures may be.
+TEXT_TYPES = ("mistral", "ministral", "ministral3")
 
 _SIZES = {
     "dim": "hidden_size",
@@ -48,7 +61,32 @@ _ONLY: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (None, 1),
 }
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")  # of transformers 5 and of those before it
+_YARN = {
+    "factor": "factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "attention_factor": "attention_factor",
+    "truncate": "truncate",
+}
+# Keys of the table that are read elsewhere, or that repeat the configuration's own.
+_NOT_YARN = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta",
+             "max_position_embeddings", "finetuned"}  # fmt: skip
 
+# The matrices of a layer, and Hugging Face's modules of them.
+MATRICES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+# What stands before `layers`: of texts alone, and of two ways of models with pictures.
+PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 _OUTER = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -56,15 +94,17 @@ _OUTER = {
 }
 _IN_LAYER = {
     "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
+} | MATRICES
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that is about texts, with what stands beside it."""
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return config
+    said = {key: value for key, value in inner.items() if value is not None}
+    return config | said | {"architectures": config.get("architectures")}
 
 
 def to_params(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -81,31 +121,65 @@ def to_params(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: names another architecture, or a value that asks for one.
     """
     kinds = config.get("architectures")
+    expected = " or ".join(ARCHITECTURES)
     if not (isinstance(kinds, list) and kinds and all(isinstance(kind, str) for kind in kinds)):
-        raise CheckpointError(f"{path}: architectures is {shown(kinds)}: expected {[ARCHITECTURE]}")
-    if kinds != [ARCHITECTURE]:
+        raise CheckpointError(f"{path}: architectures is {shown(kinds)}: expected [{expected}]")
+    if len(kinds) > 1 or kinds[0] not in ARCHITECTURES:
         names = ", ".join(map(named, kinds[:4]))
-        raise CheckpointError(f"{path} says {names}: expected {ARCHITECTURE}")
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path}: quantization_config is not supported: expected weights that are floats"
-        )
+        raise CheckpointError(f"{path} says {names}: expected {expected}")
+    kind: object = kinds[0]
+    if config.get("text_config") is not None:
+        inner = config["text_config"]
+        kind = inner.get("model_type") if isinstance(inner, dict) else None
+        config = text_config(config)
+        if kind not in TEXT_TYPES:
+            raise CheckpointError(
+                f"{path}: text_config is of model_type {shown(kind)}: expected one of "
+                f"{', '.join(TEXT_TYPES)}"
+            )
     for key, values in _ONLY.items():
         if config.get(key) not in values:
             raise CheckpointError(
                 f"{path}: {key} {shown(config[key])} is not supported: expected {values[-1]!r}"
             )
-    window = config.get("sliding_window", DEFAULT_SLIDING_WINDOW)
-    if isinstance(window, list):
-        raise CheckpointError(
-            f"{path}: sliding_window is {shown(window)}: expected one number or null"
-        )
     params = {ours: config.get(theirs) for ours, theirs in _KEYS.items()}
     if params["head_dim"] is None:
         params["head_dim"] = _derive_head_dim(path, params["dim"], params["n_heads"])
     if params["tied_embeddings"] is None:
         params["tied_embeddings"] = False
-    return params | {"sliding_window": window, "rope_theta": _rope_theta(path, config)}
+    try:
+        rope = _rope(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return (
+        params
+        | rope
+        | {
+            "sliding_window": _windows(path, config, DEFAULT_SLIDING_WINDOW.get(str(kind))),
+            "quantization_config": config.get("quantization_config"),
+            "vision_encoder": config.get("vision_config"),
+        }
+    )
+
+
+def _windows(path: Path, config: dict[str, Any], default: int | None) -> object:
+    """The sliding window; of MinistralConfig a list, since `layer_types` names layers without."""
+    window = config.get("sliding_window", default)
+    if isinstance(window, list):
+        raise CheckpointError(
+            f"{path}: sliding_window is {shown(window)}: expected one number or null"
+        )
+    types = config.get("layer_types")
+    if types is None or window is None:
+        return window
+    known = {"sliding_attention": window, "full_attention": None}
+    n_layers = config.get("num_hidden_layers")
+    if not isinstance(types, list) or len(types) != n_layers or set(map(str, types)) - set(known):
+        raise CheckpointError(
+            f"{path}: layer_types is {shown(types)}: expected {shown(n_layers)} of "
+            f"{', '.join(known)}"
+        )
+    return [known[str(of_layer)] for of_layer in types]
 
 
 def _derive_head_dim(path: Path, dim: object, n_heads: object) -> int:
@@ -119,34 +193,79 @@ def _derive_head_dim(path: Path, dim: object, n_heads: object) -> int:
     return dim // n_heads
 
 
-def _rope_theta(path: Path, config: dict[str, Any]) -> object:
-    found = {"": config.get("rope_theta")}
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's base, YaRN and llama-4 scaling, from wherever versions of config.json keep them.
+
+    Raises:
+        CheckpointError: names a kind of RoPE that is not supported, or two that disagree.
+    """
+    thetas = {"": config.get("rope_theta")}
+    found: dict[str, Any] = {"yarn": None, "llama_4_scaling": None}
     for name in _ROPE_TABLES:
         table = config.get(name)
         if table is None:
             continue
         if not isinstance(table, dict):
-            raise CheckpointError(f"{path}: {name} is {shown(table)}: expected an object or null")
-        for key in ("rope_type", "type"):
-            if table.get(key, "default") != "default":
-                raise CheckpointError(
-                    f"{path}: {key} {shown(table[key])} in {name} is not supported: expected "
-                    f"'default'"
-                )
+            raise CheckpointError(f"{name} is {shown(table)}: expected an object or null")
         if table.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
             raise CheckpointError(
-                f"{path}: partial_rotary_factor {shown(table['partial_rotary_factor'])} in {name} "
-                f"is not supported: expected 1"
+                f"partial_rotary_factor {shown(table['partial_rotary_factor'])} in {name} is not "
+                f"supported: expected 1"
             )
-        found[f" in {name}"] = table.get("rope_theta")
-    said = {where: theta for where, theta in found.items() if theta is not None}
+        thetas[f" in {name}"] = table.get("rope_theta")
+        for key, value in (("yarn", _yarn(name, table)), ("llama_4_scaling", _scaling(table))):
+            if None not in (value, found[key]) and value != found[key]:
+                raise CheckpointError(f"{' and '.join(_ROPE_TABLES)} disagree: expected one")
+            found[key] = found[key] or value
+    said = {where: theta for where, theta in thetas.items() if theta is not None}
     if not said:
-        raise CheckpointError(f"{path}: rope_theta is missing")
+        raise CheckpointError("rope_theta is missing")
     first = next(iter(said.values()))
     if any(theta != first for theta in said.values()):
         values = ", ".join(f"{shown(theta)}{where}" for where, theta in said.items())
-        raise CheckpointError(f"{path}: rope_theta is {values}: expected one value")
-    return first
+        raise CheckpointError(f"rope_theta is {values}: expected one value")
+    return found | {"rope_theta": first}
+
+
+def _yarn(name: str, table: dict[str, Any]) -> Yarn | None:
+    """The table's YaRN; None where it is of the default kind."""
+    kinds = {key: table[key] for key in ("rope_type", "type") if table.get(key) is not None}
+    for key, kind in kinds.items():
+        if kind not in ("default", "yarn"):
+            raise CheckpointError(
+                f"{key} {shown(kind)} in {name} is not supported: expected 'default' or 'yarn'"
+            )
+    if len(set(kinds.values())) > 1:
+        raise CheckpointError(f"type and rope_type in {name} disagree: expected one of them")
+    if "yarn" not in kinds.values():
+        return None
+    said = read_table(
+        name,
+        {key: value for key, value in table.items() if key not in _NOT_YARN},
+        _YARN,
+        required=2,
+    )
+    if said.pop("truncate", True) is not True:
+        raise CheckpointError(f"truncate in {name} is not supported as false: expected true")
+    factor = require_number("factor", said["factor"], 1.0, 1e6)
+    scale, scale_all = (said.pop(key, None) for key in ("mscale", "mscale_all_dim"))
+    for key, value in (("mscale", scale), ("mscale_all_dim", scale_all)):
+        if value is not None:
+            require_number(key, value, 0.0, 1e3)
+    magnitude = said.pop("attention_factor", None)
+    if magnitude is None:
+        magnitude = yarn_magnitude(factor)
+        if scale and scale_all:
+            magnitude = yarn_magnitude(factor, scale) / yarn_magnitude(factor, scale_all)
+    return Yarn(**said, magnitude=magnitude)
+
+
+def _scaling(table: dict[str, Any]) -> QueryScaling | None:
+    beta = table.get("llama_4_scaling_beta")
+    if beta is None or beta == 0:
+        return None
+    original = table.get("original_max_position_embeddings")
+    return QueryScaling(beta=beta, original_max_position_embeddings=original)  # type: ignore[arg-type]
 
 
 def in_config_words(message: str) -> str:
@@ -169,6 +288,7 @@ def disagreements(params: dict[str, Any], config: dict[str, Any]) -> list[str]:
     What params.json leaves out has a meaning there, so that it is compared as well; what
     config.json leaves out is not.
     """
+    config = text_config(config)
     faults = []
     for ours, theirs in _SIZES.items():
         if None not in (params.get(ours), config.get(theirs)) and params[ours] != config[theirs]:
@@ -188,6 +308,11 @@ def disagreements(params: dict[str, Any], config: dict[str, Any]) -> list[str]:
         faults.append(
             ("tied_embeddings", tied, "tie_word_embeddings", config["tie_word_embeddings"])
         )
+    kinds = [table.get("rope_type") or table.get("type") for table in tables]
+    has_yarn = params.get("yarn") is not None
+    for kind in kinds:
+        if kind in ("default", "yarn") and has_yarn != (kind == "yarn"):
+            faults.append(("yarn", params.get("yarn"), "rope_type", kind))
     # config.json of these models has one number where params.json lists layers.
     listed = windows if isinstance(windows, list) else [windows]
     if "sliding_window" in config and config["sliding_window"] not in listed:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels import ops, reference
+from mistral_chat.kernels.reference import Rope, Rotations
 from mistral_chat.kernels.weight import Weight
 from mistral_chat.model.cache import KVCache
 
@@ -130,13 +131,13 @@ class Operations(Protocol):
     def embed(self, tokens: Tensor, weight: Tensor, first_id: int) -> Tensor:
         """`reference.embed`: (R,) ids -> (R, dim), zeros for ids that other ranks hold."""
 
-    def rotations(self, frequencies: Tensor) -> Tensor:
+    def rotations(self, rope: Rope) -> Rotations:
         """Rotations of each row's position, in the form that `attend` takes."""
 
     def linear(self, x: Rows, weight: Weight) -> Tensor:
         """`x @ weight.T`."""
 
-    def attend(self, qkv: Tensor, heads: Heads, rotations: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, heads: Heads, rotations: Rotations) -> Tensor:
         """Rotate queries and keys, store keys and values, attend to all that is cached.
 
         Args:
@@ -180,18 +181,17 @@ class ManyRows:
         self._cache = cache
         self._scored = scored
 
-    def rotations(self, frequencies: Tensor) -> Tensor:
-        """`reference.rope_rotations`: (R, head_dim / 2) complex64."""
+    def rotations(self, rope: Rope) -> Rotations:
+        """`reference.rope_rotations`: (R, head_dim / 2) complex64 each."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in self._spans])
-        return reference.rope_rotations(positions.to(frequencies.device), frequencies)
+        return reference.rope_rotations(positions.to(rope.frequencies.device), rope)
 
-    def attend(self, qkv: Tensor, heads: Heads, rotations: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, heads: Heads, rotations: Rotations) -> Tensor:
         """`ops.rope_store` and `reference.attention` of each span."""
         out = []
         lengths = [span.length for span in self._spans]
-        for span, new, rotation in zip(
-            self._spans, qkv.split(lengths), rotations.split(lengths), strict=True
-        ):
+        turns = zip(*(rotation.split(lengths) for rotation in rotations), strict=True)
+        for span, new, rotation in zip(self._spans, qkv.split(lengths), turns, strict=True):
             keys, values = self._cache.of(heads.layer, span.slot)
             q = ops.rope_store(new, keys, values, span.start, heads.n_heads, rotation)
             end = span.start + span.length

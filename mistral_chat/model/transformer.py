@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mistral_chat.kernels import reference
+from mistral_chat.kernels.reference import Rope, Rotations
 from mistral_chat.kernels.weight import Quantized
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache
@@ -24,6 +24,7 @@ from mistral_chat.model.operations import (
     Span,
     WhichLogits,
 )
+from mistral_chat.model.rope import frequencies
 from mistral_chat.model.sharding import Placement, Shard, placements
 from mistral_chat.model.weight import QuantizedMatrix, empty, empty_matrix, weight_of
 
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         self.wqkv = empty_matrix(held["attention.wqkv"], n_rows, args.dim)
         self.wo = empty_matrix(held["attention.wo"], args.dim, len(shard.heads) * args.head_dim)
 
-    def forward(self, x: Rows, rotations: Tensor, run: Operations) -> Tensor:
+    def forward(self, x: Rows, rotations: Rotations, run: Operations) -> Tensor:
         """(R, dim) -> (R, dim), a partial result that ranks must sum."""
         qkv = run.linear(x, weight_of(self.wqkv)).unflatten(1, (-1, self.heads.head_dim))
         return run.linear(run.attend(qkv, self.heads, rotations), weight_of(self.wo))
@@ -80,7 +81,12 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(shard, layer)
 
     def forward(
-        self, normed: Rows, residual: Tensor, next_norm: Tensor, rotations: Tensor, run: Operations
+        self,
+        normed: Rows,
+        residual: Tensor,
+        next_norm: Tensor,
+        rotations: Rotations,
+        run: Operations,
     ) -> tuple[Rows, Tensor]:
         """Take the normed rows and the residual stream, both (R, dim); give the next block's."""
         ranks = run.collective
@@ -113,7 +119,7 @@ class Transformer(nn.Module):
         self.shard = shard or Shard(args)
         self.collective: Collective = collective or Alone()
         assert self.shard.world_size == 1 or collective is not None
-        self._frequencies: Tensor | None = None
+        self._rope: Rope | None = None
         n_vocab = len(self.shard.vocab)
         self.tok_embeddings = empty(n_vocab, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(self.shard, i) for i in range(args.n_layers))
@@ -183,12 +189,18 @@ class Transformer(nn.Module):
                 self.destination(placement).copy_(part * deviation)
 
     @property
-    def frequencies(self) -> Tensor:
-        """Radians that each pair of a head rotates per position: (head_dim / 2,) float32."""
-        if self._frequencies is None or self._frequencies.device != self.device:
-            args = self.args
-            self._frequencies = reference.rope_frequencies(args.head_dim, args.theta, self.device)
-        return self._frequencies
+    def rope(self) -> Rope:
+        """How positions turn this model's heads."""
+        if self._rope is None or self._rope.frequencies.device != self.device:
+            args, scaling = self.args, self.args.llama_4_scaling
+            turns = frequencies(args.head_dim, args.theta, args.yarn)
+            self._rope = Rope(
+                torch.tensor(turns, dtype=torch.float32, device=self.device),
+                magnitude=args.yarn.magnitude if args.yarn else 1.0,
+                beta=scaling.beta if scaling else 0.0,
+                original=scaling.original_max_position_embeddings if scaling else 1,
+            )
+        return self._rope
 
     @torch.inference_mode()
     def forward(
@@ -227,7 +239,7 @@ class Transformer(nn.Module):
         normed, residual = run.collective.reduce_add_norm(
             embedded, None, norms[0], self.args.norm_eps
         )
-        rotations = run.rotations(self.frequencies)
+        rotations = run.rotations(self.rope)
         for block, next_norm in zip(self.blocks, norms[1:], strict=True):
             normed, residual = block(normed, residual, next_norm, rotations, run)
         return run.logits(normed, self.output_weight)

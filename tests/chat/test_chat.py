@@ -336,7 +336,7 @@ def test_second_turn_with_a_system_prompt_reuses_less_on_v3(name: str) -> None:
     assert 0 < second.usage.cached_tokens < first.usage.prompt_tokens
 
 
-@pytest.mark.parametrize("name", ["v7", "small tekken v7", "v11"])
+@pytest.mark.parametrize("name", ["v7", "small tekken v7", "v11", "v13", "v15"])
 def test_second_turn_with_a_system_prompt_reuses_all_from_v7_on(name: str) -> None:
     talk = Talk(name, system="Be brief.")
     _, first = talk.answer(talk.ids("Hello"))

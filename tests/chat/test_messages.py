@@ -252,7 +252,7 @@ def _spots(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _spots(value[key])
 
 
-@pytest.mark.parametrize("name", ["v1", "v3", "small tekken v7", "v11", "v13"])
+@pytest.mark.parametrize("name", ["v1", "v3", "small tekken v7", "v11", "v13", "v15"])
 def test_any_messages_are_encoded_or_refused_in_a_line_that_says_where(name: str) -> None:
     rng = random.Random(14)
     made = tokenizer(name)

@@ -21,7 +21,7 @@ from mistral_chat.errors import ContextLengthError, PromptError, UsageError
 from tests.chat.test_chat import GREEDY, Talk
 from tests.chat.test_functions import ARGUMENTS, EVERY_TYPE, write
 
-TEMPLATES = ("v3", "small tekken", "v7", "small tekken v7", "v11", "v13")
+TEMPLATES = ("v3", "small tekken", "v7", "small tekken v7", "v11", "v13", "v15")
 NAMES = ("f", "g", "every")
 TOOLS = [Tool(function=Function(name=name, parameters={"type": "object"})) for name in NAMES]
 Calls = list[tuple[str, dict[str, Any]]]
@@ -141,7 +141,9 @@ def test_raw_calls_are_told_apart_from_what_is_said(name: str) -> None:
     assert first.said + "".join(turn.raw) == first.text
     assert turn.raw[0].startswith("[TOOL_CALLS]")
     # Templates before v7 allow no text beside calls.
-    assert ("I will look." in decoded(talk, turn.prompts[1])) is talk.tokenizer.calls_have_text
+    assert (
+        "I will look." in decoded(talk, turn.prompts[1])
+    ) is talk.tokenizer.template.calls_have_text
 
 
 # What was run is not run again: everything up to the call if the template adds an id that the
@@ -155,7 +157,7 @@ def test_results_reuse_the_cache(name: str) -> None:
     for before, after in zip(turn.answers, turn.answers[1:], strict=False):
         held = before.usage.prompt_tokens + before.usage.completion_tokens - 1
         assert after.usage.cached_tokens >= before.usage.prompt_tokens
-        if not talk.tokenizer.calls_have_ids:
+        if not talk.tokenizer.template.calls_have_ids:
             assert after.usage.cached_tokens == held
 
 

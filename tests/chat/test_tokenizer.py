@@ -23,6 +23,7 @@ from tests.conftest import TINY, folder_of, open_folder, write_params
 from tests.scripts.tokenizers import (
     SENTENCEPIECE,
     TEKKEN,
+    THINKING,
     byte_ids,
     encode,
     shipped_file,
@@ -180,6 +181,7 @@ def test_detokenizer_of_tekken_keeps_all_spaces(name: str, continues: bool) -> N
 def test_detokenizer_shows_what_models_write_and_no_other_control_token(name: str) -> None:
     made = tokenizer(name)
     marks = {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"}
+    marks -= {"[CALL_ID]"} if name in THINKING else set()
     special = {i: made.raw.id_to_piece(i) for i in range(100) if made.is_special(i)}
     assert "[TOOL_CALLS]" in special.values()
     assert len(special) > 10
@@ -250,9 +252,11 @@ def test_banned_ids_leave_text_and_what_models_write(name: str, tools: bool, ext
     allowed = set(range(made.n_words + extra)) - set(banned)
     assert max(allowed) < made.n_words  # the model's rows beyond the tokenizer's have no text
     control = {made.raw.id_to_piece(i) for i in allowed & made.raw.special_ids}
-    marks = {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"} if name == "v11" else {"[TOOL_CALLS]"}
+    thinks = name in ("v11", *THINKING)
+    marks = {"[TOOL_CALLS]"} | ({"[ARGS]"} if thinks else set())
+    marks |= {"[CALL_ID]"} if name == "v11" else set()
     wanted = {"</s>"} | (marks if tools and name != "v1" else set())
-    assert control == wanted | ({"[THINK]", "[/THINK]"} if name == "v11" else set())
+    assert control == wanted | ({"[THINK]", "[/THINK]"} if thinks else set())
     for text in TEXTS:
         assert allowed.issuperset(encode(made, text))
         assert allowed.issuperset(byte_ids(made, text))

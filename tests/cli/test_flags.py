@@ -21,6 +21,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "file": ("a.txt", (Path("a.txt"),)),
     "system": ("Be brief", "Be brief"),
     "system_file": ("s.txt", Path("s.txt")),
+    "reasoning": ("high", "high"),
     "tools": ("t.json", Path("t.json")),
     "tools_env": ("MY_API_KEY", ("MY_API_KEY",)),
     "tool_timeout": ("2.5", 2.5),
@@ -41,8 +42,9 @@ VALUES: dict[str, tuple[str, Any]] = {
     "load_format": ("consolidated", "consolidated"),
     "quantization": ("int8", "int8"),
 }
-SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes", "plain")
+SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes", "plain", "show_thinking")
 NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
+         "reasoning": ["--instruct"],
          "yes": ["--instruct", "--tools=x.py"], "tool_timeout": ["--instruct", "--tools=x.py"],
          "tools_env": ["--instruct", "--tools=x.py"], "logprobs": ["--json"],
          "resume": ["--instruct"]}  # fmt: skip
@@ -254,6 +256,9 @@ def test_value_out_of_range_is_refused_by_name(
         (["--instruct", "--tools=x.py", "--tool_timeout=nan"], "--tool_timeout is nan: expected"),
         (["--instruct", "--tools=x.py", "--tool_timeout=x"], "'x' is no number"),
         (["--stats", "--quiet"], "--stats and --quiet"),
+        (["--show_thinking", "--quiet"], "--show_thinking and --quiet"),
+        (["--reasoning", "high"], "--reasoning needs --instruct"),
+        (["--instruct", "--reasoning", "low"], "'low' is none of none, high"),
         (["--json_schema", "x", "--json_object"], "--json_schema and --json_object"),
         (["again", "--prompt", "x"], "found the text 'again' after MODEL and --prompt"),
         (["Why", "is", "it?"], "quoted: mistral-chat MODEL 'Why is it?'"),
@@ -273,14 +278,15 @@ def test_model_is_needed() -> None:
 def test_preset_sets_what_flags_leave_open(tmp_path: Path) -> None:
     path = tmp_path / "preset.toml"
     path.write_text(
-        "[run]\ninstruct = true\ndevice = 'cpu'\nmax_seq_len = 64\n"
-        "[generation]\ntemperature = 0\nstop = ['a', '#']\nmax_tokens = 3\n"
+        "[run]\ninstruct = true\ndevice = 'cpu'\nmax_seq_len = 64\nshow_thinking = true\n"
+        "[generation]\ntemperature = 0\nstop = ['a', '#']\nmax_tokens = 3\nreasoning = 'high'\n"
     )
     options = _parse("--config", str(path), "--max_tokens", "9", "--stop", "b")
     assert options.instruct
     assert (options.engine.device, options.engine.max_seq_len) == ("cpu", 64)
     assert (options.sampling.temperature, options.sampling.max_tokens) == (0, 9)
     assert options.sampling.stop == ("b",)
+    assert (options.reasoning, options.show_thinking) == ("high", True)
 
 
 @pytest.mark.parametrize("name", ["prompt", "file", "system", "json", "config"])

@@ -14,8 +14,10 @@ from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Chunk, Step
 from mistral_chat.model.args import TransformerArgs
+from mistral_chat.model.rope import QueryScaling, Yarn
 from mistral_chat.model.transformer import Transformer
 from tests.conftest import ROOT, command_env
+from tests.kernels.ropes import SCALED, rope_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +33,12 @@ SHAPES = {
         dim=576, n_layers=4, head_dim=64, hidden_dim=1536, n_heads=9, n_kv_heads=3,
         norm_eps=1e-5, vocab_size=49344, sliding_window=[100, None, 100, None],
         tied_embeddings=True,
+    ),
+    "yarn": TransformerArgs(
+        dim=512, n_layers=3, head_dim=128, hidden_dim=1024, n_heads=8, n_kv_heads=2,
+        norm_eps=1e-5, vocab_size=32768,
+        yarn=Yarn.from_params({"original_max_position_embeddings": 64, "factor": 16, "beta": 4}),
+        llama_4_scaling=QueryScaling(beta=0.1, original_max_position_embeddings=64),
     ),
 }  # fmt: skip
 # Shards of Large-2407 on 2 and on 8 GPUs and Mistral-7B-v0.3's matrices: qkv, wo, w13, w2.
@@ -208,11 +216,11 @@ def test_attention_equals_the_reference(dtype: torch.dtype, context: int, length
     qkv = draw(2 * length, n_heads + 2 * n_kv, head_dim, dtype=dtype)
     first = torch.tensor([0, 12, 24], dtype=torch.int32, device="cuda")
     of = torch.arange(2, dtype=torch.int32, device="cuda").repeat_interleave(12)
-    frequencies = reference.rope_frequencies(head_dim, 1e6, torch.device("cuda"))
+    rope = rope_of(head_dim, 1e6, "cuda", original=1000, **SCALED)
     results = []
     for run in (fused, reference):
         k, v = keys.clone(), values.clone()
-        rotations = run.rotations(starts, length, frequencies)
+        rotations = run.rotations(starts, length, rope)
         out = run.attend(qkv, k, v, rotations, slots, starts, lengths, first, of, 12, None)
         results.append((out, k, v))
     (out, k, v), (expected, expected_k, expected_v) = results

@@ -18,6 +18,7 @@ from mistral_chat.kernels import elementwise, fused, reference
 from mistral_chat.kernels.elementwise import SLICE, Scaled, n_slices
 from mistral_chat.kernels.linear import matmul
 from mistral_chat.kernels.tuning import MOST_ROWS, FewRows, OneRow
+from tests.kernels.ropes import PLAIN, SCALED, rope_of
 
 pytestmark = [
     # Triton's interpreter makes a loop's bound of an array of one element, which numpy frowns upon.
@@ -252,19 +253,25 @@ LAST = 131_071  # the last position of Mistral's longest context
     ("starts", "length"),
     [([0], 1), ([LAST], 1), ([LAST - 16], 17), ([5, 0, LAST - 2], 3), ([3, LAST, 700, 0], 1)],
 )
+@pytest.mark.parametrize("scaling", [PLAIN, SCALED], ids=["plain", "scaled"])
 def test_rotations_are_the_reference(
-    starts: list[int], length: int, head_dim: int, theta: float
+    starts: list[int], length: int, head_dim: int, theta: float, scaling: dict[str, float]
 ) -> None:
-    frequencies = reference.rope_frequencies(head_dim, theta, DEVICE)
+    rope = rope_of(head_dim, theta, DEVICE, original=2, **scaling)
     places = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
-    got = fused.rotations(places, length, frequencies)
-    assert got.shape == (len(starts) * length, 2, head_dim // 2)
-    # the angle is the same product in float32; cosines are right to a unit or two of 6e-8
-    wanted = reference.rotations(places, length, frequencies)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2.5e-7)
+    got = fused.rotations(places, length, rope)
+    assert (got[0] is got[1]) == (scaling == PLAIN)
+    wanted = reference.rotations(places, length, rope)
     positions = torch.cat([torch.arange(s, s + length) for s in starts]).to(DEVICE)
-    turns = reference.rope_rotations(positions, frequencies)
-    torch.testing.assert_close(torch.complex(got[:, 0], got[:, 1]), turns, rtol=0, atol=2.5e-7)
+    # The angle is the same product in float32; cosines are right to a unit or two of 6e-8, and
+    # scales are up to 3.
+    bound = 2.5e-7 if scaling == PLAIN else 1.5e-6
+    for ours, theirs, turns in zip(
+        got, wanted, reference.rope_rotations(positions, rope), strict=True
+    ):
+        assert ours.shape == (len(starts) * length, 2, head_dim // 2)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+        torch.testing.assert_close(torch.complex(ours[:, 0], ours[:, 1]), turns, rtol=0, atol=bound)
 
 
 @by_type
@@ -305,8 +312,8 @@ def test_rope_store_is_the_reference(
 ) -> None:
     qkv = draw(n_new, n_heads + 2 * n_kv, head_dim, dtype=dtype)
     positions = torch.arange(start, start + n_new, device=DEVICE)
-    frequencies = reference.rope_frequencies(head_dim, 1e4, DEVICE)
-    rotations = reference.rope_rotations(positions, frequencies)
+    rope = rope_of(head_dim, 1e4, DEVICE, original=2, **SCALED)
+    rotations = reference.rope_rotations(positions, rope)
     caches = [draw(2, 3, n_kv, 30, head_dim, seed=4, dtype=dtype) for _ in range(2)]
     queries, ours = qkv.clone(), caches[0]
     elementwise.rope_store(queries, ours[0, 1], ours[1, 1], start, n_heads, rotations)
@@ -384,9 +391,9 @@ def attend(
         unread = ~held.unsqueeze(1).expand(-1, n_kv, -1)
         keys[unread], values[unread] = junk, junk
     starts = integers(case.starts)
-    frequencies = reference.rope_frequencies(head_dim, 1e4, DEVICE)
+    rope = rope_of(head_dim, 1e4, DEVICE, original=5, **SCALED)
     out = module.attend(
-        qkv, keys, values, reference.rotations(starts, case.per_span, frequencies),
+        qkv, keys, values, reference.rotations(starts, case.per_span, rope),
         integers(slots), starts, integers(case.lengths),
         integers([0, *counts.cumsum(0).tolist()]),
         integers(torch.arange(n_kv).repeat_interleave(counts).tolist()),
@@ -523,12 +530,12 @@ def test_attend_of_a_few_tokens_is_one_after_the_other(window: int | None) -> No
     n_heads, n_kv, head_dim = 5, 2, 16
     qkv = draw(n, n_heads + 2 * n_kv, head_dim)
     caches = [[draw(1, n_kv, 80, head_dim, seed=s) for s in (1, 2)] for _ in range(2)]
-    frequencies = reference.rope_frequencies(head_dim, 1e4, DEVICE)
+    rope = rope_of(head_dim, 1e4, DEVICE)
     heads = integers([0, 3, 5]), integers([0, 0, 0, 1, 1]), 3, window
 
     def run(rows: Tensor, cache: list[Tensor], at: int) -> Tensor:
         starts = integers([at])
-        turns = fused.rotations(starts, len(rows), frequencies)
+        turns = fused.rotations(starts, len(rows), rope)
         out: Tensor = fused.attend(
             rows, *cache, turns, integers([0]), starts, integers([len(rows)]), *heads
         )

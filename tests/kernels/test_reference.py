@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels import reference
+from tests.kernels.ropes import rope_of
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,8 +76,9 @@ def test_embed_rows_gives_zeros_outside_its_range() -> None:
 
 
 def rotations(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
-    frequencies = reference.rope_frequencies(head_dim, theta, positions.device)
-    return reference.rope_rotations(positions, frequencies)
+    queries, keys = reference.rope_rotations(positions, rope_of(head_dim, theta))
+    assert queries is keys  # nothing that is for queries alone
+    return keys
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
@@ -97,6 +99,18 @@ def test_rope_rotations_at_position_zero_turn_nothing() -> None:
     x = draw(1, 3, 8)
     turned = reference.apply_rope(x, rotations(torch.tensor([0]), 8, 1e6))
     assert torch.equal(turned, x)
+
+
+def test_rope_rotations_of_queries_grow_with_the_position() -> None:
+    positions = torch.tensor([0, 6, 7, 13, 14, 70, 200_000])
+    plain = rotations(positions, 8, 1e4)
+    rope = rope_of(8, 1e4, original=7, magnitude=1.25, beta=0.1)
+    queries, keys = reference.rope_rotations(positions, rope)
+    # one product, or two, and a logarithm in float32
+    torch.testing.assert_close(keys, 1.25 * plain, rtol=1e-6, atol=1e-6)
+    for row, position in enumerate(positions.tolist()):
+        scale = 1.25 * (1 + 0.1 * math.log(1 + position // 7))
+        torch.testing.assert_close(queries[row], scale * plain[row], rtol=1e-6, atol=1e-6)
 
 
 def test_apply_rope_turns_adjacent_pairs() -> None:

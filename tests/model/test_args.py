@@ -13,6 +13,7 @@ import pytest
 
 from mistral_chat.errors import CheckpointError
 from mistral_chat.model.args import TransformerArgs
+from mistral_chat.model.quantization import Quantization
 from mistral_chat.model.sharding import Shard, placements
 from tests.conftest import open_folder, read_args
 
@@ -77,11 +78,67 @@ def test_from_dict_names_all_missing_keys_at_once() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["moe", "lora", "vision_encoder", "quantization", "yarn"])
-def test_from_dict_refuses_another_architecture_by_name(name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"{name} is not supported"):
-        TransformerArgs.from_dict(SMALL | {name: {"some": "thing"}})
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("moe", {"num_experts": 8}, "moe: a mixture of experts is not supported"),
+        ("q_lora_rank", 512, r"q_lora_rank: multi-head latent attention \(MLA\) is not supported"),
+        ("v_head_dim", 128, r"v_head_dim: multi-head latent attention \(MLA\) is not supported"),
+        ("lora", {"some": "thing"}, "lora is not supported"),
+        ("vision_encoder", "pixtral", "vision_encoder is 'pixtral': expected an object"),
+        ("yarn", {"some": "thing"}, "some in yarn is not supported: not a key we know"),
+        ("llama_4_scaling", {"beta": 1}, "original_max_position_embeddings in llama_4_scaling is"),
+        ("quantization", {"some": "thing"}, "qformat_weight None is not supported: expected fp8_"),
+        ("quantization_config", {}, "quant_method None is not supported: expected fp8, compressed"),
+    ],
+)
+def test_from_dict_refuses_another_architecture_by_name(name: str, value: Any, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        TransformerArgs.from_dict(SMALL | {name: value})
     assert TransformerArgs.from_dict(SMALL | {name: None}) == TransformerArgs(**SMALL)
+
+
+# As the params.json of Devstral-2-123B-Instruct-2512 has it beside the sizes.
+DEVSTRAL_2: dict[str, Any] = {
+    "max_position_embeddings": 262144,
+    **dict.fromkeys(
+        ("q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "kv_lora_rank", "v_head_dim")
+    ),
+    "quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"},
+    "yarn": {
+        "original_max_position_embeddings": 4096,
+        "factor": 64,
+        "apply_scale": True,
+        "beta": 4,
+        "alpha": 1,
+    },
+    "llama_4_scaling": None,
+}
+
+
+def test_from_dict_reads_devstral_2() -> None:
+    args = TransformerArgs.from_dict(LARGE | DEVSTRAL_2 | {"vocab_size": 131072})
+    assert args.max_seq_len == 262144
+    assert args.yarn is not None
+    assert (args.yarn.factor, args.yarn.original_max_position_embeddings) == (64, 4096)
+    assert (args.yarn.beta_fast, args.yarn.beta_slow) == (4, 1)
+    assert args.yarn.magnitude == pytest.approx(1.41589, abs=1e-5)
+    assert args.llama_4_scaling is None
+    assert args.quantization == Quantization(
+        method="native-fp8", kind="fp8", per_tensor=True, static_activations=True
+    )
+    assert not args.vision_encoder
+
+
+def test_from_dict_takes_a_vision_encoder_for_what_is_not_run() -> None:
+    vision = {"hidden_size": 1664, "num_hidden_layers": 48, "image_size": 1540}
+    assert TransformerArgs.from_dict(SMALL | {"vision_encoder": vision}).vision_encoder
+
+
+def test_from_dict_takes_one_kind_of_quantization() -> None:
+    both = DEVSTRAL_2 | {"quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(CheckpointError, match="quantization and quantization_config: expected one"):
+        TransformerArgs.from_dict(SMALL | both)
 
 
 def test_from_dict_refuses_keys_that_it_does_not_know() -> None:
@@ -116,10 +173,13 @@ def test_from_dict_refuses_another_model_type(kind: str) -> None:
         ([3, None, None, 7], (3, None, None, 7)),
         ([3, None], (3, None, 3, None)),
         ([6], (6, 6, 6, 6)),
+        ("5", (5, 5, 5, 5)),
+        ([None, "7"], (None, 7, None, 7)),
+        (["null", 7], (None, 7, None, 7)),
     ],
 )
 def test_sliding_window_is_one_entry_a_layer(
-    key: str, window: int | list[int | None] | None, by_layer: tuple[int | None, ...]
+    key: str, window: Any, by_layer: tuple[int | None, ...]
 ) -> None:
     assert TransformerArgs.from_dict(SMALL | {key: window}).window_by_layer == by_layer
 
@@ -131,7 +191,7 @@ def test_sliding_window_may_stand_under_both_names_only_when_they_agree() -> Non
         TransformerArgs.from_dict(SMALL | both | {"_sliding_window": 5})
 
 
-@pytest.mark.parametrize("window", [0, -1, 2.5, True, "4096", [4, 0], [4, 4, 4], [], [4] * 8])
+@pytest.mark.parametrize("window", [0, -1, 2.5, True, "4k", "-1", [4, 0], [4, 4, 4], [], [4] * 8])
 def test_sliding_window_that_fits_no_layers_is_refused(window: Any) -> None:
     with pytest.raises(CheckpointError, match="sliding_window"):
         TransformerArgs.from_dict(SMALL | {"sliding_window": window})

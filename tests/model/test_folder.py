@@ -191,3 +191,9 @@ def test_a_folder_in_the_place_of_a_tokenizer_is_none(broken_folder: Path) -> No
     shutil.copy(broken_folder / "tokenizer.model.v3", broken_folder / "tokenizer.model.v2")
     with pytest.raises(TokenizerError, match="found 2 tokenizers"):
         _ = open_folder(broken_folder).tokenizer_file
+
+
+def test_a_folder_of_gguf_files_is_refused_by_that_name(tmp_path: Path) -> None:
+    (tmp_path / "model.Q4_K_M.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"model.Q4_K_M.gguf is a GGUF file, which is not"):
+        open_folder(tmp_path)

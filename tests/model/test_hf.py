@@ -60,6 +60,7 @@ SHAPES = {
     "all-heads": replace(WIDE, n_heads=4, n_kv_heads=4, head_dim=2),
 }
 Weights = dict[str, Tensor]
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def their_state(weights: Weights, args: TransformerArgs) -> Weights:
@@ -478,9 +479,36 @@ def test_all_missing_keys_are_named_at_once(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias True is not supported: expected False"),
         ({"mlp_bias": True}, "mlp_bias True is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is not supported"),
+        ({"quantization_config": {"quant_method": "gguf"}}, "quant_method 'gguf' is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' in rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' in rope_parameters is not"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' in rope_parameters is"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "original_max_position_embeddings in rope_scaling is missing",
+        ),
+        (
+            {"rope_scaling": YARN | {"attn_temperature": 2}},
+            "attn_temperature in rope_scaling is not supported: not a key we know",
+        ),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate in rope_scaling is not supported"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "factor is 0.5: expected a number from 1"),
+        ({"rope_scaling": YARN | {"mscale": "1"}}, "mscale is '1': expected a number"),
+        (
+            {"rope_scaling": YARN | {"rope_type": "default"}},
+            "type and rope_type in rope_scaling disagree",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 5.0}},
+            "rope_parameters and rope_scaling disagree",
+        ),
+        (
+            {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"dim": 1}},
+            "text_config is of model_type None: expected one of mistral",
+        ),
+        (
+            {"sliding_window": 4, "layer_types": ["sliding_attention"]},
+            "layer_types is ['sliding_attention']: expected 2 of sliding_attention, full_attention",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 in rope"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]: expected an object"),
         (
@@ -494,7 +522,7 @@ def test_all_missing_keys_are_named_at_once(tmp_path: Path) -> None:
         ({"head_dim": "6"}, "head_dim is '6'"),
         ({"sliding_window": [4, None]}, "sliding_window is [4, None]: expected one number or null"),
         ({"sliding_window": 0}, "sliding_window is 0"),
-        ({"sliding_window": "4"}, "sliding_window is '4'"),
+        ({"sliding_window": "4k"}, "sliding_window is '4k'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ({"max_position_embeddings": "many"}, "max_position_embeddings is 'many'"),
     ],

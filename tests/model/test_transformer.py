@@ -13,6 +13,7 @@ from mistral_chat.kernels import reference
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.cache import KVCache, kv_bytes_per_token
 from mistral_chat.model.operations import Alone, ManyRows, Span
+from mistral_chat.model.rope import QueryScaling, Yarn
 from mistral_chat.model.sharding import Shard
 from mistral_chat.model.transformer import Transformer, TransformerBlock
 from tests.conftest import random_weights
@@ -38,6 +39,13 @@ SHAPES = {
     "window": replace(ODD, sliding_window=5),
     "windows by layer": replace(ODD, sliding_window=[4, None, 7]),
     "windows repeated": replace(ODD, n_layers=4, sliding_window=[None, 3]),
+    # of 5 pairs one is fast, three are between, one is slow
+    "yarn": replace(
+        ODD,
+        head_dim=10,
+        yarn=Yarn(factor=8, original_max_position_embeddings=64, beta_fast=8, magnitude=1.2),
+        llama_4_scaling=QueryScaling(beta=0.3, original_max_position_embeddings=4),
+    ),
 }
 by_shape = pytest.mark.parametrize("args", SHAPES.values(), ids=SHAPES)
 
@@ -89,8 +97,25 @@ def logits_by_hand(args: TransformerArgs, tokens: Tensor) -> Tensor:
     w = {name: tensor.double() for name, tensor in random_weights(args).items()}
     length, d = len(tokens), args.head_dim
     position = torch.arange(length)
-    frequency = (args.rope_theta or 1e6) ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-    cos, sin = (f(position.double().unsqueeze(1) * frequency) for f in (torch.cos, torch.sin))
+    theta = args.rope_theta or 1e6
+    frequency = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    growth, magnitude = torch.ones(length, dtype=torch.float64), 1.0
+    if yarn := args.yarn:
+        magnitude = yarn.magnitude
+        low, high = (
+            rounded(d * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns))
+                    / (2 * math.log(theta)))
+            for rounded, turns in ((math.floor, yarn.beta_fast), (math.ceil, yarn.beta_slow))
+        )  # fmt: skip
+        assert 0 <= low < high < d
+        slow = ((torch.arange(d // 2).double() - low) / (high - low)).clamp(0, 1)
+        frequency = slow * frequency / yarn.factor + (1 - slow) * frequency
+    if scaling := args.llama_4_scaling:
+        steps = position // scaling.original_max_position_embeddings
+        growth = 1 + scaling.beta * torch.log(1 + steps.double())
+    cos, sin = (
+        magnitude * f(position.double().unsqueeze(1) * frequency) for f in (torch.cos, torch.sin)
+    )
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + args.norm_eps).sqrt() * weight
@@ -111,7 +136,7 @@ def logits_by_hand(args: TransformerArgs, tokens: Tensor) -> Tensor:
         for i in range(args.n_heads):
             kv = i // (args.n_heads // args.n_kv_heads)
             mine, shared = slice(i * d, (i + 1) * d), slice(kv * d, (kv + 1) * d)
-            scores = turn(q[:, mine]) @ turn(k[:, shared]).T / math.sqrt(d)
+            scores = turn(q[:, mine]) * growth[:, None] @ turn(k[:, shared]).T / math.sqrt(d)
             heads.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, shared])
         x = x + torch.cat(heads, 1) @ w[p + "attention.wo.weight"].T
         h = norm(x, w[p + "ffn_norm.weight"])
@@ -253,7 +278,7 @@ class Ranks:
         """What `Transformer.forward` does with a collective, from its own modules."""
         args = self.models[0].args
         runs = [ManyRows(spans, cache, Alone()) for cache in self.caches]
-        rotations = runs[0].rotations(self.models[0].frequencies)
+        rotations = runs[0].rotations(self.models[0].rope)
 
         def summed(parts: list[Tensor]) -> Tensor:
             return torch.stack(parts).sum(0)

@@ -1,4 +1,7 @@
-"""The tokenizers that mistral-common ships, and two small ones made from its Tekken file."""
+"""The tokenizers that mistral-common ships, and small ones made from its Tekken file.
+
+It ships none of v11 to v15; those differ from the Tekken file in their control tokens and settings.
+"""
 
 import json
 import tempfile
@@ -14,8 +17,9 @@ from mistral_chat.chat.tokenizer import Tokenizer
 
 SENTENCEPIECE = ("v1", "v2", "v3", "v7")
 # The shipped "tekken" has 131,072 words and takes seconds to load; these have few of them.
-TEKKEN = ("small tekken", "small tekken v7", "v11")
-WITH_MARKS = ("v2", "v3", "v7", "small tekken", "small tekken v7", "v11")  # templates of tokens
+TEKKEN = ("small tekken", "small tekken v7", "v11", "v13", "v15")
+WITH_MARKS = ("v2", "v3", "v7", *TEKKEN)  # templates of tokens
+THINKING = ("v13", "v15")  # templates that give thinking back
 N_SMALL = 4000
 
 
@@ -32,10 +36,12 @@ def shipped_file(name: str) -> Path:
 
 @cache
 def small_tekken(version: str) -> str:
-    """Text of a tekken.json with few words and, from v11 on, the marks of tool calls."""
+    """Text of a tekken.json with few words and the control tokens and settings of a version."""
     names = [SpecialTokens(t["token_str"]).value for t in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
-    if version in ("v11", "v13"):
+    if version in ("v11", "v13", "v15"):
         names += ["[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"]
+    if version == "v15":
+        names += ["[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"]
     data = json.loads(shipped_file("tekken").read_text(encoding="utf-8"))
     data["vocab"] = data["vocab"][:N_SMALL]
     data["config"] |= {
@@ -47,12 +53,17 @@ def small_tekken(version: str) -> str:
     data["special_tokens"] = [
         {"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)
     ]
+    if version == "v15":
+        effort = {"type": "enum", "values": ["none", "high"], "accepts_none": True,
+                  "default": "none"}  # fmt: skip
+        data["model_settings_builder"] = {"reasoning_effort": effort}
     return json.dumps(data)
 
 
 @cache
 def tokenizer(name: str) -> Tokenizer:
-    versions = {"small tekken": "v3", "small tekken v7": "v7", "v11": "v11", "v13": "v13"}
+    versions = {"small tekken": "v3", "small tekken v7": "v7", "v11": "v11", "v13": "v13",
+                "v15": "v15"}  # fmt: skip
     if name not in versions:
         return Tokenizer(shipped_file(name))
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,9 @@ __all__ = ["Line", "asks_json", "check_source", "read_lines", "read_source", "sh
 
 MOST_BYTES = 1 << 30
 _SAMPLING = flags_of(SamplingParams)
-_FIELDS = ("id", "prompt", "messages", "tools", "json_schema", "json_object", *_SAMPLING)
+_FIELDS = ("id", "prompt", "messages", "tools", "json_schema", "json_object", "reasoning",
+           *_SAMPLING)  # fmt: skip
+_EFFORTS = flags_of(AnswersRequest)["reasoning"].choices
 _OPENAI_FIELDS = ("custom_id", "method", "url", "body")
 _CHAT_URL, _COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 # Fields of OpenAI's bodies that have no effect here, and fields with one supported value.
@@ -43,7 +45,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True,),
 }
 _BODY_FIELDS = ("prompt", "messages", "tools", "response_format", *_SAMPLING,
-                "max_completion_tokens", "top_logprobs", *_IGNORED, *_NEUTRAL)  # fmt: skip
+                "max_completion_tokens", "reasoning_effort", "top_logprobs", *_IGNORED,
+                *_NEUTRAL)  # fmt: skip
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -216,11 +219,17 @@ def _read_question(
     is_message = prompt is None or instruct
     if tools and not is_message:
         raise _LineError("tools need messages, or a prompt with --instruct")
+    reasoning = value.get("reasoning")
+    if reasoning is not None and not is_message:
+        raise _LineError("reasoning needs messages, or a prompt with --instruct")
+    if reasoning not in (None, *_EFFORTS):
+        raise _LineError(f"reasoning is {shown(reasoning)}: expected {' or '.join(_EFFORTS)}")
     if not is_message:
         question = Question(prompt=prompt, params=params, **held)
     else:
         if messages is None:
             messages = [{"role": "user", "content": prompt}]
+        held["reasoning"] = reasoning or request.reasoning
         question = Question(messages=messages, system=system, tools=tools, params=params, **held)
     if question.is_json(by_default=asks_json(request)):
         offers_tools = tools or (tools is None and is_message and request.tools is not None)
@@ -269,6 +278,8 @@ def _read_body(value: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     fields = {name: body[name] for name in body if name in _FIELDS}
     if "max_completion_tokens" in body:
         fields["max_tokens"] = body["max_completion_tokens"]
+    if "reasoning_effort" in body:
+        fields["reasoning"] = body["reasoning_effort"]
     if "response_format" in body:
         fields |= _read_response_format(body["response_format"])
     if isinstance(body.get("logprobs"), bool):  # chat: a switch, with the number in a second field

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mistral_chat.chat.template import check_effort_of_file
 from mistral_chat.cli import start
 from mistral_chat.cli.batch.lines import Line, asks_json, check_source, read_lines, read_source
 from mistral_chat.cli.batch.output import Output, check_target, error_record
 from mistral_chat.cli.batch.progress import Progress
 from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.codes import FAILED
-from mistral_chat.cli.offered import Offered, read_offered
+from mistral_chat.cli.offered import Offered, read_offered, say_of_default
 from mistral_chat.cli.pipes import keep_pipe
 from mistral_chat.cli.requests import BatchRequest
 from mistral_chat.cli.suggestions import require_model
@@ -58,6 +59,8 @@ def run(request: BatchRequest, words: Sequence[str], begun: Begun) -> int:
     check_source(request.source)
     check_target(request.target)
     folder = start.check(request)
+    if request.reasoning is not None:
+        check_effort_of_file(request.reasoning, folder.tokenizer_file)
     offered = read_offered(request)
     with begun.handed_on():
         code = start.launch(request, words, folder.args.n_heads)
@@ -148,6 +151,7 @@ def _answer(
         loaded = start.load(config, folder, group, begun.at, quiet=request.quiet)
     except OtherRankFailedError:
         return False
+    say_of_default(request)
     progress.begin()
     with start.parting(group):
         engine = Engine(loaded.runner)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,19 @@ from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.requests import BenchRequest
 from mistral_chat.cli.suggestions import require_model
 from mistral_chat.engine.ranks.launch import launched_rank
-from mistral_chat.errors import PromptError, UsageError
-from mistral_chat.files import read_json
+from mistral_chat.errors import OutputError, PromptError, UsageError
+from mistral_chat.files import read_json, read_text
 
 if TYPE_CHECKING:
     import torch
 
+    from mistral_chat.engine.ranks.group import Group
     from mistral_chat.engine.runner import Runner
     from mistral_chat.model.folder import ModelFolder
 
 __all__ = ["run"]
+
+WINDOW = 2048
 
 
 def run(request: BenchRequest, words: Sequence[str], begun: Begun) -> int:
@@ -57,7 +61,12 @@ def _check(request: BenchRequest, begun: Begun) -> "ModelFolder":
     """Check all that can be checked without torch."""
     require_model(request.engine.model)
     say_what_starts(request, begun)
-    folder = start.check(request, request.shard_of, needs_text=bool(request.json_schema))
+    needs_text = request.json_schema is not None or request.quality is not None
+    folder = start.check(request, request.shard_of, needs_text=needs_text)
+    if request.quality is not None:
+        read_text(request.quality, PromptError)
+        if request.write_logprobs is not None and request.write_logprobs.exists():
+            raise OutputError(f"--write_logprobs {request.write_logprobs}: there is such a file")
     if request.json_schema is not None:
         read_json(request.json_schema, PromptError)
         from mistral_chat.chat.schema.grammar import read_grammar
@@ -111,6 +120,8 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
             print(json.dumps(result) if request.json else loading_text(result))
         group.close()
         return 0
+    if request.quality is not None:
+        return _measure_quality(request, group, folder, about)
     ceiling = group.minimum(int(measure.read_bandwidth(device)))
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -158,6 +169,39 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
 
     verify_context = bench_phases.VERIFY_CONTEXT
     print(json.dumps(result) if request.json else text_of(result, verify_context))
+    return 0
+
+
+def _measure_quality(
+    request: BenchRequest, group: "Group", folder: "ModelFolder | None", about: dict[str, Any]
+) -> int:
+    """`--quality`, on this rank; the code to end with."""
+    from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.cli.bench import quality
+    from mistral_chat.cli.bench.tables import quality_text
+    from mistral_chat.engine.start_up import load_runner
+    from mistral_chat.model.folder import ModelFolder
+
+    assert request.quality is not None
+    folder = folder or ModelFolder.open(request.engine)
+    length = min(request.window or WINDOW, folder.args.max_seq_len or WINDOW)
+    windows, reference = [], None
+    with group.together():
+        if group.is_leader:
+            ids = Tokenizer.from_folder(folder).encode(read_text(request.quality, PromptError))
+            windows = quality.windows_of(ids, length)
+            if request.against is not None:
+                reference = quality.read_reference(request.against, windows, folder.args.vocab_size)
+    config = replace(request.engine, max_seq_len=request.engine.max_seq_len or length)
+    runner = load_runner(config, group, folder=folder)
+    if group.is_leader:
+        found = quality.measure_quality(runner, windows, request.write_logprobs, reference)
+        result = about | {"dtype": str(runner.model.dtype).removeprefix("torch.")} | found
+        group.send(None)
+        print(json.dumps(result) if request.json else quality_text(result))
+    else:
+        runner.follow()
+    group.close()
     return 0
 
 

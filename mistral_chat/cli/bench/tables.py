@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["build_of", "loading_text", "text_of"]
+__all__ = ["build_of", "loading_text", "quality_text", "text_of"]
 
 
 Figures = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, headings, rows
@@ -57,6 +57,27 @@ def loading_text(result: dict[str, Any]) -> str:
         f"{result['share_of_lower_ceiling']:.0%} of the lower ceiling; host memory besides: "
         f"{result['host_bytes_beside'] / 2**20:,.0f} MiB a rank",
         [("loading", ["", "s", "GB/s"], cells)],
+    )
+
+
+def quality_text(result: dict[str, Any]) -> str:
+    """The figures of `--quality` as text.
+
+    Args:
+        result: the object of `--json`.
+    """
+    rows = [("perplexity", f"{result['perplexity']:.4f}")]
+    if "kl" in result:
+        rows += [
+            ("perplexity of the other run", f"{result['reference_perplexity']:.4f}"),
+            ("divergence from it (KL), nats a token", f"{result['kl']:.5f}"),
+            ("  99 of 100 tokens are below", f"{result['kl_p99']:.5f}"),
+            ("the same token most likely", f"{result['same_top']:.2%}"),
+        ]
+    return _text(
+        f"{result['device']}, {result['world_size']} rank(s), {result['dtype']}, "
+        f"{build_of(result)}\n{result['tokens']:,} tokens predicted in {result['windows']} windows",
+        [("quality", ["", "figure"], rows)],
     )
 
 

@@ -36,13 +36,15 @@ __all__ = [
 
 def notice_of(answer: Answer, params: SamplingParams, max_seq_len: int) -> str | None:
     """Return what a person should know about how an answer ended; None for a normal end."""
+    is_cut = answer.thought is not None and not answer.thought.is_closed
+    within = ", within the thinking" if is_cut else ""
     if answer.finish_reason == "length":
         used = answer.usage.prompt_tokens + answer.usage.completion_tokens
         if used >= max_seq_len:
-            return f"stopped: the context of {max_seq_len:,} tokens is full"
+            return f"stopped: the context of {max_seq_len:,} tokens is full{within}"
         limit = answer.usage.completion_tokens
         default = "" if params.max_tokens else ", the default of plain completion"
-        return f"stopped at --max_tokens {limit}{default}"
+        return f"stopped at --max_tokens {limit}{default}{within}"
     if answer.finish_reason == "cancelled":
         return "interrupted"
     if answer.finish_reason == "tool_calls":
@@ -91,6 +93,7 @@ def answer_json(answer: Answer, *, model: str, world_size: int, load_s: float) -
     """Format the object of `--json` on one line."""
     value: dict[str, Any] = {
         "text": answer.text,
+        **({"thinking": answer.thinking} if answer.thinking else {}),
         "finish_reason": answer.finish_reason,
         "tool_calls": [
             {"id": c.id, "name": c.name, "arguments": c.arguments} for c in answer.tool_calls

@@ -63,6 +63,8 @@ def _inspect(config: "EngineConfig", n_ranks: int | None, gpu_memory: int | None
         dtype = choose_dtype(config.dtype, device)
     shape = asdict(args)
     del shape["max_batch_size"]
+    if args.quantization is not None:
+        shape["quantization"]["kept"] = sorted(args.quantization.kept)
     free, n_devices = _free(device, gpu_memory)
     return {
         "model": str(config.model or "dummy weights"),

@@ -71,6 +71,13 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         parts.append(f"sliding window {shape['sliding_window']}")
     if shape["max_seq_len"]:
         parts.append(f"{shape['max_seq_len']:,} positions")
+    if yarn := shape["yarn"]:
+        original = yarn["original_max_position_embeddings"]
+        parts.append(f"YaRN x{yarn['factor']:g} from {original:,}")
+    if scaling := shape["llama_4_scaling"]:
+        parts.append(f"llama-4 scaling {scaling['beta']:g}")
+    if shape["vision_encoder"]:
+        parts.append("text side of a model that sees pictures")
     lines = [
         ("model", result["model"]),
         ("architecture", ", ".join(parts)),
@@ -81,6 +88,8 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         kinds = ", ".join(weights["dtypes"])
         on_disk = f"{weights['layout']}, {files}, {_gb(weights['bytes'])} on disk ({kinds})"
         lines.append(("weights", on_disk))
+    if quantization := shape["quantization"]:
+        lines.append(("quantized", _quantization(quantization)))
     if tokenizer:
         lines.append(("tokenizer", f"{tokenizer['file']} ({tokenizer['version']})"))
     where = {"cpu": "the CPU", "cuda": "GPUs"}[result["device"]]
@@ -89,6 +98,18 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     n = result["max_batch_size"]
     lines.append(("planned for", f"{result['dtype']} on {where}, {n} sequence{'s'[: n > 1]}"))
     return lines
+
+
+def _quantization(said: dict[str, Any]) -> str:
+    """How the matrices of the layers are stored."""
+    scales = "a row"
+    if said["per_tensor"]:
+        scales = "a tensor"
+    elif said["group_size"]:
+        scales = f"{said['group_size']} columns"
+    zeros = " with zero points" if said["has_zeros"] else ""
+    kept = f", {len(said['kept'])} matrices as floats" if said["kept"] else ""
+    return f"{said['kind']}, a scale for {scales}{zeros} ({said['method']}){kept}"
 
 
 def _table(plans: Sequence[dict[str, Any]], frame: box.Box | None, unit: str = " GB") -> Table:

@@ -51,6 +51,9 @@ class AnswerView(Protocol):
     def show_below(self, lines: Sequence[str]) -> None:
         """Show lines below the answer while it grows, if the view supports it."""
 
+    def print_dim(self, lines: Sequence[str]) -> None:
+        """Print finished lines above the answer, of which nothing is shown yet."""
+
 
 class RawView:
     """Write text as it arrives, then one newline; shows nothing below the answer."""
@@ -68,6 +71,11 @@ class RawView:
 
     def show_below(self, lines: Sequence[str]) -> None:
         """Do nothing, as written text cannot be drawn over."""
+
+    def print_dim(self, lines: Sequence[str]) -> None:
+        """Write the lines to stderr, since stdout is for the answer alone."""
+        for line in lines:
+            render.note(line, dim=True)
 
 
 def make_view(*, plain: bool) -> AnswerView:
@@ -128,6 +136,15 @@ class MarkdownView:
                 self._draw_when_due()
             else:
                 self._draw(final=False)
+
+    def print_dim(self, lines: Sequence[str]) -> None:
+        """Print finished lines above the answer, of which nothing is shown yet."""
+        size = self._get_size()
+        out = self._adapt(size) if size != self._size else ""
+        columns = size[0]
+        printed = [Text(clean(line), DIM) for line in lines]
+        below = [_below(line, columns) for line in self._below]
+        self._write(out + self._paint(printed, below, columns))
 
     def _draw_when_due(self) -> None:
         started = time.monotonic()

@@ -15,7 +15,13 @@ from mistral_common.protocol.instruct.messages import (
     UserMessage,
 )
 
-from mistral_chat.chat.conversation import Conversation, Message, calls_of
+from mistral_chat.chat.conversation import (
+    Conversation,
+    Message,
+    calls_of,
+    text_of,
+    thinking_of,
+)
 from mistral_chat.chat.tools import UNREADABLE, ToolCall
 from mistral_chat.cli.console.printing import clean, wrap
 from mistral_chat.errors import OutputError
@@ -77,8 +83,8 @@ def last_turn(conversation: Conversation) -> Iterator[str]:
         if isinstance(message, UserMessage):
             yield f"> {shorten(str(message.content), 200)}"
         elif isinstance(message, AssistantMessage):
-            if message.content:
-                yield shorten(str(message.content), 400)
+            if text := text_of(message):
+                yield shorten(text, 400)
             for call in calls_of(message):
                 yield f"calls {shorten(call_line(call), 200)}"
 
@@ -96,7 +102,9 @@ def _markdown_of(message: Message) -> str:
         runs = re.findall("`+", text)
         fence = "`" * max(3, 1 + max(map(len, runs), default=0))
         return f"## Result of {message.name}\n\n{fence}\n{text}\n{fence}\n"
-    parts = [str(message.content)] if message.content else []
+    parts = [text_of(message)] if message.content else []
+    if thinking := thinking_of(message):
+        parts.insert(0, f"<details><summary>Thinking</summary>\n\n{thinking}\n\n</details>")
     parts += [f"calls `{call_line(call)}`" for call in calls_of(message)]
     return f"## {titles[message.role]}\n\n" + "\n\n".join(parts) + "\n"
 

@@ -14,6 +14,7 @@ from mistral_chat.cli.console import render
 from mistral_chat.cli.console.markdown import code_blocks
 from mistral_chat.cli.console.printing import clean, columns_of
 from mistral_chat.cli.console.texts import read_text_file
+from mistral_chat.cli.system_prompt import DEFAULT, default_system
 from mistral_chat.cli.talk import chat_text
 from mistral_chat.cli.talk.session_files import summaries
 from mistral_chat.cli.talk.sessions import Session
@@ -32,6 +33,7 @@ KEYS = {
     "Enter in an answer": "what was typed is sent after it; Ctrl-C brings it to the prompt",
     "Ctrl-G": "write the message in $EDITOR",
     "Ctrl-O": "open a long paste, which shows as [300 lines]",
+    "Ctrl-T": "open what the model thinks, in an answer or after it",
     "Up, Down": "earlier messages; Ctrl-R searches them",
 }
 ALIASES = {"/?": "/help", "/quit": "/exit", "/q": "/exit", "/bye": "/exit"}
@@ -54,7 +56,16 @@ class Commands:
         self._talk = talk
         self._table: dict[str, tuple[str, Callable[[str], None]]] = {
             "/help": ("this list", self._help),
-            "/system": ("show the system prompt, or set it: /system TEXT, /system -", self._system),
+            "/system": (
+                "show the system prompt, or set it: /system TEXT, /system - for none, /system "
+                "default for the model's own",
+                self._system,
+            ),
+            "/think": (
+                "show how much the model is asked to think, or set it: /think high, /think none, "
+                "/think - to leave it to the model",
+                self._think,
+            ),
             "/set": ("change how words are chosen: /set temperature 0.2", self._set),
             "/show": ("settings and session", self._show),
             "/regen": ("answer the last message again", self._regen),
@@ -73,7 +84,16 @@ class Commands:
             "/clear": ("begin a new chat; this one stays kept", self._clear),
             "/exit": ("leave, as Ctrl-D does", self._exit),
         }
-        self._take_words = {"/system", "/set", "/drop", "/file", "/copy", "/save", "/load"}
+        self._take_words = {
+            "/system",
+            "/think",
+            "/set",
+            "/drop",
+            "/file",
+            "/copy",
+            "/save",
+            "/load",
+        }
 
     @property
     def meanings(self) -> dict[str, str]:
@@ -84,6 +104,8 @@ class Commands:
         """Return completions for a command's argument, each with its meaning."""
         if name == "/set":
             return ((setting, str(getattr(self._talk.sampling, setting))) for setting in SETTABLE)
+        if name == "/think":
+            return ((effort, "") for effort in self._talk.chat.tokenizer.efforts)
         if name == "/load":
             return ((kept.id, chat_text.shorten(kept.begins, 50)) for kept in summaries())
         return ()
@@ -134,9 +156,22 @@ class Commands:
         if rest:
             self._require_template("/system")
             system = None if rest == "-" else unwrap_block(rest)
+            if rest == DEFAULT:
+                system = default_system(self._talk.folder)
             conversation.set_system(system)
             self._talk.write(lambda session: session.set_system(system))
         render.note(f"system prompt: {clean(conversation.system or 'none')}")
+
+    def _think(self, rest: str) -> None:
+        self._require_template("/think")
+        tokenizer, conversation = self._talk.chat.tokenizer, self._talk.chat.conversation
+        if rest or not tokenizer.efforts:
+            effort = None if rest == "-" and tokenizer.efforts else rest
+            if effort is not None:
+                tokenizer.check_effort(effort, "/think")
+            conversation.reasoning = effort
+            self._talk.write(lambda session: session.set_reasoning(effort))
+        render.note(f"reasoning: {conversation.reasoning or 'left to the model'}")
 
     def _set(self, rest: str) -> None:
         self._talk.sampling = set_sampling(self._talk.sampling, rest)

@@ -9,11 +9,13 @@ from types import FrameType
 from mistral_chat.chat.answer import Answer, Delta
 from mistral_chat.chat.chat import Chat
 from mistral_chat.chat.functions import PythonFunctions
+from mistral_chat.chat.thinking import Thinking
 from mistral_chat.cli.codes import INTERRUPTED
 from mistral_chat.cli.console import render
 from mistral_chat.cli.console.terminal import QuietTerminal, in_foreground, is_terminal
 from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.talk.one_shot_calls import answer_with_functions
+from mistral_chat.cli.talk.thinking_view import DimRows
 from mistral_chat.errors import OutputError, ToolError
 
 __all__ = ["answer_once", "report", "report_figures"]
@@ -48,11 +50,16 @@ def answer_once(
         if not options.json:
             render.say(answer.said)
     else:
+        rows = DimRows()
         with interruptible(stream.cancel) as poll:
             for event in stream:
-                if isinstance(event, Delta) and not options.json:
+                if isinstance(event, Thinking) and options.show_thinking:
+                    rows.add(event.text)
+                elif isinstance(event, Delta) and not options.json:
+                    rows.end()
                     render.say(event.text)
                 poll()
+        rows.end()
         assert stream.answer is not None
         answer = stream.answer
     if options.json:

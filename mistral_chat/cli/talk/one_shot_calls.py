@@ -12,9 +12,11 @@ from mistral_chat.chat.answer import Answer, Usage
 from mistral_chat.chat.chat import Chat, ChatStream
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
+from mistral_chat.chat.thinking import Thinking, Thought
 from mistral_chat.cli.console import render
 from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.talk.calls import CallDesk
+from mistral_chat.cli.talk.thinking_view import DimRows
 
 __all__ = ["answer_with_functions"]
 
@@ -39,7 +41,7 @@ def answer_with_functions(
 
     Returns:
         the last answer, without the text of calls, with the first one's seed and the token counts
-        of all; and why the model was not asked again, if it has not answered.
+        and thinking of all; and why the model was not asked again, if it has not answered.
 
     Raises:
         ContextLengthError: the results of functions do not fit.
@@ -65,8 +67,12 @@ def answer_with_functions(
             stream = following
             if stopped:  # Ctrl-C was pressed after the previous answer ended
                 stream.cancel()
-            for _ in stream:
+            rows = DimRows()
+            for event in stream:
+                if isinstance(event, Thinking) and options.show_thinking:
+                    rows.add(event.text)
                 poll()
+            rows.end()
             assert stream.answer is not None
             answers.append(stream.answer)
             if stream.answer.said and chat.conversation.open_calls and not options.quiet:
@@ -83,5 +89,15 @@ def _summed(answers: list[Answer], *, cancelled: bool) -> Answer:
         sum(answer.usage.cached_tokens for answer in answers),
         sum(answer.usage.completion_tokens for answer in answers),
     )
-    summed = replace(answers[-1], text=answers[-1].said, usage=usage, seed=answers[0].seed)
+    thoughts = [answer.thought for answer in answers if answer.thought is not None]
+    thought = None
+    if thoughts:
+        thought = Thought(
+            "\n\n".join(thought.text for thought in thoughts),
+            sum(thought.n_tokens for thought in thoughts),
+            sum(thought.seconds for thought in thoughts),
+            thoughts[-1].is_closed,
+        )
+    last, seed = answers[-1], answers[0].seed
+    summed = replace(last, text=last.said, usage=usage, seed=seed, thought=thought)
     return replace(summed, finish_reason="cancelled") if cancelled else summed

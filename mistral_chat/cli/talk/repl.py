@@ -11,6 +11,10 @@ from mistral_chat.cli.talk.typing.prompt import Prompt, unwrap_block
 __all__ = ["chat_at_terminal"]
 
 LEAVING = ("exit", "quit")  # if they are the whole message
+OFFER = (
+    "mistral-chat: the model comes with a system prompt, SYSTEM_PROMPT.txt, which is not used: "
+    "/system default does, or --system default from the start"
+)
 NOT_SENT = "this message was not sent yet: Enter sends it, Ctrl-C drops it"
 
 
@@ -28,8 +32,15 @@ def chat_at_terminal(talk: TerminalChat, *, quiet: bool) -> None:
     if not quiet:
         render.note(talk.greeting)
     talk.open_session()
+    if talk.offers_system and not quiet:
+        render.note(OFFER)
     talk.take_typed_while_loading()
-    prompt = Prompt(commands.meanings, commands.words_after, lambda: talk.bottom_line)
+    prompt = Prompt(
+        commands.meanings,
+        commands.words_after,
+        lambda: talk.bottom_line,
+        open_thinking=talk.show_thinking,
+    )
     while True:
         draft, talk.draft = talk.draft, Draft()
         if not draft.text and talk.typed.messages:

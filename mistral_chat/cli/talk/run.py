@@ -9,11 +9,13 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from mistral_chat.chat.template import check_effort_of_file
 from mistral_chat.cli import start
 from mistral_chat.cli.begun import Begun, say_what_starts
 from mistral_chat.cli.codes import FAILED
 from mistral_chat.cli.console import printing
 from mistral_chat.cli.interrupts import require_no_interrupt
+from mistral_chat.cli.offered import say_of_default
 from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.engine.ranks.launch import launched_rank
 from mistral_chat.errors import OtherRankFailedError, OutputError
@@ -45,6 +47,8 @@ def run(options: ChatRequest, words: list[str], begun: Begun) -> int:
     from mistral_chat.cli.talk.inputs import read_inputs
 
     folder = start.check(options)
+    if options.reasoning is not None:
+        check_effort_of_file(options.reasoning, folder.tokenizer_file)
     inputs = read_inputs(options, for_ranks=rank is None)
     with begun.handed_on():
         code = start.launch(options, words, folder.args.n_heads)
@@ -111,10 +115,12 @@ def _lead(
             system=inputs.offered.system,
             tools=tools,
             grammar=inputs.offered.grammar,
+            reasoning=options.reasoning,
         )
         require_no_interrupt()
         if inputs.prompt is not None:
             run = functions if options.yes else None
+            say_of_default(options)
             return one_shot.answer_once(chat, options, inputs.prompt, loaded.load_s, run)
         assert terminal is not None
         terminal.hold_signals()

@@ -63,6 +63,7 @@ class State:
     Args:
         model: name of the current model.
         system: system prompt.
+        reasoning: the effort asked for; None leaves it to the model.
         messages: as stored in the file.
         replaced: the messages that the last turn replaces.
         n_lines: lines read so far.
@@ -70,6 +71,7 @@ class State:
 
     model: str = ""
     system: str | None = None
+    reasoning: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
     replaced: list[dict[str, Any]] = field(default_factory=list)
     n_lines: int = 0
@@ -192,6 +194,7 @@ def _is_message(entry: dict[str, Any]) -> bool:
     calls, ids = entry.get("tool_calls", []), entry.get("ids") or []
     return (
         entry.get("role") in ("user", "assistant")
+        and isinstance(entry.get("thinking", ""), str)
         and isinstance(ids, list)
         and all(type(id_) is int for id_ in ids)
         and isinstance(calls, list)
@@ -208,9 +211,9 @@ def _is_call(value: Any) -> bool:
     )
 
 
-def _checked_system(value: Any, path: Path) -> str | None:
+def _checked_text(value: Any, name: str, path: Path) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise SessionError(f"{path}: its system prompt is {value!r}: expected a text")
+        raise SessionError(f"{path}: its {name} is {value!r}: expected a text")
     return value
 
 
@@ -227,7 +230,8 @@ def read(path: Path) -> State:
             if entry.get("type") != "session" or entry.get("version") != VERSION:
                 raise SessionError(f"{path}: no chat of this program (version {VERSION})")
             state.model = str(entry.get("model"))
-            state.system = _checked_system(entry.get("system"), path)
+            state.system = _checked_text(entry.get("system"), "system prompt", path)
+            state.reasoning = _checked_text(entry.get("reasoning"), "reasoning", path)
             continue
         kind = entry.get("type")
         if _is_message(entry):
@@ -244,7 +248,9 @@ def read(path: Path) -> State:
         elif kind == "clear":  # written by versions whose /clear did not begin a new chat
             state.messages.clear()
         elif kind == "system":
-            state.system = _checked_system(entry.get("content"), path)
+            state.system = _checked_text(entry.get("content"), "system prompt", path)
+        elif kind == "reasoning":
+            state.reasoning = _checked_text(entry.get("content"), "reasoning", path)
         else:
             raise SessionError(f"{path}, line {state.n_lines}: found neither message nor mark")
     if state.n_lines == 0:

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistral_chat.chat.thinking import Thought
 from mistral_chat.chat.tools import ToolCall
 from mistral_chat.cli.console.durable import make_folder, sync_folder
 from mistral_chat.cli.console.locks import lock
@@ -54,7 +55,13 @@ class Session:
         return self._begin is None
 
     @classmethod
-    def create(cls, model: str, system: str | None, tokenizer: str | None = None) -> "Session":
+    def create(
+        cls,
+        model: str,
+        system: str | None,
+        tokenizer: str | None = None,
+        reasoning: str | None = None,
+    ) -> "Session":
         """Begin a new session; its file is created with the first message.
 
         Raises:
@@ -75,6 +82,7 @@ class Session:
         session._begin = {
             "type": "session", "version": session_files.VERSION,
             "created": now.isoformat(timespec="seconds"), "model": model, "system": system,
+            **({} if reasoning is None else {"reasoning": reasoning}),
         }  # fmt: skip
         return session
 
@@ -143,22 +151,35 @@ class Session:
         mark = {"replaces": True} if replaces else {}
         self._write({"role": "user", "content": text} | mark)
 
-    def add_answer(self, text: str, ids: tuple[int, ...] | None, finish_reason: str) -> None:
-        """Save an answer."""
+    def add_answer(
+        self,
+        text: str,
+        ids: tuple[int, ...] | None,
+        finish_reason: str,
+        thought: Thought | None = None,
+    ) -> None:
+        """Save an answer, and what the model thought before it."""
         self._write(
             {
                 "role": "assistant",
+                **_thinking(thought),
                 "content": text,
                 "finish_reason": finish_reason,
                 **self._made(ids),
             }
         )
 
-    def add_calls(self, text: str, calls: Sequence[ToolCall], ids: tuple[int, ...] | None) -> None:
+    def add_calls(
+        self,
+        text: str,
+        calls: Sequence[ToolCall],
+        ids: tuple[int, ...] | None,
+        thought: Thought | None = None,
+    ) -> None:
         """Save the calls that the model asks for, before any is run."""
         listed = [{"id": c.id, "name": c.name, "arguments": c.arguments} for c in calls]
         self._write(
-            {"role": "assistant", "content": text, "tool_calls": listed,
+            {"role": "assistant", **_thinking(thought), "content": text, "tool_calls": listed,
              "finish_reason": "tool_calls", **self._made(ids)}
         )  # fmt: skip
 
@@ -196,6 +217,10 @@ class Session:
         """Save another system prompt."""
         self._write({"type": "system", "content": system})
 
+    def set_reasoning(self, effort: str | None) -> None:
+        """Save another reasoning effort; None leaves it to the model."""
+        self._write({"type": "reasoning", "content": effort})
+
     def replay(self, conversation: "Conversation", *, save: bool = True) -> str | None:
         """Restore a conversation from the session.
 
@@ -216,18 +241,19 @@ class Session:
             state.unsay()
         conversation.clear()
         conversation.set_system(state.system)
+        conversation.reasoning = state.reasoning
         for message in state.messages:
             if message["role"] == "user":
                 conversation.add_user(message["content"])
             elif message["role"] == "tool":
                 conversation.add_result(_call_of(message), message["content"])
             else:
-                ids = self._ids_of(message)
+                ids, thought = self._ids_of(message), _thought_of(message)
                 if message.get("tool_calls"):
                     calls = [ToolCall(**call) for call in message["tool_calls"]]
-                    conversation.add_calls(message["content"], calls, ids)
+                    conversation.add_calls(message["content"], calls, ids, thought)
                 else:
-                    conversation.add_answer(message["content"], ids)
+                    conversation.add_answer(message["content"], ids, thought)
         for call in conversation.close_calls(INTERRUPTED):
             if save:
                 self.add_result(call, INTERRUPTED)
@@ -243,9 +269,9 @@ class Session:
         state = (
             session_files.read(self.path)
             if begin is None
-            else session_files.State(system=begin["system"])
+            else session_files.State(system=begin["system"], reasoning=begin.get("reasoning"))
         )
-        other = Session.create(self.model, state.system, self.tokenizer)
+        other = Session.create(self.model, state.system, self.tokenizer, state.reasoning)
         for message in state.messages:
             other._write(message)
         return other
@@ -276,6 +302,19 @@ class Session:
                 f"{self.path} cannot be written ({error.strerror}): this chat is no longer kept"
             ) from error
         self._begin = None
+
+
+def _thinking(thought: Thought | None) -> dict[str, Any]:
+    """Return an answer's fields of thinking; what ended within it says so."""
+    if thought is None:
+        return {}
+    return {"thinking": thought.text} | ({} if thought.is_closed else {"is_cut": True})
+
+
+def _thought_of(answer: dict[str, Any]) -> Thought | None:
+    if "thinking" not in answer:
+        return None
+    return Thought(answer["thinking"], is_closed=not answer.get("is_cut"))
 
 
 def _call_of(result: dict[str, Any]) -> ToolCall:

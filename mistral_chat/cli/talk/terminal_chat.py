@@ -6,23 +6,28 @@ Ctrl-C only stops what is running. Knows nothing of the prompt's keys or of comm
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 
 from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
+from mistral_chat.chat.conversation import text_of, thinking_of
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
+from mistral_chat.chat.thinking import Thinking
 from mistral_chat.cli.begun import name_of
 from mistral_chat.cli.console import render
 from mistral_chat.cli.console.terminal import QuietTerminal
 from mistral_chat.cli.requests import ChatRequest
-from mistral_chat.cli.talk.answer_view import make_view
+from mistral_chat.cli.system_prompt import has_default
+from mistral_chat.cli.talk.answer_view import AnswerView, make_view
 from mistral_chat.cli.talk.calls import CallDesk
 from mistral_chat.cli.talk.chat_text import last_turn, shorten
 from mistral_chat.cli.talk.going_on import command_to_go_on
 from mistral_chat.cli.talk.one_shot import report, report_figures
 from mistral_chat.cli.talk.session_files import sessions_folder
 from mistral_chat.cli.talk.sessions import Session
+from mistral_chat.cli.talk.thinking_view import ThinkingView, note_dim
 from mistral_chat.cli.talk.typing.draft import Draft
 from mistral_chat.cli.talk.typing.prompt import SEPARATOR
 from mistral_chat.cli.talk.typing.typed_ahead import TypedAhead, pastes_marked
@@ -32,6 +37,7 @@ __all__ = ["TerminalChat"]
 
 UNANSWERED = "this message had no answer yet: Enter asks again, Ctrl-C drops it"
 NEARLY_FULL = 0.9
+CTRL_T = "\x14"
 LEAST_ANSWER = 256  # tokens to reserve for an answer, or an eighth of the context if that is less
 
 
@@ -74,6 +80,7 @@ class TerminalChat:
             functions, yes=options.yes, quiet=options.quiet, is_cancelled=self._is_interrupted
         )
         self._pressed = False  # whether Ctrl-C was pressed since the last answer began
+        self._opens = False  # whether Ctrl-T was, which opens the thinking
         self._model = name_of(options.engine.model)
 
     # The session.
@@ -86,11 +93,15 @@ class TerminalChat:
         """
         options = self._options
         if options.resume is not None:
-            system = self.chat.conversation.system
+            conversation = self.chat.conversation
+            system, reasoning = conversation.system, conversation.reasoning
             self.resume(options.resume)
-            if system not in (None, self.chat.conversation.system):  # the command line's wins
-                self.chat.conversation.set_system(system)
+            if system not in (None, conversation.system):  # the command line's wins
+                conversation.set_system(system)
                 self.write(lambda session: session.set_system(system))
+            if reasoning not in (None, conversation.reasoning):
+                conversation.reasoning = reasoning
+                self.write(lambda session: session.set_reasoning(reasoning))
         else:
             self._begin_session()
 
@@ -107,7 +118,10 @@ class TerminalChat:
         if self.chat.instruct and not self._options.no_save:
             try:
                 session = Session.create(
-                    self._model, self.chat.conversation.system, self.chat.tokenizer.fingerprint
+                    self._model,
+                    self.chat.conversation.system,
+                    self.chat.tokenizer.fingerprint,
+                    self.chat.conversation.reasoning,
                 )
             except SessionError as error:
                 render.error(error)
@@ -138,6 +152,10 @@ class TerminalChat:
                 session.release()
             raise
         self.move_to(session if save else None)
+        effort = self.chat.conversation.reasoning
+        if effort not in (None, *self.chat.tokenizer.efforts):
+            self.chat.conversation.reasoning = None
+            render.note(f"this model's template has no reasoning {effort}, which the chat had")
         self.answer = None
         self.draft = Draft.of(unanswered or "", why=UNANSWERED if unanswered else "")
         self.count_tokens()
@@ -228,6 +246,8 @@ class TerminalChat:
             report(answer, chat, replace(options, sampling=self.sampling), self.load_s)
             if not answer.said and chat.instruct and not options.quiet:
                 kept = "the calls are kept" if rounds.n_rounds else "this exchange is not kept"
+                if answer.thought is not None and chat.tokenizer.takes_thinking:
+                    kept = "it is kept"
                 render.note(f"mistral-chat: {_why_empty(answer)}; {kept}")
         self._warn_when_nearly_full(answer)
         if self._pressed:
@@ -243,33 +263,69 @@ class TerminalChat:
         chat = self.chat
         # Answers to a schema and plain completions are not Markdown.
         plain = self._options.plain or not chat.instruct or chat.grammar is not None
-        view = make_view(plain=plain)
-        self._pressed = False
+        view, has_text = make_view(plain=plain), False
+        thinking = ThinkingView(
+            view.print_dim, is_open=self._options.show_thinking, quiet=self._options.quiet
+        )
+        self._pressed = self._opens = False
         with pastes_marked():
             for event in stream:
-                if isinstance(event, Delta) and not event.is_call:
-                    view.add(event.text)
+                if isinstance(event, Thinking):
+                    if has_text:  # rare: it thinks again
+                        view.show_below(())
+                        view.finish()
+                        view, has_text = make_view(plain=plain), False
+                        thinking.show = view.print_dim
+                    thinking.add(event)
+                elif isinstance(event, Delta):
+                    self._end_thinking(thinking, view)
+                    if not event.is_call:
+                        view.add(event.text)
+                        has_text = True
                 n_suspended = QuietTerminal.n_suspended
                 if self._poll():
                     stream.cancel()
                 if QuietTerminal.n_suspended != n_suspended:
                     view.draw_anew()
-                view.show_below(self._typed_lines())
+                if self._opens and thinking.open():
+                    self._opens = False
+                view.show_below([*thinking.lines, *self._typed_lines()])
             answer = stream.answer
             assert answer is not None
             self.answer = answer
+            self._end_thinking(thinking, view)
             view.show_below(())
-            if answer.said or answer.call_at is None:
+            if has_text or (answer.call_at is None and answer.thought is None):
                 view.finish()
+        if self._opens:  # pressed while the answer was shown
+            self.show_thinking()
         if stream.is_kept:
             ids, reason = chat.conversation.last_ids, answer.finish_reason
+            thought = answer.thought if chat.tokenizer.takes_thinking else None
             if calls := chat.conversation.open_calls:
-                self.write(lambda session: session.add_calls(answer.said, calls, ids))
+                self.write(lambda session: session.add_calls(answer.said, calls, ids, thought))
             else:
-                self.write(lambda session: session.add_answer(answer.said, ids, reason))
+                self.write(lambda session: session.add_answer(answer.said, ids, reason, thought))
         elif chat.instruct and message is not None:
             self.write(Session.drop_last)
         return answer
+
+    def _end_thinking(self, thinking: ThinkingView, view: AnswerView) -> None:
+        """Leave one line of the thinking, without the lines that were below it."""
+        if thinking.is_going_on:
+            view.show_below(())
+            thinking.end()
+
+    def show_thinking(self) -> None:
+        """Print what the model thought before its last answer."""
+        messages = self.chat.conversation.messages
+        thinking = "" if self.answer is None else self.answer.thinking
+        if self.answer is None and messages:
+            thinking = thinking_of(messages[-1])
+        if thinking:
+            note_dim(thinking.split("\n"))
+        else:
+            render.note("the model did not think before its last answer")
 
     def _run_calls(self, rounds: Rounds, answer: Answer) -> ChatStream | None:
         """Run the calls of an answer, save their results, and let the model continue."""
@@ -281,6 +337,7 @@ class TerminalChat:
     def _poll(self) -> bool:
         """Return whether Ctrl-C was pressed; keep other typed text for later."""
         pressed, typed = self._terminal.poll()
+        self._opens |= CTRL_T in typed
         self.typed.take(typed)
         self._pressed |= pressed
         return pressed
@@ -307,7 +364,7 @@ class TerminalChat:
         if not self.chat.instruct:
             return [self.answer.said] if self.answer is not None and self.answer.said else []
         said = self.chat.conversation.messages
-        return [str(m.content) for m in said if isinstance(m, AssistantMessage) and m.content]
+        return [text for m in said if isinstance(m, AssistantMessage) and (text := text_of(m))]
 
     # The context.
 
@@ -358,6 +415,17 @@ class TerminalChat:
         )
 
     @property
+    def offers_system(self) -> bool:
+        """Whether the model comes with a system prompt, and the chat has none."""
+        has_none = self.chat.instruct and self.chat.conversation.system is None
+        return has_none and has_default(self.folder)
+
+    @property
+    def folder(self) -> Path | None:
+        """The model's folder; None for dummy weights."""
+        return self._options.engine.model
+
+    @property
     def bottom_line(self) -> str:
         """The line under the prompt."""
         most = self.chat.engine.max_seq_len
@@ -383,6 +451,8 @@ class TerminalChat:
 def _why_empty(answer: Answer) -> str:
     if answer.call_at is not None:
         return "a call was cut short"
+    if answer.thought is not None:
+        return "the answer ended within its thinking"
     if answer.finish_reason == "cancelled":
         return "stopped before the first word"
     return "the model gave an empty answer"

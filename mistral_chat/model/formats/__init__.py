@@ -25,7 +25,11 @@ INT32_UNIT = 8  # rows and columns that lie in whole int32s, of 4 bits or of 8
 
 def held(quantization: Quantization) -> Held:
     """How a rank holds a matrix of a checkpoint's."""
-    always_zeros = quantization.method in ("awq", "gptq")  # also where all are in the middle
+    always_zeros = quantization.method in (
+        "awq",
+        "gptq",
+        "gptq-v2",
+    )  # also where all are in the middle
     has_zeros = quantization.has_zeros or always_zeros
     return Held(quantization.kind, quantization.group_size, has_zeros)
 
@@ -117,6 +121,6 @@ def stored(stem: str, placement: Placement, quantization: Quantization) -> Table
             return packed.compressed_tensors(stem, placement, quantization)
         case "awq", "int4":
             return packed.awq(stem, placement, quantization)
-        case "gptq", ("int4" | "int8"):
+        case (("gptq" | "gptq-v2"), ("int4" | "int8")):
             return packed.gptq(stem, placement, quantization)
     raise CheckpointError(f"{quantization.method} with {quantization.kind} is not supported")

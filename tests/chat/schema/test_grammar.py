@@ -268,7 +268,7 @@ def test_masks_equal_brute_force(name: str) -> None:
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["v3", "v7", "small tekken", "v11"])
+@pytest.mark.parametrize("name", ["v3", "v7", "small tekken", "v11", "v15"])
 @pytest.mark.parametrize("text", ['{"x": 12}', '{\n  "x": 7\n}', '{"x":1}', ' {"x": -3}'], ids=repr)
 def test_texts_that_models_write_are_allowed(name: str, text: str) -> None:
     made = tokenizer(name)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mistral_common.protocol.instruct.messages import UserMessage
 from prompt_toolkit.history import FileHistory
 
 from mistral_chat.chat.conversation import Conversation
@@ -96,6 +97,21 @@ class Desk:
         assert Session.open(str(session.path), "m").replay(conversation) is None
         return conversation.messages, conversation._written
 
+    @property
+    def prompt(self) -> list[int]:
+        """Return the tokens that the model is given for a next message."""
+        new = [UserMessage(content="next")]
+        return self.model.chat.conversation.encode(self.model.tokenizer, new)
+
+    @property
+    def kept_prompt(self) -> list[int]:
+        """Return those that it is given when the chat is resumed from its file."""
+        session = self.talk.session
+        assert session is not None
+        conversation = Conversation(tools=self.model.chat.conversation.tools)
+        Session.open(str(session.path), "m").replay(conversation)
+        return conversation.encode(self.model.tokenizer, [UserMessage(content="next")])
+
 
 def act(desk: Desk, rng: random.Random) -> str:
     """Do something at random, and return its description."""
@@ -105,6 +121,12 @@ def act(desk: Desk, rng: random.Random) -> str:
         answers.insert(0, rng.choice([ask(model, [("f", {})] * 2, "Hm."), garble(model)]))
         text = rng.choice(["22", "é", "word " * 300])
         talk._desk.run = lambda call: text  # type: ignore[method-assign]
+    if model.tokenizer.takes_thinking and rng.random() < 0.6:
+        begin, end = model.tokenizer.begin_think_id, model.tokenizer.end_think_id
+        assert begin is not None
+        assert end is not None
+        thought = [begin, *model.ids(rng.choice(["Hm.", "so\n\nso", "word " * 300])), end]
+        answers.insert(0, [*thought[: rng.choice([len(thought)] * 3 + [2])], *answers.pop(0)])
     desk.answer(*answers)
     desk.keys.pressed = rng.random() < 0.1
     ids = [kept.id for kept in summaries()]
@@ -112,7 +134,8 @@ def act(desk: Desk, rng: random.Random) -> str:
     what = rng.choice(
         ["say"] * 4
         + ["/regen", "in place", "/undo", "/drop", f"/drop {rng.randrange(4)}", "/branch", "/clear",
-           "/system -", f"/system {message}", f"/load {rng.choice(ids or ['x'])}", "/tokens"]
+           "/system -", "/think high", "/think -",
+           f"/system {message}", f"/load {rng.choice(ids or ['x'])}", "/tokens"]
     )  # fmt: skip
     if what == "say":
         talk.say(message)
@@ -126,7 +149,10 @@ def act(desk: Desk, rng: random.Random) -> str:
 
 # No chat is lost: whatever was done, a killed chat resumes with the same history, token for token.
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize(("name", "tools"), [("v3", False), ("v3", True), ("v7", True)])
+@pytest.mark.parametrize(
+    ("name", "tools"),
+    [("v3", False), ("v3", True), ("v7", True), ("v13", True), ("v15", False), ("v15", True)],
+)
 def test_file_gives_back_the_history_after_every_command(name: str, tools: bool, seed: int) -> None:
     rng = random.Random(seed)
     desk = Desk(
@@ -142,6 +168,7 @@ def test_file_gives_back_the_history_after_every_command(name: str, tools: bool,
         assert session is not None, done
         if session.path.exists():
             assert desk.kept == desk.history, done
+            assert desk.kept_prompt == desk.prompt, done
         else:
             assert len(desk.history[0]) == (desk.model.chat.conversation.system is not None), done
 

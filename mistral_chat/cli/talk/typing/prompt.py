@@ -127,16 +127,22 @@ class Prompt:
         commands: name -> meaning, for completion.
         words_after: returns completions of a command's argument, by the command's name.
         bottom: returns the line at the bottom of the window; parts that do not fit are left out.
+        open_thinking: prints what the model thought before its last answer.
     """
 
     def __init__(
-        self, commands: Mapping[str, str], words_after: WordsAfter, bottom: Callable[[], str]
+        self,
+        commands: Mapping[str, str],
+        words_after: WordsAfter,
+        bottom: Callable[[], str],
+        open_thinking: Callable[[], None] = lambda: None,
     ) -> None:
         self._folds = Folds()
         self._draft = ""
         self._why = ""
         self._is_aside = False
         keys = _keys(self._folds)
+        keys.add("c-t")(lambda event: _run_above(open_thinking))
         keys.add("/", filter=Condition(self._gives_way))(self._put_aside)
         self._session: PromptSession[str] = PromptSession(
             history=_WholeHistory(self._folds),
@@ -307,6 +313,11 @@ def _keys(folds: Folds) -> KeyBindings:
 
     _add_suspend(keys)
     return keys
+
+
+def _run_above(print_lines: Callable[[], None]) -> None:
+    """Print above the prompt, and draw it again below."""
+    run_in_terminal(print_lines)
 
 
 def _add_suspend(keys: KeyBindings) -> None:
