@@ -18,6 +18,7 @@ Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 KVCacheDtype = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "consolidated", "hf", "dummy"]
+AskedQuantization = Literal["auto", "none", "fp8", "int8", "int4"]
 
 COMPLETION_MAX_TOKENS = 256
 HOTTEST = 1e30  # logits are divided in float32, where a banned token's over infinity is NaN
@@ -116,6 +117,8 @@ class EngineConfig:
         chunk_size: most new tokens of one forward pass; None is 2048 on GPUs and 256 on CPU,
             about half a second of either, so that Ctrl-C is heard.
         load_format: layout of the weights; dummy makes random ones of the model's shape.
+        quantization: of the layers' matrices; auto is as stored, any other one quantizes a
+            checkpoint of floats while it loads.
         shape: params.json's keys, for dummy weights without a folder.
         seed: of dummy weights.
     """
@@ -128,14 +131,19 @@ class EngineConfig:
     max_batch_size: int = 1
     chunk_size: int | None = None
     load_format: LoadFormat = flag("auto", table="run")
+    quantization: AskedQuantization = flag("auto", table="run")
     shape: dict[str, Any] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("device", Device), ("dtype", Dtype), ("load_format", LoadFormat),
-            ("kv_cache_dtype", KVCacheDtype),
-        ):  # fmt: skip
+        kinds = {
+            "device": Device,
+            "dtype": Dtype,
+            "load_format": LoadFormat,
+            "quantization": AskedQuantization,
+            "kv_cache_dtype": KVCacheDtype,
+        }
+        for name, kind in kinds.items():
             value, choices = getattr(self, name), get_args(kind)
             _require(value in choices, name, value, f"one of {', '.join(choices)}")
         _require(

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from mistral_chat.errors import CheckpointError
+from mistral_chat.kernels.quantize import quantize
+from mistral_chat.kernels.weight import Quantized
 from mistral_chat.model.checkpoint import Headers, StoredTensor
 from mistral_chat.model.formats.decode import decode
 from mistral_chat.model.formats.values import BAD_SCALE
-from mistral_chat.model.placement import Packing
+from mistral_chat.model.placement import Packing, Placement
 from mistral_chat.model.sharding import Table
 from mistral_chat.model.transformer import Transformer
 
@@ -52,7 +54,8 @@ class _Piece:
         n_rows: rows of the file; a vector's elements are rows of one.
         kept: bytes of a row that are kept.
         skipped: bytes between them and those of the next row.
-        into: (n_rows, columns) of a parameter, or what the packing makes of them.
+        into: (n_rows, columns) of a parameter, or what the packing makes of them; or a quantized
+            matrix's rows, where they are floats in the file.
         half_split: head_dim where a head's rows change places, else 0.
         packing: how stored numbers become ours, where they are not ours already.
         are_scales: they must be positive and finite.
@@ -65,7 +68,7 @@ class _Piece:
     n_rows: int
     kept: int
     skipped: int
-    into: Tensor
+    into: Tensor | Quantized
     half_split: int
     packing: Packing | None
     are_scales: bool
@@ -240,11 +243,10 @@ def _divide(
         n_cols = tensor.shape[1] if len(tensor.shape) == 2 else 1
         cols, itemsize = placement.cols or range(1), tensor.torch_dtype.itemsize
         row, kept = n_cols * itemsize, len(cols) * itemsize
-        into = model.destination(placement)
-        into = into.view(len(into), -1)
         begin = tensor.offset + placement.rows.start * row + cols.start * itemsize
         unit = placement.unit
-        most = piece_bytes // UNPACKED if placement.packing else piece_bytes
+        is_converted = placement.packing is not None or placement.held is not None
+        most = piece_bytes // UNPACKED if is_converted else piece_bytes
         rows_each = max(1, most // (kept * unit)) * unit
         if kept < row:
             assert unit <= MOST_RANGES // 2
@@ -259,11 +261,19 @@ def _divide(
                 n_rows=n_rows,
                 kept=kept,
                 skipped=row - kept,
-                into=into.narrow(*placement.region(first, n_rows)),
+                into=_part(model, placement, first, n_rows),
                 half_split=placement.half_split,
                 packing=placement.packing,
                 are_scales=placement.check == "scale",
             )
+
+
+def _part(model: Transformer, placement: Placement, first: int, n_rows: int) -> Tensor | Quantized:
+    """Where some of a placement's rows go."""
+    if placement.held is not None:
+        return model.quantized(placement).rows(first, n_rows)
+    into = model.destination(placement)
+    return into.view(len(into), -1).narrow(*placement.region(first, n_rows))
 
 
 class _Buffer:
@@ -310,8 +320,14 @@ class _Reader:
     def read(self, fd: int, piece: _Piece) -> None:
         """Read a piece, and put it where it belongs or on its way there."""
         into, dtype = piece.into, piece.tensor.torch_dtype
-        as_stored = into.dtype == dtype and not piece.half_split and piece.packing is None
+        as_stored = (
+            isinstance(into, Tensor)
+            and into.dtype == dtype
+            and not piece.half_split
+            and piece.packing is None
+        )
         if as_stored and not self._on_gpu:
+            assert isinstance(into, Tensor)
             _read_ranges(fd, piece, _ranges(piece, into.view(torch.uint8).view(-1)))
             self._judge(piece)
             return
@@ -319,6 +335,7 @@ class _Reader:
         _read_ranges(fd, piece, buffer.ranges_of(piece))
         read = buffer.bytes[: piece.size]
         if as_stored:
+            assert isinstance(into, Tensor)
             into.view(torch.uint8).view(-1).copy_(read, non_blocking=True)
         else:
             if self._on_gpu:
@@ -328,10 +345,16 @@ class _Reader:
             values = read.view(dtype).view(piece.n_rows, -1)
             if piece.packing is not None:
                 values = decode(values, piece.packing)
-            if unit := piece.half_split:
-                n_cols = into.shape[1]
-                into, values = _in_halves(into, unit), values.reshape(-1, 2, unit // 2, n_cols)
-            into.copy_(values)
+            unit, n_cols = piece.half_split, into.shape[1]
+            if isinstance(into, Quantized):
+                if unit:
+                    halves = values.view(-1, 2, unit // 2, n_cols).transpose(1, 2)
+                    values = halves.reshape(-1, n_cols)
+                quantize(values, into)
+            elif unit:
+                _in_halves(into, unit).copy_(values.reshape(-1, 2, unit // 2, n_cols))
+            else:
+                into.copy_(values)
         self._judge(piece)
         if buffer.copied is not None:
             buffer.copied.record(self._stream)
@@ -351,6 +374,7 @@ class _Reader:
     def _judge(self, piece: _Piece) -> None:
         """Note whether scales that have arrived are sound; `finish` looks, so that none waits."""
         if piece.are_scales:
+            assert isinstance(piece.into, Tensor)
             self._judged.append((piece, ((piece.into > 0) & (piece.into < torch.inf)).all()))
 
     def _free_buffer(self, size: int) -> _Buffer:

@@ -15,7 +15,10 @@ from mistral_chat.model.hf import MATRICES, PREFIXES
 
 __all__ = ["Method", "Quantization", "WeightKind", "from_config", "from_params"]
 
-Method = Literal["native-fp8", "hf-fp8", "compressed-tensors", "awq", "gptq", "gptq-v2"]
+# gptq-v2 stores zeros as they are; while-loading has floats, which a rank quantizes as it reads.
+Method = Literal[
+    "native-fp8", "hf-fp8", "compressed-tensors", "awq", "gptq", "gptq-v2", "while-loading"
+]
 WeightKind = Literal["fp8", "int8", "int4"]
 
 MOST_PATTERNS = 10_000

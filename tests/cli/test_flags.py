@@ -40,6 +40,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "dtype": ("float16", "float16"),
     "max_seq_len": ("64", 64),
     "load_format": ("consolidated", "consolidated"),
+    "quantization": ("int8", "int8"),
 }
 SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes", "plain", "show_thinking")
 NEEDS = {"system": ["--instruct"], "system_file": ["--instruct"], "tools": ["--instruct"],
@@ -220,6 +221,7 @@ def test_help_is_asked_for_by_the_flag_alone(words: list[str], asks: bool) -> No
         ("device", ["gpu", "CUDA", "cuda:0", ""], ["auto", "cuda", "cpu"]),
         ("dtype", ["int8", "fp16", ""], ["auto", "bfloat16", "float16", "float32"]),
         ("load_format", ["gguf", ""], ["auto", "consolidated", "hf", "dummy"]),
+        ("quantization", ["int2", "8", ""], ["auto", "none", "fp8", "int8", "int4"]),
     ],
 )
 def test_value_out_of_range_is_refused_by_name(

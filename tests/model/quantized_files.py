@@ -99,9 +99,10 @@ def gptq(
 ) -> tuple[Weights, Tensor]:
     bits, numbers, scale, zero, meant = whole(shape, quantization, generator)
     k = numbers.shape[1]
+    stored_zero = zero if quantization.method == "gptq-v2" else (zero - 1) % (1 << bits)
     tensors = {
         "qweight": pack(numbers, bits).t().contiguous(),
-        "qzeros": pack(((zero - 1) % (1 << bits)).t(), bits),
+        "qzeros": pack(stored_zero.t(), bits),
         "scales": scale.t().contiguous(),
         "g_idx": (torch.arange(k) // (quantization.group_size or k)).to(torch.int32),
     }
@@ -173,6 +174,7 @@ FORMATS = {
     ),
     "awq": Format("hf", awq, _named("int4", "awq", group_size=32, has_zeros=True)),
     "gptq": Format("hf", gptq, _named("int4", "gptq", group_size=32, has_zeros=True)),
+    "gptq-v2": Format("hf", gptq, _named("int4", "gptq-v2", group_size=32, has_zeros=True)),
     "gptq-symmetric": Format("hf", gptq, _named("int4", "gptq", group_size=64)),
     "gptq-int8-row": Format("hf", gptq, _named("int8", "gptq", has_zeros=True)),
 }

@@ -1,7 +1,8 @@
 """FP8 (E4M3) with a scale for the whole matrix or a row: W = number * scale.
 
 Mistral's own files, Hugging Face's and compressed-tensors' differ in names alone. Hugging Face's
-`weight_scale_inv` multiplies all the same. Scales of activations may be there and are not used.
+`weight_scale_inv` multiplies all the same. Scales of activations, and of keys and values beside
+their module's matrices, may be there and are not used.
 """
 
 from dataclasses import replace
@@ -43,7 +44,9 @@ def stored(stem: str, placement: Placement, quantization: Quantization) -> Table
     unused = replace(
         scale, shape=(), other_shapes=((1,), (1, 1)), target="", check="nothing", optional=True
     )
-    return {
+    module = stem.rpartition(".")[0]
+    table = {f"{module}.{x}_fake_quantizer.qscale_act": unused for x in ("q", "k", "v", "kv")}
+    return table | {
         f"{stem}.weight": replace(weight, target=f"{placement.target}.data", types=("F8_E4M3",)),
         f"{stem}.{_SCALE[quantization.method]}": scale,
         f"{stem}.{_UNUSED[quantization.method]}": unused,

@@ -2,7 +2,7 @@
 
 compressed-tensors (pack-quantized) packs along a row and has our order of rows and columns; AWQ's
 gemm format and GPTQ's store the transpose, AWQ packed along the outputs in an order of its own,
-GPTQ along the inputs, with zeros one too small (its version 1).
+GPTQ along the inputs, with zeros one too small in its first version.
 
 Shapes: N, K = rows and columns of the matrix; P = numbers in an int32; G = groups of a row.
 """

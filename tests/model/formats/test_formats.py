@@ -131,6 +131,15 @@ def test_matrices_that_are_kept_stay_floats(tmp_path: Path, name: str) -> None:
         assert not isinstance(model.blocks[1].attention.wqkv, Tensor)
 
 
+def test_scales_of_keys_and_values_are_not_used(tmp_path: Path) -> None:
+    def add(stored: Weights) -> None:
+        stored["layers.0.attention.k_fake_quantizer.qscale_act"] = torch.ones(())
+        stored["layers.1.attention.kv_fake_quantizer.qscale_act"] = torch.zeros(1)
+
+    meant = write_folder(tmp_path, FORMATS["native-fp8"], change=add)
+    assert_holds(load(tmp_path, FORMATS["native-fp8"]), meant)
+
+
 def test_a_kept_part_of_one_matmul_is_refused() -> None:
     form = FORMATS["native-fp8"]
     some = replace(form.quantization, kept=frozenset({"layers.1.feed_forward.w3"}))

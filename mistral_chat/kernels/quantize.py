@@ -1,0 +1,100 @@
+"""Floats -> the numbers and scales of a `Quantized`, without calibration data.
+
+FP8 and int8 take a scale a row, from its largest number. int4 takes scales and zeros a group by
+half-quadratic optimization, which lets a few large numbers be wrong where that makes the many
+small ones right: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning
+Models". Unlike theirs, zeros are whole numbers, and scales are fitted as well.
+
+Shapes: n_out, n_in = rows and columns of the matrix, G = groups of a row's columns.
+"""
+
+import torch
+from torch import Tensor
+
+from mistral_chat.kernels.weight import Quantized, pack_int4
+
+__all__ = ["quantize"]
+
+FP8_MOST = 448.0  # the largest number of E4M3
+INT8_MOST = 127.0
+INT4_MOST = 15.0
+TINY = 1e-12  # a scale must be positive, also of a row of zeros
+
+STEPS = 20
+POWER = 0.7  # of the error that is made small: below 1, outliers count less than in a square
+BETA = 10.0  # weight of the square that stands for the error, in units of a group's range
+BETA_GROWTH = 1.01
+
+
+def quantize(floats: Tensor, into: Quantized) -> None:
+    """Fill a quantized matrix.
+
+    Args:
+        floats: (n_out, n_in).
+        into: of the same shape; int4 must have zeros.
+    """
+    values = floats.float()
+    if into.kind == "int4":
+        _quantize_int4(values, into)
+        return
+    most = FP8_MOST if into.kind == "fp8" else INT8_MOST
+    grouped = values.view(len(values), into.scale.shape[1], -1)
+    scale = (grouped.abs().amax(-1) / most).clamp_(min=TINY)
+    into.scale.copy_(scale)
+    numbers = (grouped / scale.unsqueeze(-1)).view_as(values).clamp_(-most, most)
+    if into.kind == "int8":
+        numbers.round_()
+        if into.zero is not None:
+            into.zero.zero_()
+    into.data.copy_(numbers)
+
+
+def _quantize_int4(values: Tensor, into: Quantized) -> None:
+    assert into.zero is not None
+    grouped = values.view(-1, into.group)
+    scale, zero = _fit(grouped)
+    numbers = _numbers(grouped, scale, zero).to(torch.uint8)
+    into.data.copy_(pack_int4(numbers.view_as(values)))
+    into.scale.copy_(scale.view_as(into.scale))
+    into.zero.copy_(zero.view_as(into.zero))
+
+
+def _numbers(grouped: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return (grouped / scale).add_(zero).round_().clamp_(0, INT4_MOST)
+
+
+def _fit(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each group: the best of all steps by sum |error|^POWER.
+
+    Args:
+        grouped: (groups, columns) float32.
+
+    Returns:
+        both (groups, 1) float32.
+    """
+    low = grouped.amin(-1, keepdim=True).clamp_(max=0)
+    high = grouped.amax(-1, keepdim=True).clamp_(min=0)
+    scale = ((high - low) / INT4_MOST).clamp_(min=TINY)
+    zero = (-low / scale).round_()
+    unit = scale  # errors are measured in it, so that a group's size does not matter
+    best_scale, best_zero = scale, zero
+    best = torch.full_like(scale, torch.inf)
+    beta = BETA
+    for _ in range(STEPS):
+        numbers = _numbers(grouped, scale, zero)
+        error = (grouped - (numbers - zero) * scale) / unit
+        size = error.abs()
+        loss = size.pow(POWER).sum(-1, keepdim=True)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+        # what of the error is left to stand (an outlier's), and what is to be made small
+        left = error.sign() * (size - size.clamp(min=1e-8).pow(POWER - 1) / beta).clamp_(min=0)
+        target = grouped - left * unit
+        zero = (numbers - target / scale).mean(-1, keepdim=True).round_().clamp_(0, INT4_MOST)
+        centred = numbers - zero
+        fitted = (target * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True)
+        scale = torch.where(fitted > 0, fitted, scale).clamp_(min=TINY)
+        beta *= BETA_GROWTH
+    return best_scale, best_zero
