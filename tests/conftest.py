@@ -24,10 +24,12 @@ from mistral_chat.model.folder import ModelFolder, choose_layout
 from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
-from tests.warm import warm
+from tests.warm import fork_ranks, warm
 
-# Two processes of tests share two cores; more threads than that would only wait for each other.
+# Processes of tests share two cores; more threads than that would only wait for each other.
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # CUDA takes no fork
+    fork_ranks(lambda request, streams: warm().fork_rank(request, streams))
 
 # A shell that runs tests in the background has them ignore Ctrl-C, and what they start as well.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,14 +1,13 @@
 """A program may open as many LLMs with ranks as it likes, and nothing of a closed one stays."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from mistral_chat import LLM
-from tests.conftest import ROOT, command_env
+from tests.conftest import command_env
 from tests.scripts.llms import GREEDY
+from tests.warm import warm
 
 ALLOCATOR_KB = 8_000
 N_IN_A_ROW = 3  # 20 have been tried (tests/gpu has them): each takes seconds on a busy machine
@@ -19,17 +18,9 @@ def run_llms(
 ) -> list[dict[str, Any]]:
     """What `tests/scripts/llms.py` said, which must end well."""
     words = [device, str(n_in_a_row), str(folder), str(broken)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.llms", *words],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=command_env(),
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    code, out, err = warm().run("tests.scripts.llms", words, command_env(), b"", timeout_s)
+    assert code == 0, err.decode()[-3000:]
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def check_llms(
