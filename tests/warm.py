@@ -450,8 +450,8 @@ def _fork_its_ranks() -> dict[str, Any] | None:
     return request
 
 
-def _become(request: dict[str, Any]) -> NoReturn:
-    """Run what was asked for as this process's only job."""
+def become(request: dict[str, Any]) -> NoReturn:
+    """Run what was asked for as this process's only job, as a process that was just forked."""
     module, words, session = request["module"], request["words"], request["session"]
     if session in ("new", "terminal"):
         os.setsid()
@@ -460,11 +460,15 @@ def _become(request: dict[str, Any]) -> NoReturn:
     if session == "terminal":
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     starts_ranks = module in STARTS_RANKS or any("nproc" in word for word in words)
-    if starts_ranks and (request_of_rank := _fork_its_ranks()):
-        _become(request_of_rank)
+    if starts_ranks and module != "tests.scripts.shell" and (request_of_rank := _fork_its_ranks()):
+        become(request_of_rank)
     _open_streams()
     os.environ.clear()
     os.environ.update(request["env"])
+    tempfile.tempdir = None  # its environment may have another one
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # as at Python's start
+        if (script := Path(folder, "sitecustomize.py")).is_file():
+            runpy.run_path(str(script))
     sys.argv = [module, *words]
     sys.orig_argv = [sys.executable, *(["-m"] if not module.endswith(".py") else []), *sys.argv]
     try:
@@ -504,4 +508,4 @@ def _end(code: Any) -> NoReturn:
 
 if __name__ == "__main__":
     _import(sys.argv[2:] or _everything())
-    _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    become(_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -332,7 +332,7 @@ def peer_of(folder: Path) -> Any:
     return model
 
 
-N_GREEDY = 32
+N_GREEDY = 16
 N_FEW = 12
 QUESTIONS = ("What is the capital of France?", "And of Italy?")
 N_RANKS = (1, 2)  # two divide its 3 KV heads unevenly; tests/engine/test_ranks.py has 3 and 4
@@ -391,7 +391,7 @@ def said_by_peer(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
             ids.append(int(out.logits[0, -1].argmax()))
             new = torch.tensor([ids[-1:]])
             out = model(new, past_key_values=out.past_key_values, use_cache=True)
-    assert len(set(ids)) > 14  # text, and not one token again and again
+    assert len(set(ids)) > 7  # text, and not one token again and again
     return ids, first
 
 
