@@ -332,7 +332,7 @@ def fork_ranks(fork_rank: Callable[[dict[str, Any], Sequence[int]], int]) -> Non
         return None
 
     class Popen(subprocess.Popen):  # type: ignore[type-arg]
-        def __new__(cls, args: Any, **options: Any) -> Self:
+        def __new__(cls, args: Any = "", **options: Any) -> Self:
             words = words_of(args) if not isinstance(args, str) else None
             if words is None:
                 return super().__new__(cls)
