@@ -74,7 +74,7 @@ def read_bandwidth(device: torch.device) -> float:
         data = torch.randint(1 << 30, (1 << 29,), dtype=torch.int32, device=device)
         out = torch.empty(-(-len(data) // BLOCK), dtype=torch.int32, device=device)
         return 10 * 4 * len(data) / median_s(_several(lambda: read_all(data, out), 10), device)
-    values = torch.rand(1 << 26, device=device)
+    values = torch.ones(1 << 26, device=device)
     return 4 * len(values) / median_s(lambda: values.sum(), device)
 
 
