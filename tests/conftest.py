@@ -219,9 +219,10 @@ def run() -> Run:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         module, *typed = [*(torchrun_words(torchrun) if torchrun else []), "mistral_chat"]
         typed += map(str, words)
-        needs_fresh = env or options or torch.cuda.is_available()  # CUDA takes no fork
+        # CUDA takes no fork, and another PYTHONPATH may bring other libraries.
+        needs_fresh = "PYTHONPATH" in (env or {}) or options or torch.cuda.is_available()
         if data is not None and not needs_fresh:
-            code, out, err = warm().run(module, typed, command_env(), data, timeout_s)
+            code, out, err = warm().run(module, typed, command_env(**(env or {})), data, timeout_s)
             return Finished(code, out.decode(), err.decode())
         done = subprocess.run(
             [sys.executable, "-m", module, *typed],

@@ -465,6 +465,9 @@ def become(request: dict[str, Any]) -> NoReturn:
     if starts_ranks and module != "tests.scripts.shell" and (request_of_rank := _fork_its_ranks()):
         become(request_of_rank)
     _open_streams()
+    if _of_hub(request["env"]) != _of_hub(os.environ):  # which it reads while it is imported
+        for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None  # its environment may have another one
@@ -486,6 +489,10 @@ def become(request: dict[str, Any]) -> NoReturn:
         sys.excepthook(*sys.exc_info())
         _end(1)
     _end(0)
+
+
+def _of_hub(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name.startswith("HF_")}
 
 
 def _end(code: Any) -> NoReturn:

@@ -135,7 +135,8 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
 
     The given runner is closed first, since there may be no room for both caches.
     """
-    model, had_decoder = runner.model, runner.decoder is not None
+    model, collective = runner.model, runner.decode_collective
+    had_decoder = runner.decoder is not None
     runner.close()
     runner = Runner(
         model,
@@ -146,6 +147,7 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
         plan=runner.plan,
     )
     if had_decoder:
+        runner.decode_collective = collective  # no cache's, so its peer memory is mapped once
         runner.open_decoder()
     runner.cache.k.normal_()  # so that long contexts need not be run
     runner.cache.v.normal_()
