@@ -76,7 +76,7 @@ def read_bandwidth(device: torch.device) -> float:
         data = torch.randint(1 << 30, (1 << 29,), dtype=torch.int32, device=device)
         out = torch.empty(-(-len(data) // BLOCK), dtype=torch.int32, device=device)
         return 10 * 4 * len(data) / median_s(_several(lambda: read_all(data, out), 10), device)
-    values = torch.rand(1 << 26, device=device)
+    values = torch.ones(1 << 26, device=device)
     return 4 * len(values) / median_s(lambda: values.sum(), device)
 
 
@@ -138,7 +138,8 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
 
     The given runner is closed first, since there may be no room for both caches.
     """
-    model, had_decoder = runner.model, runner.decoder is not None
+    model, collective = runner.model, runner.decode_collective
+    had_decoder = runner.decoder is not None
     cache_dtype = runner.cache.dtype
     runner.close()
     runner = Runner(
@@ -151,6 +152,7 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
         cache_dtype=cache_dtype,
     )
     if had_decoder:
+        runner.decode_collective = collective  # no cache's, so its peer memory is mapped once
         runner.open_decoder()
     runner.cache.fill_random()  # so that long contexts need not be run
     return runner

@@ -141,10 +141,9 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
         "memory": _memory(runner),
         "decode": [],
     }
-    wanted = bench_phases.Wanted(
-        batches=request.batches, contexts=request.contexts, prompts=request.prompts, kept_to=kept_to
-    )
-    for n_slots, max_seq_len, work in bench_phases.phases(wanted, runner, ceiling, result):
+    for n_slots, max_seq_len, work in bench_phases.phases(
+        request, kept_to, runner, ceiling, result
+    ):
         runner = measure.with_cache(runner, n_slots, max_seq_len)
         if group.is_leader:
             work(runner)
