@@ -11,9 +11,10 @@ Shapes: n_out, n_in = rows and columns of the matrix, G = groups of a row's colu
 import torch
 from torch import Tensor
 
+from mistral_chat.kernels.ops import has_kernels
 from mistral_chat.kernels.weight import Quantized, pack_int4
 
-__all__ = ["quantize"]
+__all__ = ["fit", "quantize"]
 
 FP8_MOST = 448.0  # the largest number of E4M3
 INT8_MOST = 127.0
@@ -52,7 +53,15 @@ def quantize(floats: Tensor, into: Quantized) -> None:
 def _quantize_int4(values: Tensor, into: Quantized) -> None:
     assert into.zero is not None
     grouped = values.view(-1, into.group)
-    scale, zero = _fit(grouped)
+    if has_kernels(values.device):
+        from mistral_chat.kernels.fit_int4 import fit_int4
+
+        scale, zero = fit_int4(
+            grouped.contiguous(), steps=STEPS, power=POWER, beta=BETA, beta_growth=BETA_GROWTH,
+            tiny=TINY,
+        )  # fmt: skip
+    else:
+        scale, zero = fit(grouped)
     numbers = _numbers(grouped, scale, zero).to(torch.uint8)
     into.data.copy_(pack_int4(numbers.view_as(values)))
     into.scale.copy_(scale.view_as(into.scale))
@@ -63,7 +72,7 @@ def _numbers(grouped: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (grouped / scale).add_(zero).round_().clamp_(0, INT4_MOST)
 
 
-def _fit(grouped: Tensor) -> tuple[Tensor, Tensor]:
+def fit(grouped: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero of each group: the best of all steps by sum |error|^POWER.
 
     Args:
@@ -94,7 +103,8 @@ def _fit(grouped: Tensor) -> tuple[Tensor, Tensor]:
         target = grouped - left * unit
         zero = (numbers - target / scale).mean(-1, keepdim=True).round_().clamp_(0, INT4_MOST)
         centred = numbers - zero
-        fitted = (target * centred).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True)
+        squares = centred.square().sum(-1, keepdim=True)
+        fitted = (target * centred).sum(-1, keepdim=True) / squares.clamp(min=TINY)
         scale = torch.where(fitted > 0, fitted, scale).clamp_(min=TINY)
         beta *= BETA_GROWTH
     return best_scale, best_zero

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_chat.kernels.quantize import quantize
+from mistral_chat.kernels.fit_int4 import fit_int4
+from mistral_chat.kernels.quantize import BETA, BETA_GROWTH, POWER, STEPS, TINY, fit, quantize
 from mistral_chat.kernels.weight import DTYPES, ZERO_DTYPES, Kind, Quantized
 
 
@@ -79,6 +80,27 @@ def test_int4_is_better_than_rounding_to_the_nearest(seed: int) -> None:
         for each in (got, nearest(floats, 128))
     )
     assert ours < 0.97 * theirs
+
+
+@pytest.mark.parametrize("group", [32, 96, 128])
+def test_the_kernel_fits_as_well_as_the_reference(group: int) -> None:
+    grouped = draw(2, 40, group).float()
+    grouped[7], grouped[8] = 0, 2.5
+    settings = {
+        "steps": STEPS, "power": POWER, "beta": BETA, "beta_growth": BETA_GROWTH, "tiny": TINY
+    }  # fmt: skip
+    losses = []
+    for scale, zero in (fit(grouped), fit_int4(grouped, **settings)):  # type: ignore[arg-type]
+        assert (scale > 0).all()
+        assert torch.equal(zero, zero.round().clamp(0, 15))
+        numbers = (grouped / scale + zero).round().clamp(0, 15)
+        error = ((numbers - zero) * scale - grouped) / grouped.abs().amax(1, keepdim=True).clamp(
+            1e-9
+        )
+        losses.append(error.abs().pow(POWER).sum(1))
+    # a number that lies in the middle of two may be rounded either way, which the steps carry on
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=1e-3)
+    assert float((losses[1] - losses[0]).abs().median()) < 1e-3
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:

@@ -1,5 +1,8 @@
 """Matmuls with quantized matrices against their reference, which dequantizes first."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +13,7 @@ from mistral_chat.kernels import fused, linear_quantized, reference
 from mistral_chat.kernels.elementwise import SLICE
 from mistral_chat.kernels.tuning import FewRows, OneRow
 from mistral_chat.kernels.weight import DTYPES, Quantized, pack_int4, unpack_int4
+from tests.conftest import ROOT
 from tests.kernels.test_fused import DEVICE, EPS, assert_near, by_rows, by_type, draw, draw_gain
 
 pytestmark = pytest.mark.filterwarnings(
@@ -148,3 +152,14 @@ def test_rows_of_a_quantized_matrix_are_a_view() -> None:
     part.scale.fill_(0)
     assert not w.scale[3:7].any()
     assert replace(w, zero=None).zero is None
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="they run here")
+def test_kernels_compile_for_gpus_that_are_not_here() -> None:
+    """The interpreter takes more than the compiler does, and runs no assembler."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.scripts.compile_kernels"],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.strip() == "19", done.stderr[-3000:]

@@ -34,7 +34,8 @@ def _unpack(stored: Tensor, packing: Packing) -> Tensor:
     if packing.add:
         numbers = numbers + packing.add & (1 << packing.bits) - 1
     if packing.order:
-        numbers = numbers[:, :, list(packing.order)]
+        # no list as an index, which a GPU would wait for
+        numbers = torch.stack([numbers[:, :, place] for place in packing.order], -1)
     if packing.bits == 8:
         numbers = (numbers ^ 128).view(torch.int8)
     if packing.down:

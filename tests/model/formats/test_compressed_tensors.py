@@ -42,9 +42,7 @@ def library_writes(kind: str, group: int | None, zeros: bool) -> Any:
     form = "naive-quantized" if kind == "fp8" else "pack-quantized"
     compressor = BaseCompressor.get_value_from_registry(form)
 
-    def write(
-        shape: Tensor, quantization: Quantization, generator: torch.Generator
-    ) -> tuple[Weights, Tensor]:
+    def write(shape: Tensor, _: Quantization, generator: torch.Generator) -> tuple[Weights, Tensor]:
         n, k = shape.tolist()
         weight = torch.randn(n, k, generator=generator) * k**-0.5
         grouped = weight.view(1, -1) if group is None else weight.view(n, -1, group or k)
