@@ -36,6 +36,7 @@ import ptyprocess
 
 ROOT = Path(__file__).parent.parent
 PLAIN_SCRIPTS = ("mistral_chat.__main__", "mistral_chat.chat.function_worker")
+OF_TORCHRUN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
 STARTS_RANKS = ("tests.scripts.llms",)  # and what is given a number of them
 MOST_REQUEST_BYTES = 1 << 17
 WAIT_S = 60
@@ -320,8 +321,6 @@ def fork_ranks(fork_rank: Callable[[dict[str, Any], Sequence[int]], int]) -> Non
     Args:
         fork_rank: is given the request and the streams, and gives the process id.
     """
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-
     from mistral_chat.engine import rank
 
     def words_of(args: Sequence[str]) -> list[str] | None:
@@ -348,7 +347,8 @@ def fork_ranks(fork_rank: Callable[[dict[str, Any], Sequence[int]], int]) -> Non
                 return ForkedRank(fork_rank(request, streams), args)  # type: ignore[return-value]
 
     subprocess.Popen = Popen  # type: ignore[misc]
-    subprocess_handler.Popen = Popen  # torchrun's
+    if torchrun := sys.modules.get(OF_TORCHRUN):
+        torchrun.Popen = Popen  # type: ignore[attr-defined]
 
 
 @functools.cache
