@@ -40,6 +40,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "dtype": ("float16", "float16"),
     "max_seq_len": ("64", 64),
     "load_format": ("consolidated", "consolidated"),
+    "kv_cache_dtype": ("fp8", "fp8"),
     "quantization": ("int8", "int8"),
 }
 SWITCHES = ("instruct", "json_object", "json", "stats", "quiet", "yes", "plain", "show_thinking")
@@ -222,6 +223,7 @@ def test_help_is_asked_for_by_the_flag_alone(words: list[str], asks: bool) -> No
         ("dtype", ["int8", "fp16", ""], ["auto", "bfloat16", "float16", "float32"]),
         ("load_format", ["gguf", ""], ["auto", "consolidated", "hf", "dummy"]),
         ("quantization", ["int2", "8", ""], ["auto", "none", "fp8", "int8", "int4"]),
+        ("kv_cache_dtype", ["int8", ""], ["auto", "fp8"]),
     ],
 )
 def test_value_out_of_range_is_refused_by_name(
