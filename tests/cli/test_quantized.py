@@ -62,6 +62,6 @@ def test_answers_are_those_of_what_is_meant(pair: tuple[Path, Path], run: Run) -
         assert got.code == 0, got.err
         assert got.out == wanted.out
     refused = run(ours, *PROMPT, "--quantization", "int8")
-    assert refused.code == 1
+    assert refused.code == 2
     (line,) = refused.error_lines
     assert "--quantization int8: the checkpoint is stored as" in line
