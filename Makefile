@@ -43,8 +43,9 @@ check: install
 	$(BIN)/lint-imports --no-cache
 
 # More processes of tests than there may be cores: tests wait for other processes half of the time.
+# Bytecode is kept, whatever the environment says: some tests start a fresh Python.
 test: install
-	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses $(WORKERS) --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -m "not gpu" --numprocesses $(WORKERS) --dist worksteal
 
 # Signals to ranks and launchers in every phase: a table, in about an hour. `test` has a sample.
 test-faults: install

@@ -16,6 +16,7 @@ __all__ = ["EngineConfig", "Preset", "SamplingParams", "flag", "read_preset"]
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+KVCacheDtype = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "consolidated", "hf", "dummy"]
 AskedQuantization = Literal["auto", "none", "fp8", "int8", "int4"]
 
@@ -109,6 +110,8 @@ class EngineConfig:
         model: the model's folder; None with `load_format="dummy"` and a shape.
         device: where it runs; auto is cuda where there is one.
         dtype: of weights and cache; auto is bfloat16 or float16 on GPUs, float32 on CPU.
+        kv_cache_dtype: of keys and values; fp8 has room for about twice the context (auto: as
+            weights are computed).
         max_seq_len: context to plan memory for, in tokens (what fits, at most the model's).
         max_batch_size: sequences that the cache holds at once.
         chunk_size: most new tokens of one forward pass; None is 2048 on GPUs and 256 on CPU,
@@ -123,6 +126,7 @@ class EngineConfig:
     model: Path | None
     device: Device = flag("auto", table="run")
     dtype: Dtype = flag("auto", table="run")
+    kv_cache_dtype: KVCacheDtype = flag("auto", table="run")
     max_seq_len: int | None = flag(None, table="run")
     max_batch_size: int = 1
     chunk_size: int | None = None
@@ -137,6 +141,7 @@ class EngineConfig:
             "dtype": Dtype,
             "load_format": LoadFormat,
             "quantization": AskedQuantization,
+            "kv_cache_dtype": KVCacheDtype,
         }
         for name, kind in kinds.items():
             value, choices = getattr(self, name), get_args(kind)

@@ -24,10 +24,12 @@ from mistral_chat.model.folder import ModelFolder, choose_layout
 from mistral_chat.model.loading import Reading
 from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
-from tests.warm import warm
+from tests.warm import fork_ranks, warm
 
-# Two processes of tests share two cores; more threads than that would only wait for each other.
+# Processes of tests share two cores; more threads than that would only wait for each other.
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # CUDA takes no fork
+    fork_ranks(lambda request, streams: warm().fork_rank(request, streams))
 
 # A shell that runs tests in the background has them ignore Ctrl-C, and what they start as well.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -217,9 +219,10 @@ def run() -> Run:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         module, *typed = [*(torchrun_words(torchrun) if torchrun else []), "mistral_chat"]
         typed += map(str, words)
-        needs_fresh = env or options or torch.cuda.is_available()  # CUDA takes no fork
+        # CUDA takes no fork, and another PYTHONPATH may bring other libraries.
+        needs_fresh = "PYTHONPATH" in (env or {}) or options or torch.cuda.is_available()
         if data is not None and not needs_fresh:
-            code, out, err = warm().run(module, typed, command_env(), data, timeout_s)
+            code, out, err = warm().run(module, typed, command_env(**(env or {})), data, timeout_s)
             return Finished(code, out.decode(), err.decode())
         done = subprocess.run(
             [sys.executable, "-m", module, *typed],

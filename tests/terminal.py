@@ -26,7 +26,8 @@ def rows_of(screen: pyte.HistoryScreen) -> list[str]:
     """All rows, those that scrolled away first; a wide letter's second cell holds nothing."""
 
     def row(cells: Any) -> str:
-        return "".join(cells[x].data for x in range(screen.columns)).rstrip()
+        n_cells = min(screen.columns, max(cells, default=-1) + 1)  # the rest was never written to
+        return "".join([cells[x].data for x in range(n_cells)]).rstrip()
 
     shown = (screen.buffer[y] for y in range(screen.lines))
     return [row(cells) for cells in (*screen.history.top, *shown)]

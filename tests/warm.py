@@ -2,12 +2,14 @@
 
 `warm()` starts it and is asked for commands; `python -m tests.warm FD [MODULE...]` is the process
 itself, with one end of a socket. A command is a process of its own as ever, and only its imports
-are shared. What is tested of a process's very beginning needs a fresh one, as does what libraries
-read from the environment while they are imported.
+are shared. The ranks that it starts are forked, too, and are its children all the same. What is
+tested of a process's very beginning needs a fresh one, as does what libraries read from the
+environment while they are imported.
 """
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import functools
 import gc
@@ -24,17 +26,21 @@ import sys
 import tempfile
 import termios
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import pexpect
 import ptyprocess
 
 ROOT = Path(__file__).parent.parent
 PLAIN_SCRIPTS = ("mistral_chat.__main__", "mistral_chat.chat.function_worker")
+OF_TORCHRUN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+STARTS_RANKS = ("tests.scripts.llms",)  # and what is given a number of them
 MOST_REQUEST_BYTES = 1 << 17
 WAIT_S = 60
+_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class Command:
@@ -196,12 +202,13 @@ class Warm:
             streams: for its stdin, stdout and stderr.
             takes_terminal: its stdin is a terminal, which becomes its own.
         """
-        says, theirs = socket.socketpair()
-        with theirs:
-            request = [module, list(words), dict(env), takes_terminal]
-            data = json.dumps(request).encode(errors="surrogateescape")
-            socket.send_fds(self._socket, [data], [*streams, theirs.fileno()])
-        return Command(says)
+        request = {"module": module, "words": list(words), "env": dict(env)}
+        session = "terminal" if takes_terminal else "new"
+        return Command(_ask(self._socket, request | {"session": session}, streams))
+
+    def fork_rank(self, request: dict[str, Any], streams: Sequence[int]) -> int:
+        """Fork a rank whose parent is this process; its process id."""
+        return _fork_rank(self._socket, request, streams)
 
     def run(
         self,
@@ -245,6 +252,105 @@ class Warm:
         self._process.wait(WAIT_S)
 
 
+def _ask(asked: socket.socket, request: dict[str, Any], streams: Sequence[int]) -> socket.socket:
+    """Have a process forked; the socket on which is said what becomes of it."""
+    says, theirs = socket.socketpair()
+    with theirs:
+        data = json.dumps(request).encode(errors="surrogateescape")
+        socket.send_fds(asked, [data], [*streams, theirs.fileno()])
+    return says
+
+
+def _fork_rank(asked: socket.socket, request: dict[str, Any], streams: Sequence[int]) -> int:
+    """Have a descendant of this process fork a rank, and adopt it as an orphan; its process id."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        with _ask(asked, request | {"parent": os.getpid()}, streams) as says:
+            says.settimeout(WAIT_S)
+            pid = int(says.recv(32))
+            while says.recv(1):  # until it is ours
+                pass
+        return pid
+    finally:
+        prctl(_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+class ForkedRank:
+    """A rank that was forked, and is a child of this process: what `subprocess.Popen` would be."""
+
+    def __init__(self, pid: int, args: Sequence[str]) -> None:
+        self.pid, self.args = pid, args
+        self.stdout = self.stderr = None
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The code that it ended with, None while it goes on."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Until it has ended; its code."""
+        deadline = time.monotonic() + (WAIT_S * 10 if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(list(self.args), timeout or WAIT_S * 10)
+            time.sleep(0.002)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal where it goes on."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+
+def fork_ranks(fork_rank: Callable[[dict[str, Any], Sequence[int]], int]) -> None:
+    """From now on, fork the ranks that our launchers, or torchrun, start in this process.
+
+    Args:
+        fork_rank: is given the request and the streams, and gives the process id.
+    """
+    from mistral_chat.engine import rank
+
+    def words_of(args: Sequence[str]) -> list[str] | None:
+        for beginning in ([sys.executable, "-P", rank.__file__],
+                          [sys.executable, "-u", "-m", "mistral_chat"]):  # fmt: skip
+            if list(args[: len(beginning)]) == beginning:
+                return [beginning[-1], *args[len(beginning) :]]
+        return None
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        def __new__(cls, args: Any = "", **options: Any) -> Self:
+            words = words_of(args) if not isinstance(args, str) else None
+            if words is None:
+                return super().__new__(cls)
+            session = "new" if options.get("start_new_session") else "same"
+            if options.get("process_group") is not None:
+                session = "group"
+            request = {"module": words[0], "words": words[1:], "env": dict(options["env"])}
+            ignores_interrupts = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            request |= {"session": session, "ignores_interrupts": ignores_interrupts}
+            with open(os.devnull) as nothing:  # noqa: PTH123
+                no_stdin = options.get("stdin") == subprocess.DEVNULL
+                streams = [nothing.fileno() if no_stdin else 0, 1, 2]
+                return ForkedRank(fork_rank(request, streams), args)  # type: ignore[return-value]
+
+    subprocess.Popen = Popen  # type: ignore[misc]
+    if torchrun := sys.modules.get(OF_TORCHRUN):
+        torchrun.Popen = Popen  # type: ignore[attr-defined]
+
+
 @functools.cache
 def warm() -> Warm:
     """The one of this process of tests."""
@@ -266,10 +372,12 @@ def _everything() -> list[str]:
 def _import(modules: Sequence[str]) -> None:
     for module in modules:
         importlib.import_module(module)
+    if node_memory := sys.modules.get("mistral_chat.engine.ranks.node_memory"):
+        node_memory.SPINS = 20  # type: ignore[attr-defined]  # ranks of tests share their cores
     gc.freeze()  # or each command would look at all of this again, and have its pages copied
 
 
-def _serve(requests: socket.socket) -> list[Any]:
+def _serve(requests: socket.socket) -> dict[str, Any]:
     """Fork for each request until there are no more; in a forked command, the request."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who waits for a command
     while True:
@@ -282,19 +390,25 @@ def _serve(requests: socket.socket) -> list[Any]:
             continue
         requests.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        request: dict[str, Any] = json.loads(data.decode(errors="surrogateescape"))
         *streams, says = handles
+        forked_by = os.getpid()
         if pid := os.fork():
             for handle in streams:
                 os.close(handle)
             os.write(says, f"{pid:<32}".encode())
+            if "parent" in request:
+                os._exit(0)
             _, status = os.waitpid(pid, 0)
             os.write(says, str(os.waitstatus_to_exitcode(status)).encode())
             os._exit(0)
+        if "parent" in request:
+            while os.getppid() == forked_by:
+                time.sleep(0.0005)
         os.close(says)
         for number, handle in enumerate(streams):
             os.dup2(handle, number)
             os.close(handle)
-        request: list[Any] = json.loads(data.decode(errors="surrogateescape"))
         return request
 
 
@@ -318,24 +432,67 @@ def _open_streams() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _become(module: str, words: Sequence[str], env: dict[str, str], takes_terminal: bool) -> None:
-    """Run a module as this process's only job."""
-    os.setsid()
-    if takes_terminal:
+def _fork_its_ranks() -> dict[str, Any] | None:
+    """Fork a process that forks this command's ranks; in a rank, the request."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        theirs.close()
+        fork_ranks(functools.partial(_fork_rank, ours))
+        return None
+    ours.close()
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's are for the command
+        signal.signal(number, signal.SIG_IGN)
+    with open(os.devnull, "r+") as nothing:  # noqa: PTH123
+        for number in range(3):
+            os.dup2(nothing.fileno(), number)
+    request = _serve(theirs)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    ignores = request["ignores_interrupts"]
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignores else signal.default_int_handler)
+    return request
+
+
+def become(request: dict[str, Any]) -> NoReturn:
+    """Run what was asked for as this process's only job, as a process that was just forked."""
+    module, words, session = request["module"], request["words"], request["session"]
+    if session in ("new", "terminal"):
+        os.setsid()
+    elif session == "group":
+        os.setpgid(0, 0)
+    if session == "terminal":
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    starts_ranks = module in STARTS_RANKS or any("nproc" in word for word in words)
+    if starts_ranks and module != "tests.scripts.shell" and (request_of_rank := _fork_its_ranks()):
+        become(request_of_rank)
     _open_streams()
+    if _of_hub(request["env"]) != _of_hub(os.environ):  # which it reads while it is imported
+        for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]
     os.environ.clear()
-    os.environ.update(env)
+    os.environ.update(request["env"])
+    tempfile.tempdir = None  # its environment may have another one
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # as at Python's start
+        if (script := Path(folder, "sitecustomize.py")).is_file():
+            runpy.run_path(str(script))
     sys.argv = [module, *words]
-    sys.orig_argv = [sys.executable, "-m", module, *words]
+    sys.orig_argv = [sys.executable, *(["-m"] if not module.endswith(".py") else []), *sys.argv]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module == "-c":
+            exec(words[0], {"__name__": "__main__"})
+        elif module.endswith(".py"):
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         _end(end.code)
     except Exception:
         sys.excepthook(*sys.exc_info())
         _end(1)
     _end(0)
+
+
+def _of_hub(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name.startswith("HF_")}
 
 
 def _end(code: Any) -> NoReturn:
@@ -360,4 +517,4 @@ def _end(code: Any) -> NoReturn:
 
 if __name__ == "__main__":
     _import(sys.argv[2:] or _everything())
-    _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))
+    become(_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -90,7 +90,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def choose_files(names: Collection[str], layout: str) -> list[str]:
-    """The files of one model: one set of weights, its shape, its tokenizer, and nothing else.
+    """The files of one model: one set of weights, its shape, its tokenizer, its system prompt.
 
     Args:
         names: of a repository's files.
@@ -111,7 +111,8 @@ def choose_files(names: Collection[str], layout: str) -> list[str]:
                 "it holds weights but no tokenizer: expected tekken.json or tokenizer.model.vN"
             )
         if weights:
-            beside = (*shapes, "generation_config.json")  # which may name end tokens
+            # What may name end tokens, and what --system default takes.
+            beside = (*shapes, "generation_config.json", "SYSTEM_PROMPT.txt")
             return [*(name for name in beside if name in top), *tokenizers, *weights]
     files = [name for name in top if name.endswith((".safetensors", ".pth", ".bin", ".gguf"))]
     found = files or top

@@ -12,6 +12,7 @@ import torch
 
 from mistral_chat.errors import NotEnoughMemoryError
 from mistral_chat.kernels import ops
+from mistral_chat.kernels.cached import FP8
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
 from mistral_chat.model.cache import kv_bytes_per_token
 from mistral_chat.model.checkpoint import local_bytes
@@ -65,25 +66,29 @@ def plan_memory(
     n_slots: int,
     chunk_size: int,
     max_seq_len: int | None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Choose the context that fits, or refuse.
 
     Args:
         shard: this rank's share.
         table: the slices of weights that it holds.
-        dtype: of weights and cache.
+        dtype: of weights.
         device: where they go.
         free: bytes that this rank may take.
         n_slots: sequences in the cache.
         chunk_size: most tokens of a step.
         max_seq_len: positions asked for; None takes what fits, at most the model's.
+        cache_dtype: of keys and values; None is that of weights.
 
     Raises:
         NotEnoughMemoryError: weights and the least or asked-for context do not fit.
     """
     args = shard.args
     weights = local_bytes(table.values(), dtype)
-    kv_per_token = n_slots * kv_bytes_per_token(shard, dtype)
+    kv_per_token = n_slots * kv_bytes_per_token(shard, cache_dtype or dtype)
+    if cache_dtype == FP8:  # a prompt's attention has one layer of one sequence in floats, twice
+        kv_per_token += len(shard.kv_heads) * args.head_dim * (4 + 2 * dtype.itemsize)
     widths = 6 * args.dim + 4 * len(shard.hidden) + 4 * len(shard.heads) * args.head_dim
     reserve = GPU_RESERVE_BYTES if device.type == "cuda" else CPU_RESERVE_BYTES
     workspace = chunk_size * widths * dtype.itemsize + 2 * args.vocab_size * 4 + reserve

@@ -59,6 +59,7 @@ class Runner:
         max_seq_len: positions of a slot.
         chunk_size: most tokens of a step.
         plan: bytes by purpose; None if memory was not planned.
+        cache_dtype: of keys and values; None is the model's.
 
     `vocab_size` is the width of the logits on rank 0.
     """
@@ -72,6 +73,7 @@ class Runner:
         max_seq_len: int,
         chunk_size: int,
         plan: Plan | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self._model: Transformer | None = model
         self.group = group
@@ -80,7 +82,7 @@ class Runner:
         self.chunk_size = chunk_size
         self.plan = plan
         self._cache: KVCache | None = KVCache(
-            model.shard, max_batch_size, max_seq_len, model.dtype, model.device
+            model.shard, max_batch_size, max_seq_len, cache_dtype or model.dtype, model.device
         )
         self.decoder: Decoder | None = None
         self.decode_collective: Collective | None = None

@@ -19,6 +19,9 @@ from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.ranks.launcher import cores_each
 from mistral_chat.engine.runner import Runner, StartUp, why_no_decoder
 from mistral_chat.errors import DeviceError
+from mistral_chat.kernels import ops
+from mistral_chat.kernels.cached import FP8
+from mistral_chat.kernels.tuning import has_fp8
 from mistral_chat.model import formats
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs
 from mistral_chat.model.checkpoint import Headers
@@ -28,6 +31,7 @@ from mistral_chat.model.sharding import Shard, placements
 from mistral_chat.model.transformer import Transformer
 
 __all__ = [
+    "choose_cache_dtype",
     "choose_device",
     "choose_dtype",
     "chunk_size_of",
@@ -74,6 +78,24 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def choose_cache_dtype(
+    kv_cache_dtype: str, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """Type of keys and values: auto is that of the weights' floats.
+
+    Raises:
+        DeviceError: FP8 on a GPU whose kernels cannot convert it.
+    """
+    if kv_cache_dtype == "auto":
+        return dtype
+    if ops.has_kernels(device) and not has_fp8(device):
+        raise DeviceError(
+            f"--kv_cache_dtype fp8: {torch.cuda.get_device_name(device)} has no FP8; expected a "
+            f"GPU of compute capability 8.9 or more"
+        )
+    return FP8
 
 
 def reading_threads(device: torch.device, place: Place) -> int:
@@ -126,6 +148,7 @@ def _begin(
             n_slots=config.max_batch_size,
             chunk_size=min(chunk_size_of(config, device), most),
             max_seq_len=config.max_seq_len,
+            cache_dtype=choose_cache_dtype(config.kv_cache_dtype, dtype, device),
         )
     plan = replace(plan, max_seq_len=group.minimum(plan.max_seq_len))
     reading: Reading | None = None
@@ -226,6 +249,7 @@ def load_runner(
             max_seq_len=plan.max_seq_len,
             chunk_size=chunk_size_of(config, model.device),
             plan=plan,
+            cache_dtype=choose_cache_dtype(config.kv_cache_dtype, model.dtype, model.device),
         )
         if why_no_decoder(model) is None:
             runner.open_decoder()

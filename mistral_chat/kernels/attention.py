@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mistral_chat.kernels.cached import Cached
 from mistral_chat.kernels.reference import Rotations
 from mistral_chat.kernels.tuning import attend_config, early_launch, splits
 
@@ -23,13 +24,24 @@ MOST_TILE_ROWS = 64
 
 
 @triton.jit
+def _quantized(rows):
+    """`cached.quantize_rows`: (NEW, D) -> FP8 of it, and a scale a row."""
+    numbers = rows.to(tl.float32)
+    scale = tl.div_rn(tl.max(tl.abs(numbers), 1), 448.0)
+    scale = tl.where(scale > 0, scale, 1.0)
+    scales = tl.broadcast_to(scale[:, None], numbers.shape)
+    return tl.div_rn(numbers, scales).to(tl.float8e4nv), scale
+
+
+@triton.jit
 def _part(
-    qkv_ptr, keys_ptr, values_ptr, q_turns_ptr, k_turns_ptr, slots_ptr, starts_ptr, lengths_ptr,
-    heads_ptr, sums_ptr, scales_ptr, slot_stride, head_stride, window, softmax_scale,
+    qkv_ptr, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, q_turns_ptr, k_turns_ptr, slots_ptr,
+    starts_ptr, lengths_ptr, heads_ptr, sums_ptr, scales_ptr, slot_stride, head_stride,
+    scale_slot_stride, scale_head_stride, window, softmax_scale,
     N_HEADS: tl.constexpr, N_KV: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
     M: tl.constexpr, M_ALL: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr, NEW: tl.constexpr, IEEE: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLITS: tl.constexpr, NEW: tl.constexpr, IEEE: tl.constexpr, FP8: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the context of one KV head of one span: weighted means and log-sum-exps."""
     part = tl.program_id(0)
@@ -46,6 +58,7 @@ def _part(
     length = tl.load(lengths_ptr + span)
     slot = tl.load(slots_ptr + span)
     base = slot.to(tl.int64) * slot_stride + kv_head.to(tl.int64) * head_stride
+    scale_base = slot.to(tl.int64) * scale_slot_stride + kv_head.to(tl.int64) * scale_head_stride
     end = start + length
     begin = tl.maximum(start - window + 1, 0)  # what no query sees is not read
     n_tiles = tl.cdiv(end - begin, BLOCK_S)
@@ -76,8 +89,15 @@ def _part(
         rotated_a = (a.to(tl.float32) * cos - b.to(tl.float32) * sin).to(a.dtype)
         rotated_b = (a.to(tl.float32) * sin + b.to(tl.float32) * cos).to(a.dtype)
         target = base + new_at.to(tl.int64)[:, None] * D + dims[None, :]
-        tl.store(keys_ptr + target, tl.interleave(rotated_a, rotated_b), mask=mine[:, None])
+        key = tl.interleave(rotated_a, rotated_b)
         value = tl.load(source + N_KV * D + dims[None, :], mask=mine[:, None], other=0.0)
+        if FP8:
+            scale_at = scale_base + new_at
+            key, scale = _quantized(key)
+            tl.store(k_scales_ptr + scale_at, scale, mask=mine)
+            value, scale = _quantized(value)
+            tl.store(v_scales_ptr + scale_at, scale, mask=mine)
+        tl.store(keys_ptr + target, key, mask=mine[:, None])
         tl.store(values_ptr + target, value, mask=mine[:, None])
         # Queries.
         token = rows // GROUP
@@ -103,7 +123,10 @@ def _part(
             held = position < high
             at = base + position.to(tl.int64) * D
             k = tl.load(keys_ptr + at[None, :] + dims[:, None], mask=held[None, :], other=0.0)
-            score = tl.dot(q, k, input_precision=precision) * softmax_scale  # (M, BLOCK_S)
+            score = tl.dot(q, k.to(q.dtype), input_precision=precision) * softmax_scale
+            if FP8:
+                k_scale = tl.load(k_scales_ptr + scale_base + position, mask=held, other=0.0)
+                score *= k_scale[None, :]  # (M, BLOCK_S)
             seen = (position[None, :] <= sees_to[:, None]) & held[None, :]
             seen &= position[None, :] > sees_to[:, None] - window
             score = tl.where(seen, score, -float("inf"))
@@ -114,7 +137,10 @@ def _part(
             weight = weight * rescale + tl.sum(p, 1)
             v = tl.load(values_ptr + at[:, None] + dims[None, :], mask=held[:, None], other=0.0)
             total = total * rescale[:, None]
-            total = tl.dot(p.to(v.dtype), v, total, input_precision=precision)
+            if FP8:
+                v_scale = tl.load(v_scales_ptr + scale_base + position, mask=held, other=0.0)
+                p *= v_scale[None, :]
+            total = tl.dot(p.to(q.dtype), v.to(q.dtype), total, input_precision=precision)
             top = new_top
         log_sum = tl.where(weight > 0, top + tl.log2(weight), -float("inf"))
         tl.store(scales_ptr + out_rows, log_sum)
@@ -155,8 +181,8 @@ def _combine(
 
 def attend(
     qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Cached,
+    values: Cached,
     rotations: Rotations,
     slots: Tensor,
     starts: Tensor,
@@ -188,8 +214,8 @@ def attend(
     n_spans, n_heads = len(slots), len(kv_heads)
     n_kv = (n_all - n_heads) // 2
     length = n_rows // n_spans
-    assert keys.stride() == values.stride()
-    assert keys.stride(2) == head_dim
+    assert keys.data.stride() == values.data.stride()
+    assert keys.data.stride(2) == head_dim
     m_all = max(16, triton.next_power_of_2(length * group))
     m = min(m_all, MOST_TILE_ROWS)
     device = qkv.device
@@ -202,12 +228,14 @@ def attend(
     early = early_launch(device)
     ieee = qkv.dtype == torch.float32
     _part[(n_splits, n_kv, n_spans * (m_all // m))](
-        qkv, keys, values, *rotations, slots, starts, lengths, first_heads, sums, scales,
-        keys.stride(0), keys.stride(1), window or 1 << 30,
+        qkv, keys.data, values.data, keys.scale, values.scale, *rotations, slots, starts, lengths,
+        first_heads, sums, scales, *keys.data.stride()[:2],
+        *((0, 0) if keys.scale is None else keys.scale.stride()[:2]), window or 1 << 30,
         head_dim**-0.5 * 1.4426950408889634,  # log2(e): powers of two are what the chip has
         N_HEADS=n_heads, N_KV=n_kv, T=length, GROUP=group, M=m, M_ALL=m_all, D=head_dim,
         BLOCK_S=config.block, SPLITS=n_splits, NEW=triton.next_power_of_2(length),
-        IEEE=ieee, STAGES=config.stages, PDL=bool(early), num_warps=config.warps, **early,
+        IEEE=ieee, FP8=keys.scale is not None, STAGES=config.stages, PDL=bool(early),
+        num_warps=config.warps, **early,
     )  # fmt: skip
     _combine[(n_rows, n_heads)](
         sums, scales, first_heads, kv_heads, out,

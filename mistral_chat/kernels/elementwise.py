@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mistral_chat.kernels.cached import Cached
 from mistral_chat.kernels.reference import Rope, Rotations
 from mistral_chat.kernels.tuning import early_launch
 
@@ -254,9 +255,10 @@ def silu_mul(both: Tensor) -> Tensor:
 
 @triton.jit
 def _rope_store(
-    qkv_ptr, keys_ptr, values_ptr, q_turns_ptr, k_turns_ptr, start, key_stride,
+    qkv_ptr, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, q_turns_ptr, k_turns_ptr, start,
+    key_stride, scale_stride,
     N_Q: tl.constexpr, N_KV: tl.constexpr, HALF: tl.constexpr, HALF_DIM: tl.constexpr,
-    PDL: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     head = tl.program_id(1)
@@ -279,8 +281,10 @@ def _rope_store(
         b = odd.to(tl.float32)
         even = (a * cos - b * sin).to(even.dtype)
         odd = (a * sin + b * cos).to(odd.dtype)
-    to = at
-    if head >= N_Q:
+    if head < N_Q:
+        tl.store(at, even, mask=mask)
+        tl.store(at + 1, odd, mask=mask)
+    else:
         cache_ptr = keys_ptr
         kv_head = head - N_Q
         if head >= N_Q + N_KV:
@@ -288,22 +292,37 @@ def _rope_store(
             kv_head -= N_KV
         position = (start + token).to(tl.int64)
         to = cache_ptr + kv_head * key_stride + position * 2 * HALF_DIM + 2 * pair
-    tl.store(to, even, mask=mask)
-    tl.store(to + 1, odd, mask=mask)
+        if FP8:
+            scales_ptr = k_scales_ptr
+            if head >= N_Q + N_KV:
+                scales_ptr = v_scales_ptr
+            a = even.to(tl.float32)
+            b = odd.to(tl.float32)
+            most = tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0))
+            scale = tl.div_rn(most, 448.0)
+            scale = tl.where(scale > 0, scale, 1.0)
+            tl.store(scales_ptr + kv_head * scale_stride + position, scale)
+            tl.store(to, tl.div_rn(a, scale).to(tl.float8e4nv), mask=mask)
+            tl.store(to + 1, tl.div_rn(b, scale).to(tl.float8e4nv), mask=mask)
+        else:
+            tl.store(to, even, mask=mask)
+            tl.store(to + 1, odd, mask=mask)
 
 
 def rope_store(
-    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Rotations
+    qkv: Tensor, keys: Cached, values: Cached, start: int, n_heads: int, rotations: Rotations
 ) -> None:
     """`reference.rope_store`, with the queries rotated in place."""
     n_new, n_all, head_dim = qkv.shape
     assert qkv.is_contiguous()
-    assert keys.stride() == values.stride()
-    assert keys.stride(1) == head_dim
+    assert keys.data.stride() == values.data.stride()
+    assert keys.data.stride(1) == head_dim
     half = head_dim // 2
     early = early_launch(qkv.device)
     _rope_store[(n_new, n_all)](
-        qkv, keys, values, *map(torch.view_as_real, rotations), start, keys.stride(0),
+        qkv, keys.data, values.data, keys.scale, values.scale,
+        *map(torch.view_as_real, rotations), start, keys.data.stride(0),
+        0 if keys.scale is None else keys.scale.stride(0),
         N_Q=n_heads, N_KV=(n_all - n_heads) // 2, HALF=triton.next_power_of_2(half),
-        HALF_DIM=half, PDL=bool(early), num_warps=1, **early,
+        HALF_DIM=half, FP8=keys.scale is not None, PDL=bool(early), num_warps=1, **early,
     )  # fmt: skip

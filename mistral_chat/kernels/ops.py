@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels import reference
+from mistral_chat.kernels.cached import Cached
 from mistral_chat.kernels.reference import Rotations
 from mistral_chat.kernels.sampling_reference import sample_reference
 from mistral_chat.kernels.weight import BLOCK_NUMBERS, Quantized, Weight
@@ -101,7 +102,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope_store(
-    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Rotations
+    qkv: Tensor, keys: Cached, values: Cached, start: int, n_heads: int, rotations: Rotations
 ) -> Tensor:
     """`reference.rope_store`; may overwrite `qkv`."""
     if has_kernels(qkv.device):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mistral_chat.kernels.cached import Cached
 from mistral_chat.kernels.weight import Quantized, Weight
 
 __all__ = [
@@ -139,7 +140,7 @@ def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def rope_store(
-    qkv: Tensor, keys: Tensor, values: Tensor, start: int, n_heads: int, rotations: Rotations
+    qkv: Tensor, keys: Cached, values: Cached, start: int, n_heads: int, rotations: Rotations
 ) -> Tensor:
     """Rotate queries and keys of one sequence's new tokens; store the keys and the values.
 
@@ -155,9 +156,8 @@ def rope_store(
         the rotated queries, (T, H, D).
     """
     q, k, v = qkv.split([n_heads, len(keys), len(keys)], dim=1)
-    end = start + len(qkv)
-    keys[:, start:end].copy_(apply_rope(k, rotations[1]).transpose(0, 1))
-    values[:, start:end].copy_(v.transpose(0, 1))
+    keys.put(start, apply_rope(k, rotations[1]).transpose(0, 1))
+    values.put(start, v.transpose(0, 1))
     return apply_rope(q, rotations[0])
 
 
@@ -302,8 +302,8 @@ def gated(x: Tensor, weight: Weight) -> Tensor:
 
 def attend(
     qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Cached,
+    values: Cached,
     rotations: Rotations,
     slots: Tensor,
     starts: Tensor,
@@ -329,11 +329,11 @@ def attend(
     ):
         new = slice(span * per_span, span * per_span + length)
         end = start + length
-        keys[slot, :, start:end] = k[new].transpose(0, 1)
-        values[slot, :, start:end] = v[new].transpose(0, 1)
+        for cached, rows in ((keys[slot], k), (values[slot], v)):
+            cached.put(start, rows[new].transpose(0, 1))
         if length:
             out[new] = attention(
-                q[new], keys[slot, :, :end], values[slot, :, :end],
+                q[new], keys[slot].floats(0, end, q.dtype), values[slot].floats(0, end, q.dtype),
                 start, window, by_kv_head,
             )  # fmt: skip
     return out.flatten(1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_TEMPERATURE", "kept_probabilities", "sample_reference", "unpack_allowed"]
+__all__ = ["LEAST_TEMPERATURE", "sample_reference", "unpack_allowed"]
 
 LEAST_TEMPERATURE = 1e-5  # below it every draw is the most likely token
 FEW = 256  # tokens that top_p is tried with first
@@ -28,26 +28,11 @@ def unpack_allowed(allowed: Tensor, vocab_size: int) -> Tensor:
     return ones.flatten(1)[:, :vocab_size].bool()
 
 
-def kept_probabilities(logits: Tensor, allowed: Tensor, params: Tensor) -> Tensor:
-    """What `sample_reference` draws from at temperatures above 0.
-
-    Args:
-        logits: (T, V) float32.
-        allowed: (T, ceil(V / 32)) int32.
-        params: (T, 4) float32: temperature, top_p, min_p, top_k.
-
-    Returns:
-        (T, V) float32, the largest of each row 1 and 0 for what a filter drops. Tokens as likely
-        as the last one kept stay too.
-    """
-    return _kept(_masked(logits, allowed), params)
-
-
-def _masked(logits: Tensor, allowed: Tensor) -> Tensor:
-    return logits.masked_fill(~unpack_allowed(allowed, logits.shape[1]), -torch.inf)
-
-
 def _kept(logits: Tensor, params: Tensor) -> Tensor:
+    """What is drawn from: the largest of each row is 1, and what a filter drops is 0.
+
+    Tokens as likely as the last one kept stay too.
+    """
     temperature, top_p, min_p, top_k = params.unsqueeze(-1).unbind(1)  # (T, 1) each
     # The largest becomes 0, so that no temperature makes an infinity of it.
     spread = (logits - logits.amax(1, keepdim=True)) / temperature.clamp(min=LEAST_TEMPERATURE)
@@ -99,7 +84,7 @@ def sample_reference(logits: Tensor, allowed: Tensor, params: Tensor, uniforms: 
     Returns:
         (T,) int64 ids; -1 where NaN or +inf may be chosen.
     """
-    masked = _masked(logits, allowed)
+    masked = logits.masked_fill(~unpack_allowed(allowed, logits.shape[1]), -torch.inf)
     highest, chosen = masked.max(1)
     is_drawn = params[:, 0] != 0
     if bool(is_drawn.any()):

@@ -105,10 +105,12 @@ class Headers:
     Args:
         layout: decides the tensors' names, and the order of the rows of wq and wk.
         tensors: by the names that they are stored under.
+        prefix: of their names in Hugging Face's layout, one of `hf.PREFIXES`.
     """
 
     layout: hf.Layout
     tensors: dict[str, StoredTensor]
+    prefix: str = hf.PREFIXES[0]
 
     @classmethod
     def read(cls, files: WeightFiles, table: Table) -> "Headers":
@@ -155,6 +157,8 @@ class Headers:
             for name in sorted(tensors.keys() - index.keys()):
                 holds = f"{tensors[name].path.name} holds {named(name)}"
                 faults.append(f"{holds}, which {index_name} omits")
+        prefix = hf.prefix_of(tensors)
+        table = {hf.with_prefix(name, prefix): placement for name, placement in table.items()}
         if other_kind := _other_kind(tensors, table, files.layout):
             faults.append(other_kind)  # all else would follow from it
         else:
@@ -169,11 +173,12 @@ class Headers:
             n_more = len(faults) - MOST_FAULTS
             more = f"; and {n_more} more" if n_more > 0 else ""
             raise CheckpointError(f"{files.folder}: {'; '.join(faults[:MOST_FAULTS])}{more}")
-        return cls(files.layout, tensors)
+        return cls(files.layout, tensors, prefix)
 
     def placements(self, shard: Shard) -> Table:
         """Where each tensor that is read goes on one rank, by the names in the files."""
-        return {n: p for n, p in placements(shard, self.layout).items() if p.target}
+        table = placements(shard, self.layout)
+        return {hf.with_prefix(name, self.prefix): p for name, p in table.items() if p.target}
 
     def to_json(self) -> dict[str, Any]:
         """The same as lists, texts and numbers, for another process."""
@@ -181,7 +186,7 @@ class Headers:
             name: [stored.path.name, stored.dtype, list(stored.shape), stored.offset]
             for name, stored in self.tensors.items()
         }
-        return {"layout": self.layout, "tensors": tensors}
+        return {"layout": self.layout, "tensors": tensors, "prefix": self.prefix}
 
     @classmethod
     def from_json(cls, told: dict[str, Any], folder: Path) -> "Headers":
@@ -190,7 +195,7 @@ class Headers:
             name: StoredTensor(folder / file, dtype, tuple(shape), offset)
             for name, (file, dtype, shape, offset) in told["tensors"].items()
         }
-        return cls(told["layout"], tensors)
+        return cls(told["layout"], tensors, told["prefix"])
 
 
 def find_files(folder: Path, layout: hf.Layout) -> list[Path]:
@@ -279,7 +284,7 @@ def _wrong_tensors(tensors: dict[str, StoredTensor], table: Table, layout: hf.La
             if ".lora" in name:
                 adapter = f"{named(name)} in {tensor.path.name} is of an adapter (LoRA)"
                 faults.append(f"{adapter}: merge it into the model")
-            elif layout != "hf" or not hf.is_unused(name):
+            elif not hf.is_unused(name):
                 faults.append(f"{named(name)} in {tensor.path.name} is not a tensor of this model")
             continue
         if tensor.dtype not in table[name].types:

@@ -102,7 +102,7 @@ class FewRows:
 
     def attend(self, qkv: Tensor, heads: Heads, rotations: Rotations) -> Tensor:
         """`reference.attend`; rows past a span's length are of no use."""
-        keys, values = self._cache.k[heads.layer], self._cache.v[heads.layer]
+        keys, values = self._cache.of_layer(heads.layer)
         table = self._table
         attended: Tensor = self._attend(
             qkv, keys, values, rotations, *self._places,

@@ -5,6 +5,7 @@ has in transformers' MistralConfig (transformers 5, `models/mistral/configuratio
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,11 @@ __all__ = [
     "disagreements",
     "in_config_words",
     "is_unused",
+    "prefix_of",
     "stored_name",
     "text_config",
     "to_params",
+    "with_prefix",
 ]
 
 Layout = Literal["consolidated", "hf"]
@@ -87,6 +90,9 @@ MATRICES = {
 }
 # What stands before `layers`: of texts alone, and of two ways of models with pictures.
 PREFIXES = ("model.", "model.language_model.", "language_model.model.")
+# Modules that see pictures, beside the text model.
+_VISION = {"vision_tower", "vision_encoder", "multi_modal_projector", "vision_language_adapter",
+           "patch_merger", "pre_mm_projector_norm"}  # fmt: skip
 _OUTER = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -103,7 +109,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     inner = config.get("text_config")
     if not isinstance(inner, dict):
         return config
-    said = {key: value for key, value in inner.items() if value is not None}
+    # null is a value, such as for no window, unless there is another one beside it
+    said = {key: value for key, value in inner.items() if value is not None or key not in config}
     return config | said | {"architectures": config.get("architectures")}
 
 
@@ -332,9 +339,34 @@ def stored_name(name: str) -> str:
     return f"model.layers.{layer}.{_IN_LAYER[part]}.weight"
 
 
+def prefix_of(names: Iterable[str]) -> str:
+    """Which of `PREFIXES` a checkpoint's tensors have; the first where none has any."""
+    for name in names:
+        for prefix in PREFIXES[1:]:
+            if name.startswith((f"{prefix}layers.", f"{prefix}embed_tokens.")):
+                return prefix
+    return PREFIXES[0]
+
+
+def with_prefix(name: str, prefix: str) -> str:
+    """A `stored_name` in a checkpoint of another prefix."""
+    before = prefix.removesuffix(PREFIXES[0]) if prefix.endswith(f".{PREFIXES[0]}") else ""
+    if name.startswith(PREFIXES[0]):
+        return prefix + name.removeprefix(PREFIXES[0])
+    return before + name
+
+
 def is_unused(name: str) -> bool:
     """Whether a stored tensor that the model does not take may be there all the same.
 
-    Tables of rotations, and the output matrix of a model that has tied it to its embedding.
+    Tables of rotations, the output matrix of a model that has tied it to its embedding, what sees
+    pictures, scales of a cache, and those of quantizers that only training had.
     """
-    return name == "lm_head.weight" or ".rotary_emb." in name
+    first = name.removeprefix("model.").partition(".")[0]
+    return (
+        first in _VISION
+        or name.removeprefix("language_model.") == "lm_head.weight"
+        or ".rotary_emb." in name
+        or "fake_quantizer." in name
+        or name.endswith((".k_scale", ".v_scale"))
+    )

@@ -195,11 +195,9 @@ class ManyRows:
             keys, values = self._cache.of(heads.layer, span.slot)
             q = ops.rope_store(new, keys, values, span.start, heads.n_heads, rotation)
             end = span.start + span.length
-            keys, values = keys[:, :end], values[:, :end]
+            k, v = keys.floats(0, end, q.dtype), values.floats(0, end, q.dtype)
             out.append(
-                reference.attention(
-                    q, keys, values, span.start, heads.window, heads.queries_by_kv_head
-                )
+                reference.attention(q, k, v, span.start, heads.window, heads.queries_by_kv_head)
             )
         whole = out[0] if len(out) == 1 else torch.cat(out)  # (R, H, head_dim)
         return whole.reshape(len(qkv), -1)

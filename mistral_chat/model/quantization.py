@@ -168,7 +168,9 @@ def _compressed_tensors(said: dict[str, Any], n_layers: int) -> Quantization:
 
 
 def _awq(said: dict[str, Any], n_layers: int) -> Quantization:
-    _require_4_bits(said)
+    bits = said.get("bits", said.get("w_bit", 4))
+    if bits != 4:
+        raise CheckpointError(f"bits {shown(bits)} of awq is not supported: expected 4")
     version = said.get("version", "gemm")
     if not isinstance(version, str) or version.lower() != "gemm":
         raise CheckpointError(f"version {shown(version)} of awq is not supported: expected gemm")
@@ -181,7 +183,9 @@ def _awq(said: dict[str, Any], n_layers: int) -> Quantization:
 
 
 def _gptq(said: dict[str, Any], n_layers: int) -> Quantization:
-    _require_4_bits(said)
+    bits = said.get("bits")
+    if bits not in (4, 8):
+        raise CheckpointError(f"bits {shown(bits)} of gptq is not supported: expected 4 or 8")
     if said.get("desc_act") not in (None, False):
         raise CheckpointError("desc_act (act-order) of gptq is not supported: expected false")
     form = said.get("checkpoint_format", "gptq")
@@ -193,16 +197,10 @@ def _gptq(said: dict[str, Any], n_layers: int) -> Quantization:
         raise CheckpointError("dynamic of gptq is not supported: expected one format for all")
     size = said.get("group_size", 128)
     return Quantization(
-        method="gptq" if form == "gptq" else "gptq-v2", kind="int4",
+        method="gptq" if form == "gptq" else "gptq-v2", kind="int4" if bits == 4 else "int8",
         group_size=0 if size == -1 else _group_size(size), has_zeros=True,
         kept=_kept(said.get("modules_in_block_to_not_quantize"), n_layers, _parts),
     )  # fmt: skip
-
-
-def _require_4_bits(said: dict[str, Any]) -> None:
-    bits = said.get("bits", said.get("w_bit", 4))
-    if bits != 4:
-        raise CheckpointError(f"bits {shown(bits)} is not supported: expected 4")
 
 
 def _group_size(size: object) -> int:

@@ -29,6 +29,7 @@ from mistral_chat.errors import (
     UsageError,
 )
 from tests.conftest import ROOT, TINY, command_env, open_folder
+from tests.warm import warm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 WEATHER: dict[str, Any] = {
@@ -238,32 +239,21 @@ def test_llm_with_ranks_fails_as_llm_alone_does(tiny_folder: Path, tmp_path: Pat
     )
     (no_weights / "consolidated.safetensors").unlink()  # which all ranks need
     (no_tokenizer / "tokenizer.model.v3").write_bytes(b"")  # which one does
-    done = run_script(
+    body = (
+        "from mistral_chat import LLM\n"
         f"for folder in {str(no_weights)!r}, {str(no_tokenizer)!r}:\n"
         "    try:\n"
         "        LLM(folder, nproc_per_node=2, device='cpu')\n"
         "    except Exception as error:\n"
         "        print(type(error).__name__, error)\n"
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    weights, tokenizer = done.stdout.splitlines()
+    code, out, err = warm().run("-c", [body], command_env(), b"", 300)
+    assert (code, err) == (0, b"")
+    weights, tokenizer = out.decode().splitlines()
     assert weights.startswith(CheckpointError.__name__)
     assert "consolidated" in weights
     assert tokenizer.startswith(TokenizerError.__name__)
     assert "tokenizer.model.v3" in tokenizer
-
-
-def run_script(body: str) -> "subprocess.CompletedProcess[str]":
-    """Run a program with an LLM of its own; it must end by itself and leave no rank behind."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"from mistral_chat import LLM\n{body}"],
-        capture_output=True,  # returns once every process that holds the pipes has ended
-        text=True,
-        timeout=400,  # two ranks of a busy machine take their time to start
-        env=command_env(PYTHONWARNINGS="ignore"),
-        cwd=ROOT,
-        check=False,
-    )
 
 
 def test_llm_may_be_closed_more_than_once(tiny_folder: Path) -> None:
@@ -273,7 +263,16 @@ def test_llm_may_be_closed_more_than_once(tiny_folder: Path) -> None:
 
 
 def test_llm_that_is_never_closed_ends_with_its_program(tiny_folder: Path) -> None:
-    done = run_script(f"llm = LLM({str(tiny_folder)!r}, nproc_per_node=2, device='cpu')\nprint(1)")
+    body = "from mistral_chat import LLM\nllm = LLM({!r}, nproc_per_node=2, device='cpu')\nprint(1)"
+    done = subprocess.run(  # a fresh process, for its end is Python's own
+        [sys.executable, "-W", "ignore", "-c", body.format(str(tiny_folder))],
+        capture_output=True,  # returns once every process that holds the pipes has ended
+        text=True,
+        timeout=400,  # two ranks of a busy machine take their time to start
+        env=command_env(PYTHONWARNINGS="ignore"),
+        cwd=ROOT,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
@@ -333,7 +332,7 @@ def peer_of(folder: Path) -> Any:
     return model
 
 
-N_GREEDY = 32
+N_GREEDY = 16
 N_FEW = 12
 QUESTIONS = ("What is the capital of France?", "And of Italy?")
 N_RANKS = (1, 2)  # two divide its 3 KV heads unevenly; tests/engine/test_ranks.py has 3 and 4
@@ -392,7 +391,7 @@ def said_by_peer(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
             ids.append(int(out.logits[0, -1].argmax()))
             new = torch.tensor([ids[-1:]])
             out = model(new, past_key_values=out.past_key_values, use_cache=True)
-    assert len(set(ids)) > 14  # text, and not one token again and again
+    assert len(set(ids)) > 7  # text, and not one token again and again
     return ids, first
 
 

@@ -9,20 +9,14 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, command_env, is_alive, wait_for_end
+from tests.warm import warm
 
 
 @pytest.mark.timeout(400)  # three LLMs, one after another
 def test_llm_of_two_ranks_takes_interrupts_threads_forks_and_signals(roomy_folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.llm_faults", str(roomy_folder)],
-        capture_output=True,
-        text=True,
-        timeout=380,
-        env=command_env(),
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.stdout.splitlines() == [
+    words = [str(roomy_folder)]
+    code, out, err = warm().run("tests.scripts.llm_faults", words, command_env(), b"", 380)
+    assert out.decode().splitlines() == [
         "interrupted 12",
         "threads",
         "one at a time",
@@ -31,8 +25,8 @@ def test_llm_of_two_ranks_takes_interrupts_threads_forks_and_signals(roomy_folde
         "cut",
         "closed",
         "not waited for",
-    ], done.stderr
-    assert done.returncode == 0, done.stderr
+    ], err.decode()
+    assert code == 0, err.decode()
 
 
 def test_ranks_end_with_a_program_that_is_killed_while_they_start(tiny_folder: Path) -> None:

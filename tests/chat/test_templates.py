@@ -20,6 +20,7 @@ from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, 
 from mistral_common.protocol.instruct.tool_calls import ToolCall as CallOfTemplate
 
 from mistral_chat.chat.answer import Answer, Delta
+from mistral_chat.chat.batch import Question, answer_many
 from mistral_chat.chat.conversation import Conversation, text_of, thinking_of
 from mistral_chat.chat.messages import encode_messages
 from mistral_chat.chat.schema.grammar import Grammar
@@ -330,14 +331,24 @@ def test_answer_that_goes_on_from_open_thinking_begins_with_thinking() -> None:
     ids = encode_messages(made, messages, [])
     assert made.ends_within_thinking(ids)
     assert not made.ends_within_thinking(encode_messages(made, messages[:1], []))
-    from mistral_chat.chat.batch import Question, answer_many
-
     talk = Talk("v13")
     talk.runner.script = deque([*talk.ids(" and on"), mark(made, "[/THINK]"), *talk.ids("42")])
     question = Question(messages=messages, params=GREEDY)
     *_, (_, answer) = answer_many(talk.chat.engine, made, [question])
     assert isinstance(answer, Answer)
     assert (answer.thinking, answer.text) == (" and on", "42")
+
+
+def test_questions_of_a_batch_are_answered_after_thinking() -> None:
+    talk = Talk("v15")
+    made = talk.tokenizer
+    talk.runner.script = deque(thinking(made, "END of", '{"a": 1}'))
+    asked = [{"role": "user", "content": "q"}]
+    question = Question(messages=asked, json_schema=SCHEMA, reasoning="high", params=GREEDY)
+    *_, (_, answer) = answer_many(talk.chat.engine, made, [question])
+    assert isinstance(answer, Answer)
+    assert (answer.thinking, json.loads(answer.text)) == ("END of", {"a": 1})
+    assert answer.usage.prompt_tokens == len(encode_messages(made, asked, [], None, "high"))
 
 
 def test_thinking_of_history_is_given_to_templates_that_take_it() -> None:

@@ -13,6 +13,7 @@ from mistral_chat.engine.engine import Engine, Request, Token
 from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.runner import Runner
 from mistral_chat.engine.step import Chunk, Step
+from mistral_chat.kernels.cached import Cached
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.rope import QueryScaling, Yarn
 from mistral_chat.model.transformer import Transformer
@@ -221,7 +222,9 @@ def test_attention_equals_the_reference(dtype: torch.dtype, context: int, length
     for run in (fused, reference):
         k, v = keys.clone(), values.clone()
         rotations = run.rotations(starts, length, rope)
-        out = run.attend(qkv, k, v, rotations, slots, starts, lengths, first, of, 12, None)
+        out = run.attend(
+            qkv, Cached(k), Cached(v), rotations, slots, starts, lengths, first, of, 12, None
+        )
         results.append((out, k, v))
     (out, k, v), (expected, expected_k, expected_v) = results
     assert torch.equal(v, expected_v)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels import elementwise, fused, reference
+from mistral_chat.kernels.cached import Cached
 from mistral_chat.kernels.elementwise import SLICE, Scaled, n_slices
 from mistral_chat.kernels.linear import matmul
 from mistral_chat.kernels.tuning import MOST_ROWS, FewRows, OneRow
@@ -316,8 +317,11 @@ def test_rope_store_is_the_reference(
     rotations = reference.rope_rotations(positions, rope)
     caches = [draw(2, 3, n_kv, 30, head_dim, seed=4, dtype=dtype) for _ in range(2)]
     queries, ours = qkv.clone(), caches[0]
-    elementwise.rope_store(queries, ours[0, 1], ours[1, 1], start, n_heads, rotations)
-    wanted = reference.rope_store(qkv, caches[1][0, 1], caches[1][1, 1], start, n_heads, rotations)
+    elementwise.rope_store(
+        queries, Cached(ours[0, 1]), Cached(ours[1, 1]), start, n_heads, rotations
+    )
+    theirs = Cached(caches[1][0, 1]), Cached(caches[1][1, 1])
+    wanted = reference.rope_store(qkv, *theirs, start, n_heads, rotations)
     # two products and a sum, which one side may fuse; numbers up to 5
     assert_near(queries[:, :n_heads], wanted, units=2, size=5)
     assert_near(ours, caches[1], units=2, size=5)
@@ -393,7 +397,7 @@ def attend(
     starts = integers(case.starts)
     rope = rope_of(head_dim, 1e4, DEVICE, original=5, **SCALED)
     out = module.attend(
-        qkv, keys, values, reference.rotations(starts, case.per_span, rope),
+        qkv, Cached(keys), Cached(values), reference.rotations(starts, case.per_span, rope),
         integers(slots), starts, integers(case.lengths),
         integers([0, *counts.cumsum(0).tolist()]),
         integers(torch.arange(n_kv).repeat_interleave(counts).tolist()),
@@ -537,7 +541,7 @@ def test_attend_of_a_few_tokens_is_one_after_the_other(window: int | None) -> No
         starts = integers([at])
         turns = fused.rotations(starts, len(rows), rope)
         out: Tensor = fused.attend(
-            rows, *cache, turns, integers([0]), starts, integers([len(rows)]), *heads
+            rows, *map(Cached, cache), turns, integers([0]), starts, integers([len(rows)]), *heads
         )
         return out
 

@@ -97,17 +97,17 @@ def test_hand_over_gives_the_leaders_tokens_to_all(seen_by_all: list[dict[str, A
             assert seen["tokens"][number] == ranks.tokens(number)
 
 
-def words_of(numbers: torch.Tensor, exchange: int) -> torch.Tensor:
-    """32 bits of data each, below the exchange's number."""
-    return (numbers.flatten().view(torch.int32).long() & 0xFFFFFFFF) | (exchange << 32)
+def words_of(numbers: torch.Tensor, number: int) -> torch.Tensor:
+    """32 bits of data each, below the number of the round."""
+    return (numbers.flatten().view(torch.int32).long() & 0xFFFFFFFF) | (number << 32)
 
 
 # The interpreter alone runs a rank on memory of this process.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 @by_type
-def test_rank_that_is_one_exchange_ahead_overwrites_nothing(dtype: torch.dtype) -> None:
-    """Rank 1's words of the next exchange may come before rank 0 has read those of this one."""
+def test_rank_that_is_one_round_ahead_overwrites_nothing(dtype: torch.dtype) -> None:
+    """Rank 1's words of the next round may come before rank 0 has read those of this one."""
     dim, widths, n_words = 1100, (4, 4), peer.bytes_needed(1100, (4, 4)) // 8
     memories = [torch.zeros(n_words, dtype=torch.int64) for _ in widths]
     addresses = torch.tensor([memory.data_ptr() for memory in memories])
@@ -115,18 +115,18 @@ def test_rank_that_is_one_exchange_ahead_overwrites_nothing(dtype: torch.dtype) 
     ours = [ranks.draw(3, dim, seed=n, dtype=dtype) for n in range(4)]
     theirs = [ranks.draw(3, dim, seed=10 + n, dtype=dtype) for n in range(4)]
 
-    def place(exchange: int, source: int) -> slice:
-        begin = ((exchange % 2) * len(widths) + source) * memory.sum_words
+    def place(number: int, source: int) -> slice:
+        begin = ((number % 2) * len(widths) + source) * memory.sum_words
         return slice(begin, begin + 3 * dim * dtype.itemsize // 4)
 
     memories[0][place(1, 1)] = words_of(theirs[0], 1)
     gain = torch.ones(dim, dtype=dtype)
     for n in range(3):
-        exchange = n + 1
-        memories[0][place(exchange + 1, 1)] = words_of(theirs[n + 1], exchange + 1)
+        number = n + 1
+        memories[0][place(number + 1, 1)] = words_of(theirs[n + 1], number + 1)
         total = peer.reduce_add_norm(memory, ours[n], None, gain, 1e-5)[1]
         assert torch.equal(total, (ours[n].float() + theirs[n].float()).to(dtype))
-        assert torch.equal(memories[1][place(exchange, 0)], words_of(ours[n], exchange))
+        assert torch.equal(memories[1][place(number, 0)], words_of(ours[n], number))
 
 
 @pytest.mark.parametrize("widths", [(5,), (16384, 16384), (10, 7, 300), (4096,) * 8])

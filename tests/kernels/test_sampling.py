@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from mistral_chat.kernels.sampling import sample
-from mistral_chat.kernels.sampling_reference import (
-    kept_probabilities,
-    sample_reference,
-    unpack_allowed,
-)
+from mistral_chat.kernels.sampling_reference import sample_reference, unpack_allowed
+from tests.kept import kept_probabilities
 
 # Triton's interpreter makes a loop's bound of an array of one element, which numpy frowns upon.
 pytestmark = pytest.mark.filterwarnings(

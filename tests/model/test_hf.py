@@ -561,3 +561,64 @@ def test_the_command_answers_alike_from_both_layouts(
     assert [(each.code, each.err) for each in done] == [(0, "")] * 3
     assert len(done[0].out) > 24
     assert done[0].out == done[1].out == done[2].out
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model."])
+@pytest.mark.parametrize("tied", [False, True])
+def test_texts_of_a_model_with_pictures_are_read_under_every_prefix(
+    tmp_path: Path, prefix: str, tied: bool
+) -> None:
+    args = replace(WIDE, tied_embeddings=tied)
+    state = their_state(random_weights(args), args)
+    head = "language_model.lm_head" if prefix == "language_model.model." else "lm_head"
+    renamed = {
+        prefix + name.removeprefix("model.") if name.startswith("model.") else f"{head}.weight": w
+        for name, w in state.items()
+    }
+    of_pictures = ("vision_tower.patch_conv.weight", "multi_modal_projector.linear_1.bias",
+                   "model.vision_tower.transformer.layers.0.attention.q_proj.weight")  # fmt: skip
+    save_file(renamed | {name: torch.zeros(3) for name in of_pictures}, tmp_path / SINGLE)
+    config = config_of(args)
+    outer = {"architectures": ["Mistral3ForConditionalGeneration"], "vision_config": {"depth": 1}}
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(
+        json.dumps(outer | {"text_config": config | {"model_type": "mistral"}})
+    )
+    assert read_args(tmp_path) == replace(args, vision_encoder=True)
+    for world_size in (1, 2):
+        parts = [load(tmp_path, world_size=world_size, rank=rank) for rank in range(world_size)]
+        assert_cover(parts, random_weights(args))
+    save_file(renamed | {"model.sound_tower.weight": torch.zeros(3)}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"model.sound_tower.weight .* is not a tensor of th"):
+        _ = open_folder(tmp_path).headers
+    del renamed[f"{prefix}norm.weight"]
+    save_file(renamed, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=f": {prefix}norm.weight is missing"):
+        _ = open_folder(tmp_path).headers
+
+
+def test_texts_of_a_model_with_pictures_are_what_transformers_computes(tmp_path: Path) -> None:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    torch.manual_seed(2)
+    texts = {
+        "model_type": "ministral3", "vocab_size": 97, "hidden_size": 16, "head_dim": 8,
+        "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
+        "initializer_range": 0.5, "tie_word_embeddings": False,
+        "rope_parameters": YARN | {"rope_type": "yarn", "rope_theta": 1e4,
+                                   "llama_4_scaling_beta": 0.1},
+    }  # fmt: skip
+    pictures = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "image_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 16, "head_dim": 8,
+    }  # fmt: skip
+    theirs = Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=texts, vision_config=pictures, tie_word_embeddings=False)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(97, (60,), generator=torch.Generator().manual_seed(3))
+    tokens[tokens == 10] = 11  # which stands for a picture there
+    with torch.inference_mode():
+        wanted = theirs(input_ids=tokens[None]).logits[0]
+    torch.testing.assert_close(logits(load(tmp_path), tokens), wanted, rtol=0, atol=5e-4)

@@ -156,6 +156,39 @@ def test_transformer_is_its_definition(args: TransformerArgs, length: int) -> No
     assert_close(got.double(), logits_by_hand(args, tokens))
 
 
+@by_shape
+def test_a_cache_in_fp8_is_the_same_for_any_cut_and_near_to_floats(args: TransformerArgs) -> None:
+    tokens, model = draw_tokens(20, args), make_model(args)
+    whole = run_whole(model, tokens)
+    runs = []
+    for cuts in ([20], [1] * 20, [7, 1, 12]):
+        cache = KVCache(model.shard, 2, 32, torch.float8_e4m3fn, model.device)
+        parts, at = [], 0
+        for n in cuts:
+            logits = model(tokens[at : at + n], [Span(1, at, n)], cache, "all")
+            assert logits is not None
+            parts.append(logits)
+            at += n
+        runs.append(torch.cat(parts))
+    for other in runs[1:]:
+        assert_close(other, runs[0])
+    # Keys and values are right to a sixteenth or better; logits are about 1, or 6 where tied.
+    apart = (runs[0] - whole).abs()
+    assert 0 < apart.mean() < 0.03 * whole.abs().max()
+
+
+def test_a_cache_in_fp8_has_the_bytes_that_are_planned() -> None:
+    shard = Shard(ODD, 2, 1)
+    cache = KVCache(shard, 3, 7, torch.float8_e4m3fn, torch.device("cpu"))
+    keys, values = cache.of_layer(0)
+    assert keys.scale is not None
+    taken = ODD.n_layers * 2 * (keys.data.nbytes + keys.scale.nbytes)
+    assert cache.n_bytes == taken == 3 * 7 * kv_bytes_per_token(shard, torch.float8_e4m3fn)
+    cache.fill_random()
+    assert 0.9 < keys[2].floats(0, 7, torch.float32).std() < 1.1
+    assert 0.9 < values[0].floats(0, 7, torch.float32).std() < 1.1
+
+
 def test_transformer_windows_change_the_answer() -> None:
     tokens = draw_tokens(20)
     plain = run_whole(make_model(ODD), tokens)

@@ -26,7 +26,16 @@ from typing import Any
 
 import psutil
 
-from tests.conftest import ROOMY_SEQ_LEN, ROOT, TINY, command_env, is_alive, make_folder
+from tests.conftest import (
+    ROOMY_SEQ_LEN,
+    ROOT,
+    TINY,
+    command_env,
+    is_alive,
+    make_folder,
+    torchrun_words,
+)
+from tests.warm import Command, warm
 
 WITHIN_S = 10.0
 PATIENCE_S = 90.0
@@ -107,9 +116,10 @@ class Run:
         case: what is to happen.
         folder: of the model.
         work: an empty folder.
+        fork: its processes are forked (`tests.warm`), and not started anew.
     """
 
-    def __init__(self, case: Case, folder: Path, work: Path) -> None:
+    def __init__(self, case: Case, folder: Path, work: Path, *, fork: bool = False) -> None:
         self.case, self.work = case, work
         self.output = b""
         self.temporary, self.marks, self.data = work / "tmp", work / "marks", work / "data"
@@ -123,13 +133,11 @@ class Run:
             words += ["--tools", str(tools), "--yes"]
         if case.mode == "answer":
             words += ["--prompt", "Hello there"]
-        command = [sys.executable, "-m", "mistral_chat", *words]
+        command = ["mistral_chat", *words]
         if case.launcher == "own":
             command += ["--nproc_per_node", "2"]
         elif case.launcher == "torchrun":
-            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-            torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-            command[1:1] = torchrun
+            command = [*torchrun_words(2), *command]
         env = command_env(
             TERM="xterm",
             PROMPT_TOOLKIT_NO_CPR="1",
@@ -144,21 +152,7 @@ class Run:
         self._master, slave = os.openpty()
         self.before = termios.tcgetattr(slave)
 
-        def take_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            for number in (HUP, INT):  # nohup, and shells in the background, have them ignored
-                signal.signal(number, signal.SIG_DFL)
-
-        self.shell = subprocess.Popen(
-            ["sh", "-c", '"$@"; echo "code $?"; exec sleep 600', "sh", *command],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=env,
-            cwd=ROOT,
-            preexec_fn=take_terminal,
-        )
+        self.shell = (_forked_shell if fork else _fresh_shell)(command, slave, env)
         self._slave = slave
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
@@ -187,10 +181,7 @@ class Run:
         """The launcher or a rank."""
         if victim == "launcher":
             return psutil.Process(self.shell.pid).children()[0]
-        for each in psutil.Process(self.shell.pid).children(recursive=True):
-            if self.case.launcher == "alone" or each.environ().get("RANK") == victim:
-                return each
-        raise AssertionError(f"no rank {victim}")
+        return psutil.Process(int(self.marks.with_name(f"rank {victim}").read_text()))
 
     def wait_for(self, holds: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -224,9 +215,34 @@ class Run:
             with contextlib.suppress(psutil.Error):
                 each.kill()
         self.shell.kill()
-        self.shell.wait()
+        self.shell.wait(PATIENCE_S)
         for handle in (self._slave, self._master):
             os.close(handle)
+
+
+def _fresh_shell(command: list[str], terminal: int, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        for number in (HUP, INT):  # nohup, and shells in the background, have them ignored
+            signal.signal(number, signal.SIG_DFL)
+
+    script = '"$@"; echo "code $?"; exec sleep 600'
+    return subprocess.Popen(
+        ["sh", "-c", script, "sh", sys.executable, "-m", *command],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=env,
+        cwd=ROOT,
+        preexec_fn=take_terminal,
+    )
+
+
+def _forked_shell(command: list[str], terminal: int, env: dict[str, str]) -> Command:
+    return warm().start(
+        "tests.scripts.shell", command, env, [terminal] * 3, takes_terminal=True
+    )  # fmt: skip
 
 
 def _limit_s() -> float:
@@ -254,10 +270,10 @@ def _goes_on(run: Run, victim: psutil.Process) -> list[str]:
     return []
 
 
-def inject(case: Case, folder: Path, work: Path) -> list[str]:
+def inject(case: Case, folder: Path, work: Path, *, fork: bool = False) -> list[str]:
     """Run a case; what was not right, nothing where all was."""
     shared_before = set(os.listdir("/dev/shm"))  # noqa: PTH208
-    run = Run(case, folder, work)
+    run = Run(case, folder, work, fork=fork)
     try:
         run.come_to_phase()
         victim = run.process(case.victim)

@@ -1,7 +1,7 @@
-"""Ranks that exchange through peer memory without a GPU: processes that map each other's files.
+"""Ranks that share memory as peers do, without a GPU: processes that map each other's files.
 
 `TRITON_INTERPRET=1 python -m tests.scripts.peer_memory FOLDER` with RANK and WORLD_SIZE set runs
-the kernels in Triton's interpreter and writes FOLDER/RANK.pt. What each exchange brings follows
+the kernels in Triton's interpreter and writes FOLDER/RANK.pt. What each round brings follows
 from its number, so that a test can say what must come of it.
 """
 
@@ -21,7 +21,7 @@ from tests.interpreter import patch_once
 DIM = 1100  # two slices, the second not full
 WIDTHS = (1030, 7, 300)  # rank 0's columns take two programs a row
 EPS = 1e-5
-ROWS = (1, 3, 1, 17, 2)  # of one exchange after the other: each must count for all
+ROWS = (1, 3, 1, 5, 2)  # of one round after the other: each must count for all
 TYPES = (torch.float32, torch.float16)
 
 
@@ -65,7 +65,7 @@ def open_memory(folder: Path, rank: int, world_size: int) -> tuple[peer.PeerMemo
     return memory, files
 
 
-def exchange(memory: peer.PeerMemory) -> dict[str, Any]:
+def run_rounds(memory: peer.PeerMemory) -> dict[str, Any]:
     rank = memory.rank
     seen: dict[str, Any] = {}
     for dtype in TYPES:
@@ -125,7 +125,7 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     patch_once()
     wait_patiently()
     memory, files = open_memory(folder, rank, world_size)
-    seen = exchange(memory)
+    seen = run_rounds(memory)
     assert len(files) == world_size  # mapped until here
     torch.save(seen, folder / f"{rank}.pt")
 

@@ -1,4 +1,4 @@
-"""Ranks that exchange through peer memory, as many on one GPU as there are GPUs too few.
+"""Ranks that work together through peer memory, as many on one GPU as there are GPUs too few.
 
 `torchrun --nproc-per-node W tests/scripts/peers.py`; rank 0 prints OK at the end.
 """
@@ -45,7 +45,7 @@ def open_peers(group: Group, widths: tuple[int, ...], device: torch.device) -> P
     return PeerCollective(group.rank, DIM, widths, addresses)
 
 
-def check_sums(exchange: PeerCollective, group: Group) -> None:
+def check_sums(collective: PeerCollective, group: Group) -> None:
     """Sums equal those in rank order, bit for bit, whatever shapes follow each other."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for n in range(N_STEPS):
@@ -57,7 +57,7 @@ def check_sums(exchange: PeerCollective, group: Group) -> None:
             for part in parts[1:]:
                 total = total + part.float()
             expected = residual + total.to(dtype)
-            normed, found = exchange.reduce_add_norm(parts[group.rank], residual, gain, 1e-5)
+            normed, found = collective.reduce_add_norm(parts[group.rank], residual, gain, 1e-5)
             assert torch.equal(found, expected), (dtype, n, n_rows)
             reference = torch.nn.functional.rms_norm(expected, (DIM,), gain, 1e-5)
             if isinstance(normed, Scaled):
@@ -66,14 +66,14 @@ def check_sums(exchange: PeerCollective, group: Group) -> None:
             torch.testing.assert_close(normed, reference, rtol=2e-2, atol=1e-2)
 
 
-def check_long_run(exchange: PeerCollective, group: Group) -> None:
+def check_long_run(collective: PeerCollective, group: Group) -> None:
     """Ranks stay equal to the last bit over 1,000 sums, each of what the one before gave."""
     device = torch.cuda.current_device()
     residual = draw(1, 1, DIM, dtype=torch.bfloat16)
     gain = torch.ones(DIM, dtype=torch.bfloat16, device=device)
     mine = draw(2 + group.rank, DIM, dtype=torch.bfloat16)
     for _ in range(1000):
-        _, residual = exchange.reduce_add_norm((residual * mine).tanh(), residual / 2, gain, 1e-5)
+        _, residual = collective.reduce_add_norm((residual * mine).tanh(), residual / 2, gain, 1e-5)
     assert residual.isfinite().all()
     of_rank_0 = residual.cpu().view(torch.uint8)
     with group.collectives() as groups:
@@ -81,20 +81,20 @@ def check_long_run(exchange: PeerCollective, group: Group) -> None:
     assert torch.equal(of_rank_0, residual.cpu().view(torch.uint8))
 
 
-def check_gather(exchange: PeerCollective, group: Group, widths: list[int]) -> None:
+def check_gather(collective: PeerCollective, group: Group, widths: list[int]) -> None:
     """Columns arrive in rank order, and tokens at every rank."""
     ones = torch.ones(1, DIM, device="cuda")
     for n in range(N_STEPS):
         n_rows = (1, 9, 2)[n % 3]
         parts = [draw(n + 7 * r, n_rows, w, dtype=torch.float32) for r, w in enumerate(widths)]
-        whole = exchange.gather_columns(parts[group.rank])
+        whole = collective.gather_columns(parts[group.rank])
         if group.is_leader:
             assert whole is not None
             assert torch.equal(whole, torch.cat(parts, 1)), n
         tokens = torch.full((n_rows,), n if group.is_leader else -1, device="cuda")
-        exchange.broadcast(tokens)
+        collective.broadcast(tokens)
         assert tokens.tolist() == [n] * n_rows
-        exchange.reduce_add_norm(ones, None, ones[0], 1e-5)
+        collective.reduce_add_norm(ones, None, ones[0], 1e-5)
 
 
 def check_decoder(group: Group) -> None:
@@ -106,9 +106,11 @@ def check_decoder(group: Group) -> None:
     whole.init_weights(3)
     mine.init_weights(3)
     widths = tuple(len(mine.shard.vocab_of(r)) for r in range(group.world_size))
-    exchange = open_peers(group, widths, device)
+    collective = open_peers(group, widths, device)
     cache = KVCache(mine.shard, 2, 256, torch.float32, device)
-    decoder = Decoder(mine, cache, exchange, vocab_size=ARGS.vocab_size, is_leader=group.is_leader)
+    decoder = Decoder(
+        mine, cache, collective, vocab_size=ARGS.vocab_size, is_leader=group.is_leader
+    )
     decoder.warm_up()
     reference = KVCache(whole.shard, 2, 256, torch.float32, device)
     prompt = [5, 900, 77, 1999, 3, 42, 8, 1]
@@ -140,10 +142,10 @@ def main() -> None:
     torch.cuda.set_device(place().local_rank % torch.cuda.device_count())
     widths = [1000 + 8 * r for r in range(group.world_size)]
     device = torch.device("cuda", torch.cuda.current_device())
-    exchange = open_peers(group, tuple(widths), device)
-    check_sums(exchange, group)
-    check_long_run(exchange, group)
-    check_gather(exchange, group, widths)
+    collective = open_peers(group, tuple(widths), device)
+    check_sums(collective, group)
+    check_long_run(collective, group)
+    check_gather(collective, group, widths)
     check_decoder(group)
     torch.cuda.synchronize()
     if group.is_leader:

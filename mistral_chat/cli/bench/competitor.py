@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mistral_chat.cli.bench.measure import WARM_UP, prompt
 from mistral_chat.engine.runner import Runner
 from mistral_chat.errors import CheckpointError, UsageError
+from mistral_chat.model import hf
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
 from mistral_chat.model.sharding import Shard
 from mistral_chat.model.transformer import Transformer
@@ -80,30 +81,12 @@ def as_transformers(model: Transformer) -> Any:
 
 
 def _translated(model: Transformer) -> dict[str, Tensor]:
-    head_dim = model.args.head_dim
-    names = {
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    outer = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
     state = {}
     for name, placement in model.placements().items():
-        stem = name.removesuffix(".weight")
         weight = model.destination(placement)
-        if stem.endswith((".wq", ".wk")):
-            weight = half_split(weight, head_dim)
-        if stem in outer:
-            state[f"{outer[stem]}.weight"] = weight
-        else:
-            _, layer, part = stem.split(".", 2)
-            state[f"model.layers.{layer}.{names[part]}.weight"] = weight
+        if name.endswith((".wq.weight", ".wk.weight")):
+            weight = half_split(weight, model.args.head_dim)
+        state[hf.stored_name(name)] = weight
     return state
 
 

@@ -76,7 +76,7 @@ def read_bandwidth(device: torch.device) -> float:
         data = torch.randint(1 << 30, (1 << 29,), dtype=torch.int32, device=device)
         out = torch.empty(-(-len(data) // BLOCK), dtype=torch.int32, device=device)
         return 10 * 4 * len(data) / median_s(_several(lambda: read_all(data, out), 10), device)
-    values = torch.rand(1 << 26, device=device)
+    values = torch.ones(1 << 26, device=device)
     return 4 * len(values) / median_s(lambda: values.sum(), device)
 
 
@@ -138,7 +138,9 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
 
     The given runner is closed first, since there may be no room for both caches.
     """
-    model, had_decoder = runner.model, runner.decoder is not None
+    model, collective = runner.model, runner.decode_collective
+    had_decoder = runner.decoder is not None
+    cache_dtype = runner.cache.dtype
     runner.close()
     runner = Runner(
         model,
@@ -147,11 +149,12 @@ def with_cache(runner: Runner, max_batch_size: int, max_seq_len: int) -> Runner:
         max_seq_len=max_seq_len,
         chunk_size=runner.chunk_size,
         plan=runner.plan,
+        cache_dtype=cache_dtype,
     )
     if had_decoder:
+        runner.decode_collective = collective  # no cache's, so its peer memory is mapped once
         runner.open_decoder()
-    runner.cache.k.normal_()  # so that long contexts need not be run
-    runner.cache.v.normal_()
+    runner.cache.fill_random()  # so that long contexts need not be run
     return runner
 
 
@@ -162,9 +165,7 @@ def bytes_per_step(runner: Runner, batch: int, context: int) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not args.tied_embeddings:  # a step reads one row of the embedding, and all of the output
         weights -= len(shard.vocab) * args.dim * model.dtype.itemsize
-    cache = runner.cache
-    row = 2 * cache.k.shape[0] * cache.k.shape[2] * cache.k.shape[4] * cache.k.element_size()
-    return weights + batch * context * row
+    return weights + batch * context * runner.cache.bytes_per_token
 
 
 def decode_s(runner: Runner, batch: int, context: int, n_tokens: int) -> float:

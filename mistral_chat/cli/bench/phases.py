@@ -1,10 +1,9 @@
 """What `mistral-chat bench` measures of a loaded model, one cache shape after the other.
 
-Uses the engine as a chat does. Knows nothing of the command line or of tables.
+Uses the engine as a chat does. Knows nothing of argv or of tables.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mistral_chat.cli.bench import measure
@@ -14,8 +13,9 @@ from mistral_chat.engine.runner import Runner
 if TYPE_CHECKING:
     from mistral_chat.chat.schema.grammar import Grammar
     from mistral_chat.chat.tokenizer import Tokenizer
+    from mistral_chat.cli.requests import BenchRequest
 
-__all__ = ["N_TOKENS", "VERIFY_CONTEXT", "Wanted", "phases"]
+__all__ = ["N_TOKENS", "VERIFY_CONTEXT", "phases"]
 
 N_TOKENS = {"cuda": 64, "cpu": 24}
 BATCHES = {"cuda": (1, 2, 4, 8), "cpu": (1, 2)}
@@ -24,33 +24,21 @@ VERIFY_CONTEXT = 512
 SCHEMA_CONTEXT, SCHEMA_TOKENS = 512, 96
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What to measure.
-
-    Args:
-        batches: sequences decoded together; None depends on the device.
-        contexts: positions to decode at, as far as they fit.
-        prompts: lengths, for the time to the first token.
-        kept_to: tokenizer and schema of constrained answers; None measures none.
-    """
-
-    batches: tuple[int, ...] | None
-    contexts: tuple[int, ...]
-    prompts: tuple[int, ...]
-    kept_to: "tuple[Tokenizer, Grammar] | None" = None
-
-
 Phase = tuple[int, int, Callable[[Runner], None]]
 
 
 def phases(
-    wanted: Wanted, runner: Runner, ceiling: float, result: dict[str, Any]
+    request: "BenchRequest",
+    kept_to: "tuple[Tokenizer, Grammar] | None",
+    runner: Runner,
+    ceiling: float,
+    result: dict[str, Any],
 ) -> Iterator[Phase]:
     """What to measure, with the shape of the cache that it takes; the same on every rank.
 
     Args:
-        wanted: what is asked for.
+        request: what to measure: batches, contexts as far as they fit, prompts.
+        kept_to: tokenizer and schema of constrained answers; None measures none.
         runner: of this rank.
         ceiling: bytes a second that a rank can read.
         result: gets rank 0's figures.
@@ -63,8 +51,8 @@ def phases(
     device_type = runner.model.device.type
     n_tokens = N_TOKENS[device_type]
     room = plan.max_seq_len
-    for batch in wanted.batches or BATCHES[device_type]:
-        contexts = [c for c in wanted.contexts if batch * (c + n_tokens) <= room]
+    for batch in request.batches or BATCHES[device_type]:
+        contexts = [c for c in request.contexts if batch * (c + n_tokens) <= room]
         if not contexts:
             continue
 
@@ -85,23 +73,23 @@ def phases(
 
         yield batch, max(contexts) + n_tokens, decode
 
-    prompts = [n for n in wanted.prompts if n < room]
+    prompts = [n for n in request.prompts if n < room]
 
     def one_sequence(runner: Runner) -> None:
         engine = Engine(runner)
         result["first_token"] = [_first_token(engine, n, result) for n in prompts]
         if VERIFY_CONTEXT + max(VERIFY) < runner.max_seq_len:
             result["verify"] = _verify(runner)
-        if wanted.kept_to is not None:
+        if kept_to is not None:
             from mistral_chat.cli.bench import schema as bench_schema
 
             context = min(SCHEMA_CONTEXT, runner.max_seq_len - SCHEMA_TOKENS)
             result["json_schema"] = bench_schema.beside_free_text(
-                engine, *wanted.kept_to, context, SCHEMA_TOKENS
+                engine, *kept_to, context, SCHEMA_TOKENS
             )
 
     most = max([*prompts, VERIFY_CONTEXT]) + max(VERIFY)
-    if wanted.kept_to is not None:
+    if kept_to is not None:
         most = max(most, SCHEMA_CONTEXT + SCHEMA_TOKENS)
     yield 1, min(room, most + 1), one_sequence
 

@@ -141,10 +141,9 @@ def _measure(request: BenchRequest, started: float, folder: "ModelFolder | None"
         "memory": _memory(runner),
         "decode": [],
     }
-    wanted = bench_phases.Wanted(
-        batches=request.batches, contexts=request.contexts, prompts=request.prompts, kept_to=kept_to
-    )
-    for n_slots, max_seq_len, work in bench_phases.phases(wanted, runner, ceiling, result):
+    for n_slots, max_seq_len, work in bench_phases.phases(
+        request, kept_to, runner, ceiling, result
+    ):
         runner = measure.with_cache(runner, n_slots, max_seq_len)
         if group.is_leader:
             work(runner)
@@ -231,10 +230,9 @@ def _memory(runner: "Runner") -> dict[str, int]:
 
     plan = runner.plan
     assert plan is not None
-    cache = runner.cache
     memory = {
         "weights_bytes": sum(p.numel() * p.element_size() for p in runner.model.parameters()),
-        "kv_bytes": 2 * cache.k.numel() * cache.k.element_size(),
+        "kv_bytes": runner.cache.n_bytes,
         "kv_bytes_per_token": plan.kv_per_token,
         "planned_workspace_bytes": plan.workspace,
         "max_seq_len": plan.max_seq_len,

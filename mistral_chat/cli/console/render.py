@@ -57,6 +57,8 @@ def stats_line(answer: Answer, max_seq_len: int, load_s: float, path: str) -> st
     """Format the figures of one answer, with the path that its steps took."""
     usage = answer.usage
     parts = [f"{usage.completion_tokens} tokens"]
+    if answer.thought is not None:
+        parts.append(f"{answer.thought.n_tokens} of them thinking")
     if answer.decode_tokens_per_s is not None:
         parts.append(f"{answer.decode_tokens_per_s:.1f} tokens/s")
     if answer.first_token_s is not None:

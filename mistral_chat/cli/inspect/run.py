@@ -140,7 +140,7 @@ def _plan_ranks(
 ) -> dict[str, Any]:
     """One number of ranks: what each holds for the context that a run would take."""
     from mistral_chat.engine.memory import LEAST_SEQ_LEN, plan_memory
-    from mistral_chat.engine.start_up import chunk_size_of
+    from mistral_chat.engine.start_up import choose_cache_dtype, chunk_size_of
     from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN
     from mistral_chat.model.sharding import Shard, placements
 
@@ -158,6 +158,7 @@ def _plan_ranks(
             n_slots=config.max_batch_size,
             chunk_size=min(chunk_size_of(config, device), max_seq_len or most),
             max_seq_len=max_seq_len,
+            cache_dtype=choose_cache_dtype(config.kv_cache_dtype, dtype, device),
         )
 
     def fits(rank: int, room: int, max_seq_len: int | None) -> int | None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from rich.text import Text
 
@@ -37,7 +37,12 @@ class _Row(NamedTuple):
 
 
 class AnswerView(Protocol):
-    """Shows the text of an answer."""
+    """Shows the text of an answer.
+
+    `redraws` is whether lines can be shown below it and taken away again.
+    """
+
+    redraws: ClassVar[bool]
 
     def add(self, text: str) -> None:
         """Take the next piece of the answer."""
@@ -57,6 +62,8 @@ class AnswerView(Protocol):
 
 class RawView:
     """Write text as it arrives, then one newline; shows nothing below the answer."""
+
+    redraws: ClassVar[bool] = False
 
     def add(self, text: str) -> None:
         """Write the next piece."""
@@ -101,6 +108,8 @@ class MarkdownView:
         share: largest share of the time spent drawing.
         resting_s: seconds that a new window size must stay unchanged before drawing for it.
     """
+
+    redraws: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ Knows nothing of terminals except the escape sequence that sets the clipboard.
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mistral_common.protocol.instruct.messages import (
@@ -31,6 +31,7 @@ __all__ = [
     "clipboard_sequence",
     "last_turn",
     "shorten",
+    "thinking_of_last_turn",
     "two_columns",
     "visible",
     "write_markdown",
@@ -76,15 +77,26 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
+def _messages_of_last_turn(conversation: Conversation) -> Sequence[Message]:
+    said = [i for i, m in enumerate(conversation.messages) if isinstance(m, UserMessage)]
+    return conversation.messages[said[-1] if said else 0 :]
+
+
+def thinking_of_last_turn(conversation: Conversation) -> str:
+    """Return what the model thought in the last turn; empty for nothing."""
+    return "\n\n".join(filter(None, map(thinking_of, _messages_of_last_turn(conversation))))
+
+
 def last_turn(conversation: Conversation) -> Iterator[str]:
     """Yield the last turn as short lines, to remind the user of it."""
-    said = [i for i, m in enumerate(conversation.messages) if isinstance(m, UserMessage)]
-    for message in conversation.messages[said[-1] if said else 0 :]:
+    for message in _messages_of_last_turn(conversation):
         if isinstance(message, UserMessage):
             yield f"> {shorten(str(message.content), 200)}"
         elif isinstance(message, AssistantMessage):
             if text := text_of(message):
                 yield shorten(text, 400)
+            elif thinking_of(message) and not message.tool_calls:
+                yield "(an answer that ended within its thinking)"
             for call in calls_of(message):
                 yield f"calls {shorten(call_line(call), 200)}"
 

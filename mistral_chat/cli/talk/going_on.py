@@ -12,8 +12,8 @@ from mistral_chat.cli.requests import LATEST_SESSION, SESSION_ID
 
 __all__ = ["command_to_go_on", "typed_command"]
 
-# The chat already contains these; its system prompt may have changed since.
-_BEGINNING = ("file", "system", "system_file")
+# The chat already contains these; its system prompt and effort may have changed since.
+_BEGINNING = ("file", "system", "system_file", "reasoning")
 _SWITCHES = re.compile(r"-[bBdEiIOPqsSuv]+")  # Python's switches that take no value
 
 

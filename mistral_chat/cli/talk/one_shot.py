@@ -14,8 +14,8 @@ from mistral_chat.cli.codes import INTERRUPTED
 from mistral_chat.cli.console import render
 from mistral_chat.cli.console.terminal import QuietTerminal, in_foreground, is_terminal
 from mistral_chat.cli.requests import ChatRequest
+from mistral_chat.cli.talk.answer_screen import DimRows
 from mistral_chat.cli.talk.one_shot_calls import answer_with_functions
-from mistral_chat.cli.talk.thinking_view import DimRows
 from mistral_chat.errors import OutputError, ToolError
 
 __all__ = ["answer_once", "report", "report_figures"]

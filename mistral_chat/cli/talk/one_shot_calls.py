@@ -15,8 +15,8 @@ from mistral_chat.chat.rounds import Rounds
 from mistral_chat.chat.thinking import Thinking, Thought
 from mistral_chat.cli.console import render
 from mistral_chat.cli.requests import ChatRequest
+from mistral_chat.cli.talk.answer_screen import DimRows
 from mistral_chat.cli.talk.calls import CallDesk
-from mistral_chat.cli.talk.thinking_view import DimRows
 
 __all__ = ["answer_with_functions"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 
 from mistral_chat.chat.chat import Answer, Chat, ChatStream, Delta
-from mistral_chat.chat.conversation import text_of, thinking_of
+from mistral_chat.chat.conversation import text_of
 from mistral_chat.chat.functions import PythonFunctions
 from mistral_chat.chat.rounds import Rounds
 from mistral_chat.chat.thinking import Thinking
@@ -20,14 +20,13 @@ from mistral_chat.cli.console import render
 from mistral_chat.cli.console.terminal import QuietTerminal
 from mistral_chat.cli.requests import ChatRequest
 from mistral_chat.cli.system_prompt import has_default
-from mistral_chat.cli.talk.answer_view import AnswerView, make_view
+from mistral_chat.cli.talk.answer_screen import AnswerScreen, note_dim
 from mistral_chat.cli.talk.calls import CallDesk
-from mistral_chat.cli.talk.chat_text import last_turn, shorten
+from mistral_chat.cli.talk.chat_text import last_turn, shorten, thinking_of_last_turn
 from mistral_chat.cli.talk.going_on import command_to_go_on
 from mistral_chat.cli.talk.one_shot import report, report_figures
 from mistral_chat.cli.talk.session_files import sessions_folder
 from mistral_chat.cli.talk.sessions import Session
-from mistral_chat.cli.talk.thinking_view import ThinkingView, note_dim
 from mistral_chat.cli.talk.typing.draft import Draft
 from mistral_chat.cli.talk.typing.prompt import SEPARATOR
 from mistral_chat.cli.talk.typing.typed_ahead import TypedAhead, pastes_marked
@@ -263,40 +262,26 @@ class TerminalChat:
         chat = self.chat
         # Answers to a schema and plain completions are not Markdown.
         plain = self._options.plain or not chat.instruct or chat.grammar is not None
-        view, has_text = make_view(plain=plain), False
-        thinking = ThinkingView(
-            view.print_dim, is_open=self._options.show_thinking, quiet=self._options.quiet
+        screen = AnswerScreen(
+            plain=plain, is_open=self._options.show_thinking, quiet=self._options.quiet
         )
         self._pressed = self._opens = False
         with pastes_marked():
             for event in stream:
-                if isinstance(event, Thinking):
-                    if has_text:  # rare: it thinks again
-                        view.show_below(())
-                        view.finish()
-                        view, has_text = make_view(plain=plain), False
-                        thinking.show = view.print_dim
-                    thinking.add(event)
-                elif isinstance(event, Delta):
-                    self._end_thinking(thinking, view)
-                    if not event.is_call:
-                        view.add(event.text)
-                        has_text = True
+                if isinstance(event, (Thinking, Delta)):
+                    screen.add(event)
                 n_suspended = QuietTerminal.n_suspended
                 if self._poll():
                     stream.cancel()
                 if QuietTerminal.n_suspended != n_suspended:
-                    view.draw_anew()
-                if self._opens and thinking.open():
+                    screen.draw_anew()
+                if self._opens and screen.open_thinking():
                     self._opens = False
-                view.show_below([*thinking.lines, *self._typed_lines()])
+                screen.show_below(self._typed_lines())
             answer = stream.answer
             assert answer is not None
             self.answer = answer
-            self._end_thinking(thinking, view)
-            view.show_below(())
-            if has_text or (answer.call_at is None and answer.thought is None):
-                view.finish()
+            screen.finish(answer)
         if self._opens:  # pressed while the answer was shown
             self.show_thinking()
         if stream.is_kept:
@@ -310,19 +295,10 @@ class TerminalChat:
             self.write(Session.drop_last)
         return answer
 
-    def _end_thinking(self, thinking: ThinkingView, view: AnswerView) -> None:
-        """Leave one line of the thinking, without the lines that were below it."""
-        if thinking.is_going_on:
-            view.show_below(())
-            thinking.end()
-
     def show_thinking(self) -> None:
-        """Print what the model thought before its last answer."""
-        messages = self.chat.conversation.messages
-        thinking = "" if self.answer is None else self.answer.thinking
-        if self.answer is None and messages:
-            thinking = thinking_of(messages[-1])
-        if thinking:
+        """Print what the model thought in the last turn, before calls and before the answer."""
+        kept = thinking_of_last_turn(self.chat.conversation)
+        if thinking := kept or (self.answer.thinking if self.answer is not None else ""):
             note_dim(thinking.split("\n"))
         else:
             render.note("the model did not think before its last answer")

@@ -239,6 +239,14 @@ def _read(*values: Any, words: tuple[str, ...] = ()) -> list[batch_lines.Line]:
             },
             'unknown field "x" in response_format',
         ),
+        ({"messages": ASKED, "reasoning": "low"}, 'reasoning is "low": expected none or high'),
+        ({"messages": ASKED, "reasoning": 1}, "reasoning is 1: expected none or high"),
+        ({"messages": ASKED, "reasoning": {}}, "reasoning is {}: expected none or high"),
+        ({"prompt": "a", "reasoning": "high"}, "reasoning needs messages"),
+        (
+            {"custom_id": "a", "body": {"messages": ASKED, "reasoning_effort": "x"}},
+            'reasoning is "x": expected none or high',
+        ),
         ({"custom_id": "a"}, "body is null: expected an object"),
         ({"custom_id": "a", "prompt": "a"}, 'unknown field "prompt" in a line with custom_id'),
         ({"custom_id": 1.5, "body": {}}, "custom_id is 1.5"),
@@ -304,6 +312,30 @@ def test_line_says_whether_it_is_json_before_the_flags_do(
     (read,) = _read({"body": value} if "response_format" in line else value, words=words)
     assert read.question is not None, read.error
     assert read.question.is_json(by_default=bool(words)) == is_json
+
+
+def test_reasoning_of_a_line_comes_before_the_flag() -> None:
+    body = {"messages": ASKED, "reasoning_effort": "high"}
+    lines = _read(
+        {"messages": ASKED},
+        {"messages": ASKED, "reasoning": "high"},
+        {"custom_id": "a", "body": body},
+        {"messages": ASKED, "reasoning": None},
+        words=("--instruct", "--reasoning", "none"),
+    )
+    efforts = [line.question.reasoning for line in lines if line.question is not None]
+    assert efforts == ["none", "high", "high", "none"]
+
+
+def test_reasoning_that_the_template_does_not_know_is_the_lines_error(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    asked = {"messages": ASKED, "max_tokens": 2}
+    code, records = _run(tiny_folder, tmp_path, asked, asked | {"reasoning": "high"})
+    assert code == 1
+    assert "text" in records[0] or "text" in records[1]
+    (error,) = [record["error"] for record in records if "error" in record]
+    assert "reasoning high: the v3 SentencePiece template has no such setting" in error
 
 
 def test_flags_that_a_schema_excludes_are_the_lines_errors() -> None:

@@ -77,6 +77,17 @@ def test_a_run_beside_itself_differs_by_rounding_alone(
     assert found["same_top"] > 0.98
 
 
+def test_a_cache_in_fp8_predicts_nearly_the_same_on_any_number_of_ranks(
+    run: Run, tiny_folder: Path, text: Path, written: Path
+) -> None:
+    words = ("--window", 20, "--against", written, "--kv_cache_dtype", "fp8")
+    alone, on_two = (
+        quality(run, tiny_folder, text, *words, "--nproc_per_node", ranks) for ranks in (1, 2)
+    )
+    assert on_two["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+    assert 1e-6 < alone["kl"] < 0.05
+
+
 def test_divergence_is_its_formula(
     run: Run, tiny_folder: Path, text: Path, written: Path, tmp_path: Path
 ) -> None:

@@ -492,8 +492,8 @@ def test_one_set_of_weights_is_chosen(
     assert ("params.json" in chosen) == expected[0].startswith("consolidated")
 
 
-def test_end_tokens_are_fetched_with_the_rest() -> None:
-    names = ["params.json", "tekken.json", WEIGHTS, "generation_config.json"]
+def test_end_tokens_and_system_prompt_are_fetched_with_the_rest() -> None:
+    names = ["params.json", "tekken.json", WEIGHTS, "generation_config.json", "SYSTEM_PROMPT.txt"]
     assert sorted(choose_files(names, "auto")) == sorted(names)
 
 

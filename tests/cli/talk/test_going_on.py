@@ -25,6 +25,7 @@ OTHER = "20250101-000000-0000"
         ("c M --resume --seed 1", f"c M --seed 1 --resume {ID}"),
         ("c M --resume latest", f"c M --resume {ID}"),
         ("c M --file a --file=b --system S --system-file f -x", f"c M -x --resume {ID}"),
+        ("c M --reasoning high --show_thinking", f"c M --show_thinking --resume {ID}"),
         ("c --instruct -- --odd", f"c --instruct --resume {ID} -- --odd"),
         (
             "torchrun --nproc-per-node 8 --no-python mistral-chat M --instruct",

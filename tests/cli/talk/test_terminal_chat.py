@@ -121,7 +121,7 @@ def act(desk: Desk, rng: random.Random) -> str:
         answers.insert(0, rng.choice([ask(model, [("f", {})] * 2, "Hm."), garble(model)]))
         text = rng.choice(["22", "é", "word " * 300])
         talk._desk.run = lambda call: text  # type: ignore[method-assign]
-    if model.tokenizer.takes_thinking and rng.random() < 0.6:
+    if model.tokenizer.has_think_marks and rng.random() < 0.6:
         begin, end = model.tokenizer.begin_think_id, model.tokenizer.end_think_id
         assert begin is not None
         assert end is not None
@@ -151,7 +151,15 @@ def act(desk: Desk, rng: random.Random) -> str:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize(
     ("name", "tools"),
-    [("v3", False), ("v3", True), ("v7", True), ("v13", True), ("v15", False), ("v15", True)],
+    [
+        ("v3", False),
+        ("v3", True),
+        ("v7", True),
+        ("v11", True),
+        ("v13", True),
+        ("v15", False),
+        ("v15", True),
+    ],
 )
 def test_file_gives_back_the_history_after_every_command(name: str, tools: bool, seed: int) -> None:
     rng = random.Random(seed)
@@ -690,3 +698,69 @@ def test_new_chat_on_a_read_only_disk_goes_on_and_says_so_once(
     errors = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert len(errors) == 1
     assert "Read-only file system" in errors[0]
+
+
+def test_chat_goes_on_with_a_model_whose_template_knows_less(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    desk = Desk("v15")
+    begin, end = desk.model.tokenizer.begin_think_id, desk.model.tokenizer.end_think_id
+    assert begin is not None
+    assert end is not None
+    desk.commands.run("/think high")
+    desk.answer([begin, *desk.model.ids("Hm."), end, *say(desk.model, "one")])
+    desk.talk.say("first")
+    desk.answer([begin, *desk.model.ids("cut"), desk.model.tokenizer.eos_id])
+    desk.talk.say("second")
+    assert desk.kept_prompt == desk.prompt
+    session = desk.talk.session
+    assert session is not None
+    session.release()
+    capsys.readouterr()
+    other = Desk("v7", resume=session.id)
+    said = capsys.readouterr().err
+    assert "this model's template has no reasoning high" in said
+    assert "(an answer that ended within its thinking)" in said
+    shown = other.model.tokenizer.raw.decode(other.prompt)
+    assert "one" in shown
+    assert "Hm." not in shown
+    other.answer(say(other.model, "three"))
+    other.talk.say("third")
+    assert other.talk.answers == ["one", "three"]
+    # The file still has what the first model thought, for a model that takes it.
+    assert other.talk.session is not None
+    other.talk.session.release()
+    again = Desk("v15", resume=session.id)
+    assert "Hm." in again.model.tokenizer.raw.decode(again.prompt)
+    assert again.model.chat.conversation.reasoning == "high"
+
+
+def test_markdown_file_has_the_thinking_folded(tmp_path: Path) -> None:
+    desk = Desk("v13")
+    begin, end = desk.model.tokenizer.begin_think_id, desk.model.tokenizer.end_think_id
+    assert begin is not None
+    assert end is not None
+    desk.answer([begin, *desk.model.ids("Hm."), end, *say(desk.model, "one")])
+    desk.talk.say("first")
+    desk.commands.run(f"/save {tmp_path / 'chat.md'}")
+    text = (tmp_path / "chat.md").read_text()
+    assert "<details><summary>Thinking</summary>\n\nHm.\n\n</details>\n\none\n" in text
+
+
+def test_thinking_opened_is_that_of_the_whole_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    desk = Desk("v13", tools=[TOOL])
+    begin, end = desk.model.tokenizer.begin_think_id, desk.model.tokenizer.end_think_id
+    assert begin is not None
+    assert end is not None
+    desk.talk._desk.run = lambda call: "22"  # type: ignore[method-assign]
+    script = [begin, *desk.model.ids("call it"), end, *ask(desk.model, [("f", {})])]
+    desk.answer(script, [begin, *desk.model.ids("read it"), end, *say(desk.model, "22")])
+    desk.talk.say("first")
+    capsys.readouterr()
+    desk.talk.show_thinking()
+    assert capsys.readouterr().err == "call it\n\nread it\n"
+    desk.commands.run("/undo")
+    desk.talk.answer = None
+    capsys.readouterr()
+    desk.talk.show_thinking()
+    assert capsys.readouterr().err == "the model did not think before its last answer\n"

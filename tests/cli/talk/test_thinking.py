@@ -4,6 +4,7 @@ The model is a real one whose tokens are chosen in advance (tests/scripts/script
 """
 
 import json
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,10 +15,13 @@ import pytest
 from safetensors.torch import save_file
 
 from mistral_chat.chat.tokenizer import Tokenizer
+from mistral_chat.cli.console.printing import wrap
 from mistral_chat.cli.main import main
 from mistral_chat.cli.system_prompt import default_system
+from mistral_chat.cli.talk import answer_screen
 from mistral_chat.cli.talk.sessions import Session
 from mistral_chat.errors import PromptError
+from tests.chat.test_chat import cut
 from tests.conftest import (
     ROOMY_SEQ_LEN,
     TINY,
@@ -145,6 +149,30 @@ def test_reasoning_reaches_the_prompt(folder: Path, tmp_path: Path) -> None:
     assert counts["none"] - counts["high"] == lengths["none"] - lengths["high"]
 
 
+@pytest.mark.parametrize("columns", [20, 33, 80])
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_any_pieces_of_thinking_give_the_rows_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, at_terminal: bool, columns: int
+) -> None:
+    monkeypatch.setattr(answer_screen, "is_terminal", lambda stream: at_terminal)
+    monkeypatch.setattr(answer_screen, "columns_of", lambda stream: columns)
+    text = (
+        "A line of words, and one_word_that_is_longer_than_the_window of them.\n\n"
+        "  indented as code that goes on for some time\n\t日本語とひらがな 漢字 mixed in\nend"
+    )
+    rng = random.Random(columns)
+    wanted = text.split("\n")
+    if at_terminal:
+        wanted = [row for line in wanted for row in wrap(line, columns)]
+    for _ in range(50):
+        shown: list[str] = []
+        rows = answer_screen.DimRows(shown.extend)
+        for piece in cut(text, rng):
+            rows.add(piece)
+        rows.end()
+        assert shown == wanted
+
+
 # The system prompt beside the weights.
 
 
@@ -265,6 +293,17 @@ def test_show_thinking_prints_it_whole(folder: Path, tmp_path: Path, words: list
         assert line.startswith("thought for ")
         assert line.endswith(" tokens")
         assert said == ("It is **42**." if words else "It is 42.")
+        assert terminal.leave() == 0
+
+
+def test_raw_text_has_the_thinking_folded_too(folder: Path, tmp_path: Path) -> None:
+    with chat(folder, tmp_path, "--plain", "--stats", size=(400, 24)) as terminal:
+        terminal.ask_and_wait("why")
+        begins, folded, said, stats = after(terminal, "why")
+        assert begins == "thinking ...; Ctrl-T opens it"
+        assert folded.startswith("thought for ")
+        assert said == "It is **42**."
+        assert " of them thinking, " in stats
         assert terminal.leave() == 0
 
 

@@ -108,4 +108,10 @@ class Finder:
 
 
 if PHASE and RANK is not None:
+    Path(os.environ["HELD_DIR"]).with_name(f"rank {RANK}").write_text(str(os.getpid()))
     sys.meta_path.insert(0, Finder())  # type: ignore[arg-type]
+    name, change = AFTER.get(PHASE, ("", None))
+    if PHASE == "rendezvous":
+        sys.modules.pop(name, None)  # a forked rank has imported it, and comes to it once more
+    elif change is not None and name in sys.modules:
+        change(sys.modules[name])
