@@ -37,7 +37,8 @@ import ptyprocess
 ROOT = Path(__file__).parent.parent
 PLAIN_SCRIPTS = ("mistral_chat.__main__", "mistral_chat.chat.function_worker")
 OF_TORCHRUN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
-STARTS_RANKS = ("tests.scripts.llms",)  # and what is given a number of them
+STARTS_RANKS = ("tests.scripts.llms", "demo")  # and what is given a number of them
+OF_RANKS = ("mistral_chat", "tests.scripts.scripted")  # what torchrun is asked for
 MOST_REQUEST_BYTES = 1 << 17
 WAIT_S = 60
 _SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -324,10 +325,14 @@ def fork_ranks(fork_rank: Callable[[dict[str, Any], Sequence[int]], int]) -> Non
     from mistral_chat.engine import rank
 
     def words_of(args: Sequence[str]) -> list[str] | None:
-        for beginning in ([sys.executable, "-P", rank.__file__],
-                          [sys.executable, "-u", "-m", "mistral_chat"]):  # fmt: skip
-            if list(args[: len(beginning)]) == beginning:
-                return [beginning[-1], *args[len(beginning) :]]
+        """The module or file that Python is to run, and its words; None where it is no rank."""
+        match list(args):
+            case [sys.executable, "-P", rank.__file__, *words]:
+                return [rank.__file__, *words]
+            case [sys.executable, "-u", "mistral-chat", *words]:  # torchrun's
+                return ["mistral-chat", *words]
+            case [sys.executable, "-u", "-m", module, *words] if module in OF_RANKS:
+                return [module, *words]
         return None
 
     class Popen(subprocess.Popen):  # type: ignore[type-arg]
@@ -461,7 +466,7 @@ def become(request: dict[str, Any]) -> NoReturn:
         os.setpgid(0, 0)
     if session == "terminal":
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    starts_ranks = module in STARTS_RANKS or any("nproc" in word for word in words)
+    starts_ranks = any(word in STARTS_RANKS or "nproc" in word for word in (module, *words))
     if starts_ranks and module != "tests.scripts.shell" and (request_of_rank := _fork_its_ranks()):
         become(request_of_rank)
     _open_streams()
@@ -475,11 +480,11 @@ def become(request: dict[str, Any]) -> NoReturn:
         if (script := Path(folder, "sitecustomize.py")).is_file():
             runpy.run_path(str(script))
     sys.argv = [module, *words]
-    sys.orig_argv = [sys.executable, *(["-m"] if not module.endswith(".py") else []), *sys.argv]
+    sys.orig_argv = [sys.executable, *([] if Path(module).is_file() else ["-m"]), *sys.argv]
     try:
         if module == "-c":
             exec(words[0], {"__name__": "__main__"})
-        elif module.endswith(".py"):
+        elif Path(module).is_file():
             runpy.run_path(module, run_name="__main__")
         else:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
