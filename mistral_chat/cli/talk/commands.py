@@ -69,8 +69,8 @@ class Commands:
             "/set": ("change how words are chosen: /set temperature 0.2", self._set),
             "/show": ("settings and session", self._show),
             "/regen": ("answer the last message again", self._regen),
-            "/undo": ("take back the last exchange", self._undo),
-            "/drop": ("take out the oldest exchange, or several: /drop 3", self._drop),
+            "/undo": ("take back the last turn", self._undo),
+            "/drop": ("take out the oldest turn, or several: /drop 3", self._drop),
             "/edit": ("change the last message in $EDITOR and ask again", self._edit),
             "/branch": ("go on in a copy of this chat", self._branch),
             "/file": ("begin the next message with a file: /file PATH", self._file),
@@ -210,13 +210,13 @@ class Commands:
             n = 0
         if n < 1:
             found = chat_text.shorten(rest)
-            raise UsageError(f"/drop takes how many of the oldest exchanges to drop; found {found}")
+            raise UsageError(f"/drop takes how many of the oldest turns to drop; found {found}")
         if n > conversation.n_turns:
-            render.note(f"there are {conversation.n_turns} exchanges; nothing was dropped")
+            render.note(f"there are {conversation.n_turns} turns; nothing was dropped")
             return
         conversation.drop(n)
         self._talk.write(lambda session: session.drop(n))
-        render.note(f"dropped: the oldest {'exchange' if n == 1 else f'{n} exchanges'}")
+        render.note(f"dropped: the oldest {'turn' if n == 1 else f'{n} turns'}")
         self._tokens("")
 
     def _regen(self, _: str) -> None:

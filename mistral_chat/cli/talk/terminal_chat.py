@@ -232,7 +232,7 @@ class TerminalChat:
         except PromptError as error:  # such as results that fill the context
             chat.conversation = before
             self.write(Session.drop_last)
-            why = f"mistral-chat: {error}; this exchange is taken back"
+            why = f"mistral-chat: {error}; this turn is taken back"
             self.files, self.draft = files, Draft.of(text, replace_last=replace_last, why=why)
             self.count_tokens()
             return
@@ -244,7 +244,7 @@ class TerminalChat:
         else:
             report(answer, chat, replace(options, sampling=self.sampling), self.load_s)
             if not answer.said and chat.instruct and not options.quiet:
-                kept = "the calls are kept" if rounds.n_rounds else "this exchange is not kept"
+                kept = "the calls are kept" if rounds.n_rounds else "this turn is not kept"
                 if answer.thought is not None and chat.tokenizer.takes_thinking:
                     kept = "it is kept"
                 render.note(f"mistral-chat: {_why_empty(answer)}; {kept}")
@@ -372,7 +372,7 @@ class TerminalChat:
             self._warned_full = True
             render.note(
                 f"mistral-chat: {used:,} of {most:,} tokens of context are used. Nothing is "
-                f"dropped by itself: /drop takes out the oldest exchange, /undo the last, "
+                f"dropped by itself: /drop takes out the oldest turn, /undo the last, "
                 f"/clear all"
             )
 

@@ -263,7 +263,7 @@ def test_interrupt_in_every_state(roomy_folder: Path, tmp_path: Path) -> None:
         terminal.send(f"\x1b[200~{'word ' * 7000}\x1b[201~\r")
         terminal.wait_for_answer()
         terminal.child.sendintr()
-        terminal.wait_for("this exchange is not kept")
+        terminal.wait_for("this turn is not kept")
         # While an answer is said: what stands there is the rendering of what was kept.
         for question, mark in (("list", " 3. "), ("code", "x = 1")):
             terminal.ask(question)
@@ -419,7 +419,7 @@ def test_regen_that_is_stopped_before_its_first_word_keeps_the_old_answer(
         terminal.ask_and_wait("first")
         terminal.ask("/regen")
         terminal.child.sendintr()
-        terminal.wait_for("this exchange is not kept")
+        terminal.wait_for("this turn is not kept")
         terminal.ask_and_wait("/tokens")
         assert terminal.leave() == 0
     assert history(tmp_path) == ["first", "**one**"]
@@ -439,11 +439,11 @@ def test_message_that_does_not_fit_can_be_made_room_for(roomy_folder: Path, tmp_
         # The draft stands there; a command is not glued to it, and it comes back after that.
         terminal.ask("/drop 5")
         terminal.wait_for("> /drop 5")
-        terminal.wait_for("there are 3 exchanges; nothing was dropped")
+        terminal.wait_for("there are 3 turns; nothing was dropped")
         terminal.wait_for("this message was not sent yet")
         terminal.ask("/drop 2")
         terminal.wait_for("> /drop 2")
-        terminal.wait_for("dropped: the oldest 2 exchanges")
+        terminal.wait_for("dropped: the oldest 2 turns")
         terminal.wait_for_prompt()
         terminal.send("\r")
         terminal.wait_for_answer()

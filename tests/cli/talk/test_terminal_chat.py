@@ -417,7 +417,7 @@ def test_message_whose_results_fill_the_context_stands_at_the_prompt_again(
     desk.talk._desk.run = lambda call: "word " * 300  # type: ignore[method-assign]
     desk.answer(ask(desk.model, [("f", {})]))
     desk.talk.say("Is it so?")
-    assert "this exchange is taken back" in desk.talk.draft.why
+    assert "this turn is taken back" in desk.talk.draft.why
     assert desk.kept == desk.history == ([], {})
     assert (desk.talk.draft.text, desk.talk.files) == ("Is it so?", ["from the file"])
 
