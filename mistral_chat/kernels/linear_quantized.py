@@ -29,6 +29,8 @@ from mistral_chat.kernels.weight import Quantized
 
 __all__ = ["dequantize", "matmul_quantized"]
 
+DEQUANTIZED = 4096  # columns of a program
+
 # Two pairs of bytes, each byte's halves -> what is left of 128 + number after a subtraction.
 _INT4_ASM = tl.constexpr("""
 {
@@ -283,22 +285,24 @@ def _few_rows(
 @triton.jit
 def _dequantize(
     data_ptr, scale_ptr, zero_ptr, out_ptr, n_in, GROUP, KIND: tl.constexpr,
-    HAS_ZERO: tl.constexpr, NATIVE: tl.constexpr, BYTES: tl.constexpr,
+    HAS_ZERO: tl.constexpr, NATIVE: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Some neighbouring bytes of a row."""
+    """CHUNKS neighbouring parts of a row, of WIDTH columns each that have one scale."""
     PACK: tl.constexpr = 2 if KIND == "int4" else 1
+    BYTES: tl.constexpr = WIDTH // PACK
     row = tl.program_id(0).to(tl.int64)
-    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    mask = byte < n_in // PACK
-    raw = tl.load(data_ptr + row * (n_in // PACK) + byte, mask=mask, other=0)
-    cols = byte
+    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    byte = tl.arange(0, BYTES)
+    offset = chunk[:, None] * BYTES + byte[None, :]
+    is_chunk = chunk * WIDTH < n_in
+    mask = is_chunk[:, None] & (offset < n_in // PACK)
+    raw = tl.load(data_ptr + row * (n_in // PACK) + offset, mask=mask, other=0)
+    group_at = row * (n_in // GROUP) + chunk * WIDTH // GROUP
+    scale = tl.load(scale_ptr + group_at, mask=is_chunk, other=0.0)[:, None]
+    zero = _zeros(zero_ptr, group_at, is_chunk, KIND, HAS_ZERO)[:, None]
+    out_at = out_ptr + row * n_in + offset
     if KIND == "int4":
-        cols = byte // 16 * 32 + byte % 16
-    group_at = row * (n_in // GROUP) + cols // GROUP
-    scale = tl.load(scale_ptr + group_at, mask=mask, other=0.0)
-    zero = _zeros(zero_ptr, group_at, mask, KIND, HAS_ZERO)
-    out_at = out_ptr + row * n_in + cols
-    if KIND == "int4":
+        out_at = out_ptr + row * n_in + chunk[:, None] * WIDTH + (byte // 16 * 32 + byte % 16)[None]
         low = ((raw & 15).to(tl.float32) - zero) * scale
         high = ((raw >> 4).to(tl.float32) - zero) * scale
         tl.store(out_at, low.to(out_ptr.dtype.element_ty), mask=mask)
@@ -318,10 +322,12 @@ def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     """`weight.dequantize(dtype)`."""
     n_out, n_in = weight.shape
     out = torch.empty(n_out, n_in, dtype=dtype, device=weight.device)
-    n_bytes, block = weight.data.shape[1], 1024
-    _dequantize[(n_out, triton.cdiv(n_bytes, block))](
-        *_parts(weight), out, n_in, weight.group, KIND=weight.kind,
-        HAS_ZERO=weight.zero is not None, NATIVE=has_fp8(weight.device), BYTES=block,
+    group = weight.group
+    width = min(group & -group, DEQUANTIZED)
+    chunks = DEQUANTIZED // width
+    _dequantize[(n_out, triton.cdiv(n_in, DEQUANTIZED))](
+        *_parts(weight), out, n_in, group, KIND=weight.kind, HAS_ZERO=weight.zero is not None,
+        NATIVE=has_fp8(weight.device), CHUNKS=chunks, WIDTH=width,
     )  # fmt: skip
     return out
 
@@ -360,7 +366,7 @@ def matmul_quantized(
     }  # fmt: skip
     assert n_rows <= MOST_ROWS
     if config is None and n_rows == 1:
-        config = one_quantized_row_config(n_in, gated, weight.kind)
+        config = one_quantized_row_config(n_out, n_in, gated, weight.kind)
     few = config or few_quantized_rows_config(n_out)
     if isinstance(few, OneRow):
         assert n_rows == 1

@@ -137,7 +137,7 @@ def few_rows_config(n_out: int, n_in: int, gated: bool, dtype: torch.dtype) -> F
     return FewRows(32, 128, 4, 4) if n_out // 32 >= LEAST_PROGRAMS or gated else None
 
 
-def one_quantized_row_config(n_in: int, gated: bool, kind: str) -> OneRow:
+def one_quantized_row_config(n_out: int, n_in: int, gated: bool, kind: str) -> OneRow:
     """For one row and a quantized matrix; `cols` are numbers."""
     cols = min(4096 if kind == "int4" else 2048, 1 << (n_in - 1).bit_length())
     rows = 1 if gated else 2

@@ -47,7 +47,9 @@ def main() -> None:
             kernels._few_rows, capability, **step, GROUPED=group < 4096, T=16, ROWS=64, COLS=128,
             STAGES=3, IEEE=False, ASM=True,
         )  # fmt: skip
-        compile_kernel(kernels._dequantize, capability, **same, BYTES=1024)
+        compile_kernel(
+            kernels._dequantize, capability, **same, CHUNKS=4096 // width, WIDTH=width
+        )
         n_compiled += 3
     compile_kernel(fit_int4._fit, 90, GROUP=128, ROWS=16, COLS=128, STEPS=2)
     print(n_compiled + 1)
