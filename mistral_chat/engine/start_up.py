@@ -22,7 +22,6 @@ from mistral_chat.errors import DeviceError
 from mistral_chat.kernels import ops
 from mistral_chat.kernels.cached import FP8
 from mistral_chat.kernels.tuning import has_fp8
-from mistral_chat.model import formats
 from mistral_chat.model.args import DEFAULT_MAX_SEQ_LEN, TransformerArgs
 from mistral_chat.model.checkpoint import Headers
 from mistral_chat.model.folder import ModelFolder
@@ -123,8 +122,7 @@ def _begin(
     """Check, plan, make the empty model, and start reading its weights or draw random ones."""
     with group.together():
         folder = folder or ModelFolder.open(config)
-        args = formats.as_asked(folder.args, config.quantization)
-        args = replace(args, max_batch_size=config.max_batch_size)
+        args = replace(folder.args, max_batch_size=config.max_batch_size)
         shard = Shard(args, shard_of or group.world_size, group.rank)
         device = choose_device(config.device, group.place.local_rank)
         dtype = choose_dtype(config.dtype, device)

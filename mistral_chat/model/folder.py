@@ -16,7 +16,7 @@ from typing import Any
 from mistral_chat.config import EngineConfig, LoadFormat
 from mistral_chat.errors import CheckpointError, TokenizerError, shown
 from mistral_chat.files import is_there, read_json, read_json_object
-from mistral_chat.model import hf
+from mistral_chat.model import formats, hf
 from mistral_chat.model.args import TransformerArgs
 from mistral_chat.model.checkpoint import Headers, WeightFiles, find_files
 from mistral_chat.model.sharding import Shard, placements
@@ -57,6 +57,7 @@ class ModelFolder:
         context length is params.json's, else that of a config.json beside it.
 
         Raises:
+            UsageError: --quantization of what is quantized already.
             CheckpointError: no folder that can be listed, no such file, not JSON, a key or value
                 not supported, an end token that is none, two files that disagree, or a preset's
                 table that is no shape.
@@ -68,6 +69,7 @@ class ModelFolder:
                 args = TransformerArgs.from_dict(config.shape)
             except CheckpointError as error:
                 raise CheckpointError(f"--config, table [model]: {error}") from error
+            args = formats.as_asked(args, config.quantization)
             return cls(path=None, layout="consolidated", args=args)
         _check_folder(path)
         found = {
@@ -78,6 +80,7 @@ class ModelFolder:
         layout = choose_layout(path, config.load_format)
         args = _read_shape(path, layout, found)
         end_ids = _read_end_ids(path, found.get("config.json"), args.vocab_size)
+        args = formats.as_asked(args, config.quantization)
         return cls(path=path, layout=layout, args=args, end_ids=end_ids)
 
     @classmethod

@@ -76,7 +76,7 @@ def test_int4_is_better_than_rounding_to_the_nearest(seed: int) -> None:
     got = quantized(floats, "int4", 2).dequantize(torch.float32)
     size = floats.abs().amax(1, keepdim=True)
     ours, theirs = (
-        float(((each - floats) / size).abs().pow(0.7).mean())
+        float(((each - floats) / size).abs().pow(POWER).mean())
         for each in (got, nearest(floats, 128))
     )
     assert ours < 0.97 * theirs

@@ -40,16 +40,14 @@ def main() -> None:
         width = min(group, 1024)
         kernels = linear_quantized
         compile_kernel(
-            kernels._one_row, capability, **step, n_in=4096, GROUP=group, ROWS=1, WIDTH=width,
+            kernels._one_row, capability, **step, n_in=1024, GROUP=width, ROWS=1, WIDTH=width,
             CHUNKS=1024 // width,
         )  # fmt: skip
         compile_kernel(
             kernels._few_rows, capability, **step, GROUPED=group < 4096, T=16, ROWS=64, COLS=128,
             STAGES=3, IEEE=False, ASM=True,
         )  # fmt: skip
-        compile_kernel(
-            kernels._dequantize, capability, **same, CHUNKS=4096 // width, WIDTH=width
-        )
+        compile_kernel(kernels._dequantize, capability, **same, CHUNKS=4096 // width, WIDTH=width)
         n_compiled += 3
     compile_kernel(fit_int4._fit, 90, GROUP=128, ROWS=16, COLS=128, STEPS=2)
     print(n_compiled + 1)

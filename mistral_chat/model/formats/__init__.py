@@ -52,7 +52,7 @@ def as_asked(args: "TransformerArgs", asked: AskedQuantization) -> "TransformerA
         UsageError: the checkpoint is quantized already, or no group divides its matrices.
     """
     stored = args.quantization
-    if asked == "auto" or (stored is not None and stored.method == "while-loading"):
+    if asked == "auto":
         return args
     if stored is not None:
         raise UsageError(
