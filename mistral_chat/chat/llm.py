@@ -14,7 +14,15 @@ from mistral_chat.chat.chat import Chat, make_request
 from mistral_chat.chat.schema.grammar import Grammar, choose_grammar
 from mistral_chat.chat.tokenizer import Tokenizer
 from mistral_chat.chat.tools import make_tools
-from mistral_chat.config import Device, Dtype, EngineConfig, LoadFormat, SamplingParams
+from mistral_chat.config import (
+    AskedQuantization,
+    Device,
+    Dtype,
+    EngineConfig,
+    KVCacheDtype,
+    LoadFormat,
+    SamplingParams,
+)
 from mistral_chat.engine.engine import Engine, Request
 from mistral_chat.engine.start_up import load_runner
 from mistral_chat.engine.worker import Session, serve
@@ -35,13 +43,16 @@ class LLM:
     answer each. A forked process cannot use its parent's object.
 
     Args:
-        model: folder in Mistral's format.
+        model: folder in Mistral's format or Hugging Face's.
         nproc_per_node: ranks; None is one, or torchrun's number.
         device: auto, cuda or cpu.
-        dtype: of weights and cache.
+        dtype: of weights and cache that are floats.
         max_seq_len: context to plan memory for; None is what fits, at most the model's.
         max_batch_size: how many sequences can decode together.
-        load_format: auto, consolidated or dummy.
+        load_format: auto, consolidated, hf or dummy.
+        quantization: of the layers' matrices: auto is as stored; fp8, int8 and int4 quantize a
+            checkpoint of floats while it loads.
+        kv_cache_dtype: of keys and values: auto or fp8.
 
     Raises:
         MistralChatError: the model cannot be loaded here; the message says why.
@@ -57,6 +68,8 @@ class LLM:
         max_seq_len: int | None = None,
         max_batch_size: int = 8,
         load_format: LoadFormat = "auto",
+        quantization: AskedQuantization = "auto",
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
         config = EngineConfig(
             model=Path(model),
@@ -65,6 +78,8 @@ class LLM:
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             load_format=load_format,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
         )
         self._session = Session(config, nproc_per_node)
         group = self._session.group

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
+from mistral_chat import LLM, SamplingParams
 from mistral_chat.model.args import TransformerArgs
+from mistral_chat.model.weight import QuantizedMatrix
 from tests.conftest import Run, shipped_tokenizer, write_params
 from tests.model import quantized_files
 from tests.model.quantized_files import FORMATS, write_folder
@@ -65,3 +68,19 @@ def test_answers_are_those_of_what_is_meant(pair: tuple[Path, Path], run: Run) -
     assert refused.code == 2
     (line,) = refused.error_lines
     assert "--quantization int8: the checkpoint is stored as" in line
+
+
+def test_python_takes_the_same_settings(tiny_folder: Path) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=6)
+    texts = []
+    for ranks in (1, 2):
+        with LLM(
+            tiny_folder, device="cpu", nproc_per_node=ranks, quantization="int4",
+            kv_cache_dtype="fp8",
+        ) as llm:  # fmt: skip
+            weight = llm.engine.runner.model.blocks[0].feed_forward.w2
+            assert isinstance(weight, QuantizedMatrix)
+            assert llm.engine.runner.cache.dtype == torch.float8_e4m3fn
+            (answer,) = llm.generate("The capital of France", greedy)
+            texts.append(answer.text)
+    assert texts[0] == texts[1]

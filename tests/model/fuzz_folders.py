@@ -82,6 +82,12 @@ EXTRA_KEYS: tuple[tuple[str, Any], ...] = (
     ("tied_embeddings", True), ("eos_token_id", [2, 277]), ("eos_token_id", 9), (ESCAPE, 1),
     ("n" * 5000, 1), ("rope_scaling", {"type": "yarn"}), ("head_dim", 8), ("model_type", "mamba"),
     ("max_batch_size", 10**9), ("quantization_config", {}), ("rope_theta", None),
+    ("yarn", {"original_max_position_embeddings": 4, "factor": 2}),
+    ("llama_4_scaling", {"original_max_position_embeddings": 4, "beta": 0.1}),
+    ("quantization", {"qformat_weight": "fp8_e4m3"}), ("vision_encoder", {"hidden_size": 8}),
+    ("quantization_config", {"quant_method": "awq", "bits": 4}), ("text_config", {"dim": 1}),
+    ("rope_parameters", {"rope_type": "yarn", "factor": 2, "rope_theta": 1e4,
+                         "original_max_position_embeddings": 4}),
 )  # fmt: skip
 NAMES = ("consolidated-00001-of-00002.safetensors", "consolidated.01.pth", "tekken2.json",
          "tokenizer.model", "model.safetensors", "params.json", "config.json",
@@ -151,10 +157,38 @@ def make_bases(folder: Path) -> list[Path]:
     base, weights = begin("pickle")
     write_params(base, ARGS)
     torch.save(weights, base / "consolidated.00.pth")
+    base, weights = begin("fp8")
+    yarn = {"original_max_position_embeddings": 16, "factor": 4, "beta": 4, "apply_scale": True}
+    write_params(base, ARGS, quantization={"qformat_weight": "fp8_e4m3"}, yarn=yarn)
+    save_file(in_fp8(weights, "qscale_weight"), base / "consolidated.safetensors")
+    base, weights = begin("fp8 with pictures")
+    config = config_of(ARGS, model_type="mistral", architectures=...)
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.1, "rope_theta": 1e4}  # fmt: skip
+    of_pictures = {
+        "architectures": ["Mistral3ForConditionalGeneration"], "vision_config": {"depth": 1},
+        "text_config": config | {"rope_parameters": rope, "head_dim": ARGS.head_dim},
+        "quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]},
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(of_pictures))
+    stored = in_fp8(their_state(weights, ARGS), "weight_scale_inv")
+    renamed = {name.replace("model.", "model.language_model.", 1): w for name, w in stored.items()}
+    save_file(renamed | {"model.vision_tower.x": torch.zeros(2)}, base / "model.safetensors")
     base, weights = begin("sentencepiece", WIDE_ARGS)
     write_params(base, WIDE_ARGS)
     save_file(weights, base / "consolidated.safetensors")
     return bases
+
+
+def in_fp8(weights: dict[str, torch.Tensor], scale: str) -> dict[str, torch.Tensor]:
+    """The matrices of layers in FP8, each with a scale of its own."""
+    stored = dict(weights)
+    for name, weight in weights.items():
+        if "layers." in name and weight.dim() == 2:
+            unit = weight.abs().max() / 448
+            stored[name] = (weight / unit).to(torch.float8_e4m3fn)
+            stored[f"{name.removesuffix('.weight')}.{scale}"] = unit.reshape(())
+    return stored
 
 
 def dump(value: Any) -> str:
@@ -274,7 +308,7 @@ class Case:
 def make_case(number: int, bases: list[Path], folder: Path) -> Case:
     """The case of a number; the same each time."""
     draw = random.Random(number)
-    weights = [4, 3, 4, 4, 1]
+    weights = [4, 3, 4, 4, 3, 3, 1]
     base = draw.choices(bases, weights[: len(bases)])[0]
     folder.mkdir()
     for path in base.iterdir():
