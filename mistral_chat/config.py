@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 from mistral_chat.errors import UsageError, shown
 from mistral_chat.files import read_toml
 
-__all__ = ["EngineConfig", "Preset", "SamplingParams", "flag", "read_preset"]
+__all__ = ["Device", "EngineConfig", "Preset", "SamplingParams", "flag", "read_preset"]
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
