@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mistral_chat.cli.command_line import flags_of, preset_values
-from mistral_chat.config import Device, EngineConfig, Preset, SamplingParams, flag
+from mistral_chat.config import EngineConfig, Preset, SamplingParams, WeightsConfig, flag
 from mistral_chat.errors import CheckpointError, UsageError
 
 __all__ = [
@@ -265,19 +265,23 @@ class DownloadRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeRequest:
+class QuantizeRequest(WeightsConfig):
     """A model of floats to write as a quantized one.
 
     Args:
-        quantization: of the layers' matrices; fp8 and int8 a scale a row, int4 in groups of 128
-            columns.
         device: that quantizes; auto is cuda where there is one.
+        quantization: what is written: fp8 or int8 with a scale a row, or int4 in groups of 128
+            columns; it must be given.
     """
 
     model: Path
     folder: Path
-    quantization: Literal["fp8", "int8", "int4"] = flag("fp8")
-    device: Device = flag("auto")
+
+    def __post_init__(self) -> None:
+        if self.quantization in ("auto", "none"):
+            raise UsageError(
+                f"--quantization is {self.quantization}: expected fp8, int8 or int4, to write"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,7 @@ def _quantization(how: Quantization) -> dict[str, Any]:
         "output_activations": None,
         "format": form,
     }
-    return {
+    said: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": form,
@@ -118,3 +118,8 @@ def _quantization(how: Quantization) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+    if how.has_zeros:
+        # transformers 5.24 with compressed-tensors 0.20 would expect zeros that are not packed; it
+        # dequantizes as it loads instead of at the first token
+        said["dequantize"] = True
+    return said
