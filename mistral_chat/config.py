@@ -12,7 +12,14 @@ from typing import Any, Literal, TypeVar, get_args
 from mistral_chat.errors import UsageError, shown
 from mistral_chat.files import read_toml
 
-__all__ = ["EngineConfig", "Preset", "SamplingParams", "flag", "read_preset"]
+__all__ = [
+    "EngineConfig",
+    "Preset",
+    "SamplingParams",
+    "WeightsConfig",
+    "flag",
+    "read_preset",
+]
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -103,12 +110,25 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class WeightsConfig:
+    """Where a model's weights go, and as which numbers.
+
+    Args:
+        device: where it runs; auto is cuda where there is one.
+        quantization: of the layers' matrices; auto is as stored, any other one quantizes a
+            checkpoint of floats while it loads.
+    """
+
+    device: Device = flag("auto", table="run")
+    quantization: AskedQuantization = flag("auto", table="run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(WeightsConfig):
     """Where and how a model runs; the same for every rank.
 
     Args:
         model: the model's folder; None with `load_format="dummy"` and a shape.
-        device: where it runs; auto is cuda where there is one.
         dtype: of weights and cache; auto is bfloat16 or float16 on GPUs, float32 on CPU.
         kv_cache_dtype: of keys and values; fp8 has room for about twice the context (auto: as
             weights are computed).
@@ -117,21 +137,17 @@ class EngineConfig:
         chunk_size: most new tokens of one forward pass; None is 2048 on GPUs and 256 on CPU,
             about half a second of either, so that Ctrl-C is heard.
         load_format: layout of the weights; dummy makes random ones of the model's shape.
-        quantization: of the layers' matrices; auto is as stored, any other one quantizes a
-            checkpoint of floats while it loads.
         shape: params.json's keys, for dummy weights without a folder.
         seed: of dummy weights.
     """
 
     model: Path | None
-    device: Device = flag("auto", table="run")
     dtype: Dtype = flag("auto", table="run")
     kv_cache_dtype: KVCacheDtype = flag("auto", table="run")
     max_seq_len: int | None = flag(None, table="run")
     max_batch_size: int = 1
     chunk_size: int | None = None
     load_format: LoadFormat = flag("auto", table="run")
-    quantization: AskedQuantization = flag("auto", table="run")
     shape: dict[str, Any] | None = None
     seed: int = 0
 

@@ -27,7 +27,9 @@ from mistral_chat.cli.requests import (
     DemoRequest,
     DownloadRequest,
     InspectRequest,
+    QuantizeRequest,
     make,
+    place_of,
 )
 from mistral_chat.engine.ranks.launch import (
     is_launched,
@@ -118,8 +120,9 @@ def chat(words: Sequence[str] = (), **given: Any) -> ChatRequest:
     {flags}
 
     commands: mistral-chat demo talks to a small embedded model, download fetches
-    a model, inspect says what one is and whether it fits, bench measures, batch
-    answers a file of prompts; each has its --help. Under torchrun: torchrun
+    a model, inspect says what one is and whether it fits, quantize writes it in
+    half or a quarter of the bytes, bench measures, batch answers a file of
+    prompts; each has its --help. Under torchrun: torchrun
     --nproc-per-node 8 --no-python mistral-chat MODEL --instruct. - and _ in flags
     are the same. Codes: 0 answered, 1 failed, 2 wrong usage, 130 interrupted.
     """
@@ -175,6 +178,24 @@ def download(words: Sequence[str] = (), **given: Any) -> DownloadRequest:
     if folder is not None and folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: expected a folder, or a name that is free")
     return DownloadRequest(repo=words[0], folder=folder, **given)
+
+
+def quantize(words: Sequence[str] = (), **given: Any) -> QuantizeRequest:
+    """Usage: mistral-chat quantize MODEL DIR --quantization fp8|int8|int4 [flags]
+
+    Write a model of floats as a compressed-tensors checkpoint in Hugging Face's layout, which this
+    program, transformers and vLLM read: half or a quarter of the bytes, and nothing to quantize at
+    each start. Files that an interrupted run wrote are kept: the same command goes on from there.
+
+    {flags}
+    """
+    if len(words) != 2:
+        found = shown(" ".join(words), 150) if words else "nothing"
+        raise UsageError(f"found {found}: expected MODEL DIR")
+    if "quantization" not in given:
+        raise UsageError("--quantization is missing: expected fp8, int8 or int4")
+    model, folder = words
+    return QuantizeRequest(model=place_of(model), folder=Path(folder), **given)
 
 
 def inspect(words: Sequence[str] = (), **given: Any) -> InspectRequest:
@@ -246,6 +267,7 @@ COMMANDS: dict[str, command_line.Command] = {
     "demo": demo,
     "download": download,
     "inspect": inspect,
+    "quantize": quantize,
     "bench": bench,
     "batch": batch,
 }
@@ -273,6 +295,10 @@ def _command(words: list[str], begun: Begun) -> int:
         from mistral_chat.cli.hub import download as download_run
 
         return download_run.run(request)
+    if isinstance(request, QuantizeRequest):
+        from mistral_chat.cli.quantize import run as quantize_run
+
+        return quantize_run.run(request)
     if isinstance(request, InspectRequest):
         from mistral_chat.cli.inspect import run as inspect_run
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mistral_chat.cli.command_line import flags_of, preset_values
-from mistral_chat.config import EngineConfig, Preset, SamplingParams, flag
+from mistral_chat.config import EngineConfig, Preset, SamplingParams, WeightsConfig, flag
 from mistral_chat.errors import CheckpointError, UsageError
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "DownloadRequest",
     "InspectRequest",
     "ModelRequest",
+    "QuantizeRequest",
     "make",
+    "place_of",
 ]
 
 SESSION_ID = r"\d{8}-\d{6}-[0-9a-f]{4}"
@@ -263,6 +265,26 @@ class DownloadRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizeRequest(WeightsConfig):
+    """A model of floats to write as a quantized one.
+
+    Args:
+        device: that quantizes; auto is cuda where there is one.
+        quantization: what is written: fp8 or int8 with a scale a row, or int4 in groups of 128
+            columns; it must be given.
+    """
+
+    model: Path
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if self.quantization in ("auto", "none"):
+            raise UsageError(
+                f"--quantization is {self.quantization}: expected fp8, int8 or int4, to write"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectRequest(BatchSize, Json, ModelRequest):
     """What to say of a model.
 
@@ -401,12 +423,23 @@ def make(kind: type[R], model: str | None, given: dict[str, Any]) -> R:
         parts["sampling"] = SamplingParams(**flags(SamplingParams))
     own = {field.name: values[field.name] for field in fields(kind) if field.name in values}
     request = kind(**parts, **own)
-    if model is not None and "/" in model:
+    if model is not None:
+        return replace(request, engine=replace(request.engine, model=place_of(model)))
+    return request
+
+
+def place_of(model: str) -> Path:
+    """Where a MODEL lies: a folder, or a repository's in the hub's cache.
+
+    Raises:
+        CheckpointError: no such repository in the cache.
+    """
+    if "/" in model:
         from mistral_chat.cli.repository import is_repository
 
         if is_repository(model):
-            return replace(request, engine=replace(request.engine, model=_cached(model)))
-    return request
+            return _cached(model)
+    return Path(model)
 
 
 def _cached(repo: str) -> Path:

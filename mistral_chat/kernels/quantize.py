@@ -30,20 +30,21 @@ BETA = 10.0  # weight of the square that stands for the error, in units of a gro
 BETA_GROWTH = 1.01
 
 
-def quantize(floats: Tensor, into: Quantized) -> None:
+def quantize(floats: Tensor, into: Quantized, scale_dtype: torch.dtype = torch.float32) -> None:
     """Fill a quantized matrix.
 
     Args:
         floats: (n_out, n_in).
         into: of the same shape; int4 must have zeros.
+        scale_dtype: that scales are rounded to, before numbers are chosen for them.
     """
     values = floats.float()
     if into.kind == "int4":
-        _quantize_int4(values, into)
+        _quantize_int4(values, into, scale_dtype)
         return
     most = FP8_MOST if into.kind == "fp8" else INT8_MOST
     grouped = values.view(len(values), into.scale.shape[1], -1)
-    scale = (grouped.abs().amax(-1) / most).clamp_(min=TINY)
+    scale = (grouped.abs().amax(-1) / most).clamp_(min=TINY).to(scale_dtype).float()
     into.scale.copy_(scale)
     numbers = (grouped / scale.unsqueeze(-1)).view_as(values).clamp_(-most, most)
     if into.kind == "int8":
@@ -53,7 +54,7 @@ def quantize(floats: Tensor, into: Quantized) -> None:
     into.data.copy_(numbers)
 
 
-def _quantize_int4(values: Tensor, into: Quantized) -> None:
+def _quantize_int4(values: Tensor, into: Quantized, scale_dtype: torch.dtype) -> None:
     assert into.zero is not None
     grouped = values.view(-1, into.group)
     if has_kernels(values.device):
@@ -65,6 +66,8 @@ def _quantize_int4(values: Tensor, into: Quantized) -> None:
         )  # fmt: skip
     else:
         scale, zero = fit(grouped)
+    # bfloat16 moves a number by 15 / 512 of a step at most, so the zero stays the best one
+    scale = scale.to(scale_dtype).float()
     numbers = _numbers(grouped, scale, zero).to(torch.uint8)
     into.data.copy_(pack_int4(numbers.view_as(values)))
     into.scale.copy_(scale.view_as(into.scale))

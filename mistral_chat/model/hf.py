@@ -14,6 +14,7 @@ from mistral_chat.model.rope import QueryScaling, Yarn, yarn_magnitude
 from mistral_chat.model.values import read_table, require_number
 
 __all__ = [
+    "KEYS",
     "MATRICES",
     "PREFIXES",
     "Layout",
@@ -51,7 +52,7 @@ _SIZES = {
     "n_kv_heads": "num_key_value_heads",
     "vocab_size": "vocab_size",
 }
-_KEYS = _SIZES | {
+KEYS = _SIZES | {
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
     "max_seq_len": "max_position_embeddings",
@@ -149,7 +150,7 @@ def to_params(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: {key} {shown(config[key])} is not supported: expected {values[-1]!r}"
             )
-    params = {ours: config.get(theirs) for ours, theirs in _KEYS.items()}
+    params = {ours: config.get(theirs) for ours, theirs in KEYS.items()}
     if params["head_dim"] is None:
         params["head_dim"] = _derive_head_dim(path, params["dim"], params["n_heads"])
     if params["tied_embeddings"] is None:
@@ -277,7 +278,7 @@ def _scaling(table: dict[str, Any]) -> QueryScaling | None:
 
 def in_config_words(message: str) -> str:
     """An error about params.json's keys, with config.json's names of them."""
-    return re.sub(r"\w+", lambda word: _KEYS.get(word[0], word[0]), message)
+    return re.sub(r"\w+", lambda word: KEYS.get(word[0], word[0]), message)
 
 
 def default_theta(sliding_window: object) -> float:

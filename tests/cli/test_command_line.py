@@ -187,7 +187,7 @@ def test_every_flag_has_a_line_of_help(command: str) -> None:
 
 
 PLACES = {"batch": ["batch", "MODEL", "in", "out"], "chat": ["MODEL"], "demo": ["demo"],
-          "download": ["download", "a/b"]}  # fmt: skip
+          "download": ["download", "a/b"], "quantize": ["quantize", "MODEL", "DIR"]}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_value_of_the_wrong_kind_is_one_line(command: str, name: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["demo", "-h"], ["batch", "--help"], ["bench", "--help"], ["inspect", "--help"],
-     ["download", "--help"], ["--version"], ["MODEL", "--promt", "x"], []],
+     ["download", "--help"], ["quantize", "--help"], ["--version"], ["MODEL", "--promt", "x"], []],
 )  # fmt: skip
 def test_help_and_misspelt_flags_import_neither_fire_nor_torch(words: list[str]) -> None:
     code = (
