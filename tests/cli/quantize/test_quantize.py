@@ -60,11 +60,9 @@ def write_source(folder: Path, args: TransformerArgs, layout: str, tokenizer: bo
     else:
         changes: dict[str, Any] = {}
         if args.yarn is not None:
-            # the magnitude that apply_scale gives is not ours to choose here
-            changes = {
-                "yarn": {"original_max_position_embeddings": 32, "factor": 4.0, "beta": 32.0,
-                         "alpha": 1.0, "apply_scale": True},
-                "llama_4_scaling": {"original_max_position_embeddings": 32, "beta": 0.1},
+            changes["yarn"] = {
+                "original_max_position_embeddings": 32, "factor": 4.0, "beta": 32.0, "alpha": 1.0,
+                "apply_scale": True,
             }  # fmt: skip
         save_file(weights, folder / "consolidated.safetensors")
         write_shape(folder, args, **changes)

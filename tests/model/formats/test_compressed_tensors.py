@@ -1,7 +1,6 @@
 """Matrices that the compressed-tensors library wrote are, element by element, what it reads back.
 
-Left out where the library is not installed; the same formats are written by their rule in
-test_formats.
+The same formats are written by their rule in test_formats.
 """
 
 from pathlib import Path
@@ -60,7 +59,6 @@ def library_writes(kind: str, group: int | None, zeros: bool) -> Any:
 def test_what_the_library_wrote_is_what_it_reads(
     tmp_path: Path, kind: Any, group: int | None, zeros: bool
 ) -> None:
-    pytest.importorskip("compressed_tensors")
     quantization = Quantization(
         method="compressed-tensors",
         kind=kind,
