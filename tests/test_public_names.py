@@ -111,6 +111,8 @@ def test_llm_keeps_its_signature() -> None:
         "max_seq_len": None,
         "max_batch_size": 8,
         "load_format": "auto",
+        "quantization": "auto",
+        "kv_cache_dtype": "auto",
     }
     kinds = {name: parameter.kind.name for name, parameter in parameters.items()}
     assert kinds.pop("model") == "POSITIONAL_OR_KEYWORD"

@@ -99,13 +99,14 @@ def fit(grouped: Tensor) -> tuple[Tensor, Tensor]:
         numbers = _numbers(grouped, scale, zero)
         error = (grouped - (numbers - zero) * scale) / unit
         size = error.abs()
-        loss = size.pow(POWER).sum(-1, keepdim=True)
+        power = size.clamp(min=1e-8).pow(POWER - 1)
+        loss = (size * power).sum(-1, keepdim=True)
         better = loss < best
         best = torch.where(better, loss, best)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
         # what of the error is left to stand (an outlier's), and what is to be made small
-        left = error.sign() * (size - size.clamp(min=1e-8).pow(POWER - 1) / beta).clamp_(min=0)
+        left = error.sign() * (size - power / beta).clamp_(min=0)
         target = grouped - left * unit
         zero = (numbers - target / scale).mean(-1, keepdim=True).round_().clamp_(0, INT4_MOST)
         centred = numbers - zero
