@@ -16,6 +16,7 @@ __all__ = [
     "EngineConfig",
     "Preset",
     "SamplingParams",
+    "WeightsConfig",
     "flag",
     "read_preset",
 ]
@@ -109,14 +110,25 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class WeightsConfig:
+    """Where a model's weights go, and as which numbers.
+
+    Args:
+        device: where it runs; auto is cuda where there is one.
+        quantization: of the layers' matrices; auto is as stored, any other one quantizes a
+            checkpoint of floats while it loads.
+    """
+
+    device: Device = flag("auto", table="run")
+    quantization: AskedQuantization = flag("auto", table="run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(WeightsConfig):
     """Where and how a model runs; the same for every rank.
 
     Args:
         model: the model's folder; None with `load_format="dummy"` and a shape.
-        device: where it runs; auto is cuda where there is one.
-        quantization: of the layers' matrices; auto is as stored, any other one quantizes a
-            checkpoint of floats while it loads.
         dtype: of weights and cache; auto is bfloat16 or float16 on GPUs, float32 on CPU.
         kv_cache_dtype: of keys and values; fp8 has room for about twice the context (auto: as
             weights are computed).
@@ -130,8 +142,6 @@ class EngineConfig:
     """
 
     model: Path | None
-    device: Device = flag("auto", table="run")
-    quantization: AskedQuantization = flag("auto", table="run")
     dtype: Dtype = flag("auto", table="run")
     kv_cache_dtype: KVCacheDtype = flag("auto", table="run")
     max_seq_len: int | None = flag(None, table="run")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mistral_chat.cli.command_line import flags_of, preset_values
-from mistral_chat.config import Device, EngineConfig, Preset, SamplingParams, flag
+from mistral_chat.config import EngineConfig, Preset, SamplingParams, WeightsConfig, flag
 from mistral_chat.errors import CheckpointError, UsageError
 
 __all__ = [
@@ -65,7 +65,6 @@ def _bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-_KINDS = "fp8 | int8 | int4"
 _SOME: dict[str, Any] = {
     "metavar": "N,N", "reads": _whole_numbers, "expected": "whole numbers like 128,512",
 }  # fmt: skip
@@ -266,7 +265,7 @@ class DownloadRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeRequest:
+class QuantizeRequest(WeightsConfig):
     """A model of floats to write as a quantized one.
 
     Args:
@@ -277,18 +276,12 @@ class QuantizeRequest:
 
     model: Path
     folder: Path
-    device: Device = flag("auto")
-    quantization: Literal["fp8", "int8", "int4"] | None = flag(None, expected=_KINDS)
-
-    @property
-    def kind(self) -> Literal["fp8", "int8", "int4"]:
-        """What is written."""
-        assert self.quantization is not None
-        return self.quantization
 
     def __post_init__(self) -> None:
-        if self.quantization is None:
-            raise UsageError(f"--quantization is missing: expected {_KINDS}")
+        if self.quantization in ("auto", "none"):
+            raise UsageError(
+                f"--quantization is {self.quantization}: expected fp8, int8 or int4, to write"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

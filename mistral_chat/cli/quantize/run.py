@@ -27,7 +27,7 @@ def run(request: QuantizeRequest) -> int:
     require_model(request.model)
     started = time.monotonic()
     source = ModelFolder.checked(EngineConfig(model=request.model, device=request.device))
-    job = Job(source=source, plan=plan(source, request.kind), folder=request.folder)
+    job = Job(source=source, plan=plan(source, request.quantization), folder=request.folder)
     config_of(job.plan.args)  # refuses what cannot be written, before anything is
     try:
         with job.alone():
@@ -80,6 +80,6 @@ def _chat(folder: Path) -> str:
 
 def _again(request: QuantizeRequest) -> str:
     words = ["mistral-chat", "quantize", str(request.model), str(request.folder)]
-    words += ["--quantization", request.kind]
+    words += ["--quantization", request.quantization]
     words += [] if request.device == "auto" else ["--device", request.device]
     return shlex.join(words)
