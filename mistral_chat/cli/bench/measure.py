@@ -3,6 +3,7 @@
 All ranks measure a limit at once, as a step uses it. Knows nothing of flags or tables.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -216,6 +217,8 @@ def first_token_s(engine: Engine, length: int) -> float:
 
 def prefill_flops(runner: Runner, length: int) -> int:
     """Floating-point operations of this rank's matmuls for a prompt (attention not counted)."""
-    model = runner.model
-    rows = sum(w.numel() for w in model.blocks[0].parameters() if w.dim() == 2)
-    return 2 * length * rows * len(model.blocks)
+    blocks = runner.model.blocks
+    attention, feed_forward = blocks[0].attention, blocks[0].feed_forward
+    matrices = (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)
+    numbers = sum(math.prod(weight_of(matrix).shape) for matrix in matrices)
+    return 2 * length * numbers * len(blocks)

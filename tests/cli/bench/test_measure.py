@@ -1,13 +1,19 @@
 """Another cache for a loaded model, as bench takes one for each shape that it measures."""
 
+from typing import Any
+
 import pytest
 
-from mistral_chat.cli.bench.measure import with_cache
+from mistral_chat.cli.bench.measure import prefill_flops, with_cache
 from mistral_chat.config import SamplingParams
 from mistral_chat.engine.engine import Engine, Request, Token
+from mistral_chat.engine.ranks.group import Group, Place
 from mistral_chat.engine.runner import Runner
 from mistral_chat.errors import UsageError
+from mistral_chat.model.formats import as_asked
+from mistral_chat.model.transformer import Transformer
 from tests.engine.test_decoder import draw_ids, greedy_by_hand, make_decoding
+from tests.model.quantized_files import SHAPE
 
 
 def answer(runner: Runner, ids: list[int]) -> list[int]:
@@ -26,6 +32,17 @@ def test_another_cache_decodes_from_the_device_as_the_first_did() -> None:
     assert runner.cache.k.isfinite().all()
     with pytest.raises(UsageError, match="closed"):
         _ = first.model  # its memory has gone to the second
+
+
+@pytest.mark.parametrize("asked", ["none", "fp8", "int8", "int4"])
+def test_operations_of_a_prompt_do_not_depend_on_how_matrices_are_held(asked: Any) -> None:
+    args = as_asked(SHAPE, asked)
+    runner = Runner(
+        Transformer(args), Group(Place()), max_batch_size=1, max_seq_len=8, chunk_size=8
+    )
+    numbers = SHAPE.n_params - 2 * SHAPE.vocab_size * SHAPE.dim
+    norms = (2 * SHAPE.n_layers + 1) * SHAPE.dim
+    assert prefill_flops(runner, 10) == 2 * 10 * (numbers - norms)
 
 
 def test_cached_ids_are_not_run_again() -> None:
