@@ -316,11 +316,14 @@ def disagreements(params: dict[str, Any], config: dict[str, Any]) -> list[str]:
         faults.append(
             ("tied_embeddings", tied, "tie_word_embeddings", config["tie_word_embeddings"])
         )
-    kinds = [table.get("rope_type") or table.get("type") for table in tables]
-    has_yarn = params.get("yarn") is not None
-    for kind in kinds:
-        if kind in ("default", "yarn") and has_yarn != (kind == "yarn"):
+    yarn = None if params.get("yarn") is None else Yarn.from_params(params["yarn"])
+    for table in tables:
+        kind = table.get("rope_type") or table.get("type")
+        if kind in ("default", "yarn") and (yarn is not None) != (kind == "yarn"):
             faults.append(("yarn", params.get("yarn"), "rope_type", kind))
+        for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            if yarn is not None and table.get(key) not in (None, getattr(yarn, key)):
+                faults.append((f"yarn's {key}", getattr(yarn, key), key, table[key]))
     # config.json of these models has one number where params.json lists layers.
     listed = windows if isinstance(windows, list) else [windows]
     if "sliding_window" in config and config["sliding_window"] not in listed:

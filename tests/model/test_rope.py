@@ -215,13 +215,19 @@ def test_llama_4_scaling_of_zero_is_none() -> None:
 def test_yarn_of_a_params_file_is_compared_with_a_config_beside_it(tmp_path: Path) -> None:
     from tests.conftest import TINY, write_params
 
-    config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+    config = {"rope_parameters": rope}
     native = {"original_max_position_embeddings": 16, "factor": 4}
     write_params(tmp_path, TINY, yarn=native)
     (tmp_path / "consolidated.safetensors").touch()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"rope_type is .default. in config\.json"):
         open_folder(tmp_path)
-    config["rope_parameters"]["rope_type"] = "yarn"
+    said = {"rope_type": "yarn", "factor": 5.0, "original_max_position_embeddings": 16}
+    config["rope_parameters"] |= said
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"factor is 4 in params\.json, factor is 5.0 in con"):
+        open_folder(tmp_path)
+    config["rope_parameters"]["factor"] = 4.0
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_folder(tmp_path).args.yarn == Yarn.from_params(native)
