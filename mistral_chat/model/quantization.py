@@ -135,10 +135,10 @@ def _compressed_tensors(said: dict[str, Any], n_layers: int) -> Quantization:
         raise CheckpointError(
             f"actorder {shown(weights['actorder'])} is not supported: expected null or weight"
         )
-    for name in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+    for name in ("sparsity_config", "transform_config"):
         value = said.get(name)
         is_none = not value or (isinstance(value, dict) and value.get("format") == "dense")
-        if not is_none and name != "kv_cache_scheme":  # a scale of the cache is not needed
+        if not is_none:
             raise CheckpointError(f"{name} {shown(value)} is not supported: expected none")
     kept = _kept(said.get("ignore"), n_layers, _patterns)
     kept |= _all_matrices(n_layers) - _kept(group.get("targets"), n_layers, _patterns, {"Linear"})
