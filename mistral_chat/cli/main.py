@@ -184,7 +184,7 @@ def quantize(words: Sequence[str] = (), **given: Any) -> QuantizeRequest:
     """Usage: mistral-chat quantize MODEL DIR --quantization fp8|int8|int4 [flags]
 
     Write a model of floats as a compressed-tensors checkpoint in Hugging Face's layout, which this
-    program, transformers and vLLM read: half or a quarter of the bytes, and nothing to quantize at
+    program and transformers read: half or a quarter of the bytes, and nothing to quantize at
     each start. Files that an interrupted run wrote are kept: the same command goes on from there.
 
     {flags}
